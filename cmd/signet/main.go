@@ -1,0 +1,74 @@
+// Command signet is all of Signet: server, agent, and the tools of admins and auditors.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	c := &cli{in: os.Stdin, out: os.Stdout, err: os.Stderr}
+	os.Exit(c.run(ctx, os.Args[1:]))
+}
+
+// cli is where commands read and write: data on out, talk on err.
+type cli struct {
+	in       io.Reader
+	out, err io.Writer
+}
+
+// The exit codes, one rule for all commands (docs: `signet help exit-codes`).
+const (
+	exitYes         = 0 // yes, healthy, proven, same, done
+	exitNo          = 1 // no, findings, differs, refused
+	exitCouldNotSay = 2 // could not tell: wrong usage, unreachable, unreadable
+)
+
+// noError is an error that is an answer: no.
+type noError struct{ error }
+
+// no marks an error as the answer "no" (exit status 1). Every other error means "could not tell" (2).
+func no(format string, args ...any) error { return noError{fmt.Errorf(format, args...)} }
+
+func (e noError) Unwrap() error { return e.error }
+
+func (c *cli) run(ctx context.Context, args []string) int {
+	cmd := c.command()
+	cmd.SetArgs(args)
+	cmd.SetIn(c.in)
+	cmd.SetOut(c.out)
+	cmd.SetErr(c.err)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return exitYes
+	}
+	fmt.Fprintf(c.err, "signet: %v\n", err)
+	if n := (noError{}); errors.As(err, &n) {
+		return exitNo
+	}
+	return exitCouldNotSay
+}
+
+func (c *cli) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "signet",
+		Short: "A certificate authority and workload identity service",
+		Long: `Signet gives every workload of every cluster a short-lived SPIFFE identity, lets all clusters trust
+one shared root, renews everything ahead of expiry, and can prove afterwards what it has issued.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.AddCommand(
+		c.versionCommand(),
+	)
+	return root
+}

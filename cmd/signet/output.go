@@ -1,0 +1,83 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+)
+
+// listing is what a read command shows. Its JSON form is the value itself.
+type listing interface {
+	// columns of the table; those that begin with '+' are shown by -o wide only.
+	columns() []string
+	rows() [][]string
+	// names, one per item, for -o name: "registration/frontend".
+	names() []string
+}
+
+const outputFormats = "table|wide|json|yaml|name"
+
+// outputFlag adds -o to a read command.
+func outputFlag(cmd *cobra.Command, format *string) {
+	cmd.Flags().StringVarP(format, "output", "o", "table", "output format: "+outputFormats)
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(strings.Split(outputFormats, "|"), cobra.ShellCompDirectiveNoFileComp))
+}
+
+// show prints a listing to stdout in the wanted format.
+func (c *cli) show(format string, l listing) error {
+	switch format {
+	case "json":
+		enc := json.NewEncoder(c.out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(l)
+	case "yaml":
+		// By way of JSON, so that both forms have the same names.
+		raw, err := json.Marshal(l)
+		if err != nil {
+			return err
+		}
+		var v any
+		if err := yaml.Unmarshal(raw, &v); err != nil {
+			return err
+		}
+		enc := yaml.NewEncoder(c.out)
+		enc.SetIndent(2)
+		defer enc.Close()
+		return enc.Encode(v)
+	case "name":
+		for _, n := range l.names() {
+			if _, err := fmt.Fprintln(c.out, n); err != nil {
+				return err
+			}
+		}
+		return nil
+	case "table", "wide":
+		w := tabwriter.NewWriter(c.out, 0, 0, 3, ' ', 0)
+		var keep []int
+		var head []string
+		for i, col := range l.columns() {
+			name, wide := strings.CutPrefix(col, "+")
+			if wide && format != "wide" {
+				continue
+			}
+			keep, head = append(keep, i), append(head, name)
+		}
+		fmt.Fprintln(w, strings.Join(head, "\t"))
+		for _, row := range l.rows() {
+			cells := make([]string, len(keep))
+			for j, i := range keep {
+				cells[j] = row[i]
+				if cells[j] == "" {
+					cells[j] = "-"
+				}
+			}
+			fmt.Fprintln(w, strings.Join(cells, "\t"))
+		}
+		return w.Flush()
+	}
+	return fmt.Errorf("output format %q is unknown: use %s", format, strings.ReplaceAll(outputFormats, "|", ", "))
+}

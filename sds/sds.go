@@ -1,0 +1,50 @@
+// Package sds is Envoy's door: the SecretDiscoveryService. It keeps, for each stream, what is subscribed, what was sent,
+// and what Envoy said to it; it knows nothing of how an identity comes about.
+package sds
+
+import (
+	"context"
+	"crypto/sha256"
+	"net"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-ca/signet/trust"
+)
+
+// SVID is a certificate chain with its key, checked as a set. Immutable; streams share it.
+type SVID struct {
+	ID spiffeid.ID
+	// CertificateChain is PEM, leaf first; PrivateKey is PKCS#8 PEM.
+	CertificateChain, PrivateKey []byte
+	NotBefore, NotAfter          time.Time
+	// Serial of the leaf, hexadecimal.
+	Serial string
+	// Digest of the chain; SVIDs of equal digest are equal.
+	Digest [sha256.Size]byte
+}
+
+// Workloads tells who is behind a connection.
+type Workloads interface {
+	// Attest is called once a stream. An error ends the stream with its gRPC status.
+	Attest(ctx context.Context, conn net.Conn) (View, error)
+}
+
+// View is what one caller may see, now and later.
+type View interface {
+	// Identities granted to the caller, the default first.
+	Identities() []spiffeid.ID
+	// SVID returns the current SVID of one of the identities, or nil while there is none; asking makes the agent obtain
+	// one and keep it renewed until Close.
+	SVID(id spiffeid.ID) *SVID
+	// TrustDomain is the caller's own.
+	TrustDomain() spiffeid.TrustDomain
+	// Bundle returns the bundle of a trust domain the caller may see.
+	Bundle(td spiffeid.TrustDomain) (trust.Bundle, bool)
+	// Changed returns a channel that is closed at the next change of any of the above. Take it before reading.
+	Changed() <-chan struct{}
+	// Err is not nil once the caller has lost every identity or is gone: the stream ends with this gRPC status.
+	Err() error
+	Close()
+}
