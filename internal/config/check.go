@@ -1,0 +1,214 @@
+package config
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
+)
+
+// check finds what a server's values can't be, alone or together.
+func (s *Server) check(o *origin) {
+	if s.TrustDomain.IsZero() {
+		o.find("trust_domain", "trust_domain is missing: name the trust domain, for example trust_domain: example.org")
+	} else if _, err := identity.ParseTrustDomain(s.TrustDomain.Name()); err != nil {
+		o.find("trust_domain", "%v", err)
+	}
+	if s.Cluster == "" {
+		o.find("cluster", "cluster is missing: name the cluster, for example cluster: east")
+	} else if err := identity.ParseName("cluster", s.Cluster); err != nil {
+		o.findErr("cluster", err)
+	} else {
+		o.findErr("instance", identity.ParseName("instance", s.Instance))
+	}
+	o.checkPassphrase("keystore", s.Keystore.PassphraseFile, s.Keystore.PassphraseCredential)
+	if alg, err := keystore.ParseAlgorithm(string(s.Keystore.Algorithm)); err != nil {
+		o.findErr("keystore.algorithm", err)
+	} else if alg == keystore.Ed25519 {
+		o.find("keystore.algorithm", "CA keys can't be ed25519, because Envoy takes no Ed25519 certificates: use ecdsa-p256")
+	}
+	s.checkListen(o)
+	o.checkSocket("admin_socket", s.AdminSocket)
+
+	o.wholeSeconds("leaf.ttl", s.Leaf.TTL)
+	o.wholeSeconds("leaf.max_ttl", s.Leaf.MaxTTL)
+	o.wholeSeconds("leaf.backdate", s.Leaf.Backdate)
+	o.wholeSeconds("control.ttl", s.Control.TTL)
+	switch l := s.Leaf; {
+	case l.TTL < identity.MinTTL:
+		o.find("leaf.ttl", "leaf.ttl %s is shorter than the least useful life of %s", l.TTL, identity.MinTTL)
+	case l.TTL > l.MaxTTL:
+		o.find("leaf.ttl", "leaf.ttl %s is longer than leaf.max_ttl %s: lower the one or raise the other", l.TTL, l.MaxTTL)
+	case l.MinUsefulLife < 0:
+		o.find("leaf.min_useful_life", "leaf.min_useful_life %s is negative: leave it out for the default", l.MinUsefulLife)
+	case l.MinUsefulLife > l.TTL:
+		o.find("leaf.min_useful_life", "leaf.min_useful_life %s is longer than leaf.ttl %s, so that nothing could ever be issued: lower it", l.MinUsefulLife, l.TTL)
+	}
+	o.within("leaf.backdate", s.Leaf.Backdate, 0, MaxBackdate)
+	if s.Control.TTL < MinControlTTL {
+		o.find("control.ttl", "control.ttl %s is shorter than the least useful %s", s.Control.TTL, MinControlTTL)
+	}
+	o.within("log.checkpoint_interval", s.Log.CheckpointInterval, MinCheckpointInterval, MaxCheckpointInterval)
+	s.Logging.check(o)
+}
+
+func (s *Server) checkListen(o *origin) {
+	l := s.Listen
+	doors := []struct{ key, addr string }{
+		{"listen.enrol", l.Enrol}, {"listen.agents", l.Agents}, {"listen.http", l.HTTP},
+	}
+	for i, d := range doors {
+		if err := checkAddress(d.addr); err != nil {
+			o.find(d.key, "%s: %v", d.key, err)
+			continue
+		}
+		for _, e := range doors[:i] {
+			if collide(e.addr, d.addr) {
+				key := d.key
+				if !o.given(key) {
+					key = e.key
+				}
+				o.find(key, "%s %s and %s %s are the same address: each door needs a port of its own", e.key, e.addr, d.key, d.addr)
+			}
+		}
+	}
+	for _, a := range []struct{ key, addr, from string }{
+		{"listen.advertise_enrol", l.AdvertiseEnrol, "listen.enrol"},
+		{"listen.advertise_agents", l.AdvertiseAgents, "listen.agents"},
+	} {
+		if !o.given(a.key) {
+			if checkAddress(a.addr) == nil && everywhere(a.addr) {
+				o.find(a.from, "%s %s is every address of this machine, which nobody can dial: add %s with the host:port that agents reach", a.from, a.addr, a.key)
+			}
+			continue
+		}
+		if err := checkAddress(a.addr); err != nil {
+			o.find(a.key, "%s: %v", a.key, err)
+		} else if everywhere(a.addr) {
+			o.find(a.key, "%s %s names no host that could be dialled: give a name or an address", a.key, a.addr)
+		}
+	}
+}
+
+// CheckLoopback refuses a server that anybody outside this machine could reach, for development mode.
+func (s *Server) CheckLoopback() error {
+	for _, a := range []string{s.Listen.Enrol, s.Listen.Agents, s.Listen.HTTP} {
+		host, _, err := net.SplitHostPort(a)
+		if err != nil {
+			return fmt.Errorf("listen address %s: %w", a, err)
+		}
+		if ip, err := netip.ParseAddr(host); err != nil || !ip.Unmap().IsLoopback() {
+			return fmt.Errorf("development mode listens on loopback only, but %s is not: use 127.0.0.1 or [::1], or run without --dev", a)
+		}
+	}
+	return nil
+}
+
+func (a *Agent) check(o *origin) {
+	o.checkPassphrase("seal", a.Seal.PassphraseFile, a.Seal.PassphraseCredential)
+	o.checkSocket("socket", a.Socket)
+	if len(a.Sockets) > maxSockets {
+		o.find("sockets", "sockets lists %d sockets: at most %d are allowed", len(a.Sockets), maxSockets)
+		return
+	}
+	names, paths := map[string]bool{}, map[string]bool{a.Socket: true}
+	for i, s := range a.Sockets {
+		key := fmt.Sprintf("sockets[%d]", i)
+		switch {
+		case s.Name == "":
+			o.find(key+".name", "%s has no name: give the one that the registration's selector socket:<name> uses", key)
+		case names[s.Name]:
+			o.find(key+".name", "%s: the name %s is already another socket's: each needs its own", key, s.Name)
+		default:
+			o.findErr(key+".name", identity.ParseName("socket", s.Name))
+		}
+		switch {
+		case s.Path == "":
+			o.find(key+".path", "%s has no path: say where the socket is to be", key)
+		case paths[s.Path]:
+			o.find(key+".path", "%s: the path %s is already another socket's: each needs its own", key, s.Path)
+		default:
+			o.checkSocket(key+".path", s.Path)
+		}
+		names[s.Name], paths[s.Path] = true, true
+	}
+	o.oneOf("sds.validator", a.SDS.Validator, ValidatorSPIFFE, ValidatorTrustedCA)
+	if err := checkAddress(a.HTTP); err != nil {
+		o.find("http", "http: %v", err)
+	}
+	a.Logging.check(o)
+}
+
+func (l Logging) check(o *origin) {
+	o.oneOf("logging.level", l.Level, "debug", "info", "warn", "error")
+	o.oneOf("logging.format", l.Format, "auto", "json", "text")
+}
+
+func (o *origin) checkPassphrase(section, file, credential string) {
+	if file != "" && credential != "" {
+		o.find(section+".passphrase_credential", "%s names both a passphrase_file and a passphrase_credential: keep one of them", section)
+	}
+	if strings.ContainsAny(credential, "/\x00") || credential == "." || credential == ".." {
+		o.find(section+".passphrase_credential", "%s.passphrase_credential %.64q: give the bare name of a systemd credential", section, credential)
+	}
+}
+
+func (o *origin) checkSocket(key, path string) {
+	if len(path) > maxSocketPath {
+		o.find(key, "%s: the path of a Unix socket has at most %d bytes, but %.256q has %d: choose a shorter one", key, maxSocketPath, path, len(path))
+	}
+}
+
+func (o *origin) wholeSeconds(key string, d time.Duration) {
+	if d%time.Second != 0 {
+		o.find(key, "%s %s: X.509 counts in whole seconds", key, d)
+	}
+}
+
+func (o *origin) within(key string, d, low, high time.Duration) {
+	if d < low || d > high {
+		o.find(key, "%s %s: want %s to %s", key, d, short(low), short(high))
+	}
+}
+
+func (o *origin) oneOf(key, value string, allowed ...string) {
+	if slices.Contains(allowed, value) {
+		return
+	}
+	o.find(key, "%s %.64q is unknown: use %s%s", key, value, strings.Join(allowed, ", "), didYouMean(value, allowed))
+}
+
+// checkAddress wants host:port with a real port; the host may be empty, an address or a name.
+func checkAddress(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%.256q is not host:port, for example 127.0.0.1:7441", addr)
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return fmt.Errorf("%.256q: want a port from 1 to 65535", addr)
+	}
+	if strings.ContainsFunc(host, func(r rune) bool { return r <= ' ' || r == '/' || r == '@' || r > '~' }) || len(host) > 253 {
+		return fmt.Errorf("%.256q: the host is neither an address nor a name", addr)
+	}
+	return nil
+}
+
+// everywhere reports whether a valid address means every address of the machine.
+func everywhere(addr string) bool {
+	host, _, _ := net.SplitHostPort(addr)
+	ip, err := netip.ParseAddr(host)
+	return host == "" || err == nil && ip.Unmap().IsUnspecified()
+}
+
+// collide reports whether two valid addresses can't be listened on at the same time.
+func collide(a, b string) bool {
+	ha, pa, _ := net.SplitHostPort(a)
+	hb, pb, _ := net.SplitHostPort(b)
+	return pa == pb && (ha == hb || everywhere(a) || everywhere(b))
+}

@@ -1,0 +1,214 @@
+// Package config reads the one YAML file of a server or an agent.
+//
+// Reading is strict: what is unknown, given twice, of the wrong type or contradicts something else is a Finding with its
+// place in the file, and a file with findings is not used. Every value knows where it comes from (Settings).
+package config
+
+import (
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-ca/signet/keystore"
+)
+
+// Server is the configuration of `signet serve` and of the commands that work on its folder. Paths are absolute.
+type Server struct {
+	TrustDomain spiffeid.TrustDomain `yaml:"trust_domain"`
+	Cluster     string               `yaml:"cluster"`
+	// Instance tells apart the servers of a cluster; part of the log's origin. Default <cluster>-1.
+	Instance string   `yaml:"instance"`
+	StateDir string   `yaml:"state_dir" kind:"path"`
+	Keystore Keystore `yaml:"keystore"`
+	Listen   Listen   `yaml:"listen"`
+	// AdminSocket is a Unix socket. Default <state_dir>/admin.sock.
+	AdminSocket string  `yaml:"admin_socket" kind:"path"`
+	Leaf        Leaf    `yaml:"leaf"`
+	Control     Control `yaml:"control"`
+	Log         Log     `yaml:"log"`
+	Logging     Logging `yaml:"logging"`
+
+	origin origin
+}
+
+// Keystore says what seals a server's keys. Neither passphrase = ask on the terminal.
+type Keystore struct {
+	PassphraseFile string `yaml:"passphrase_file" kind:"path"`
+	// PassphraseCredential is the name of a systemd credential.
+	PassphraseCredential string `yaml:"passphrase_credential"`
+	// Algorithm of the CA keys that are made here.
+	Algorithm keystore.Algorithm `yaml:"algorithm"`
+}
+
+// Listen holds the TCP addresses of a server, host:port.
+type Listen struct {
+	Enrol  string `yaml:"enrol"`
+	Agents string `yaml:"agents"`
+	// HTTP serves /metrics, /livez and /readyz.
+	HTTP string `yaml:"http"`
+	// What agents are told to dial, if it is not where the server listens: join tokens carry AdvertiseEnrol.
+	AdvertiseEnrol  string `yaml:"advertise_enrol"`
+	AdvertiseAgents string `yaml:"advertise_agents"`
+}
+
+// Leaf is the life of workload certificates.
+type Leaf struct {
+	TTL    time.Duration `yaml:"ttl"`
+	MaxTTL time.Duration `yaml:"max_ttl"`
+	// MinUsefulLife is the shortest life that a certificate is issued with when its CA ends soon. 0 in a file = the default,
+	// a 96th of TTL, at least 5s.
+	MinUsefulLife time.Duration `yaml:"min_useful_life"`
+	// Backdate is how far NotBefore lies before the issue, for clocks that are behind.
+	Backdate time.Duration `yaml:"backdate"`
+}
+
+// Control is the life of the certificates of Signet's own parts.
+type Control struct {
+	TTL time.Duration `yaml:"ttl"`
+}
+
+// Log is about the audit log.
+type Log struct {
+	CheckpointInterval time.Duration `yaml:"checkpoint_interval"`
+}
+
+// Logging is about the operational log on stderr.
+type Logging struct {
+	// Level is debug, info, warn or error.
+	Level string `yaml:"level"`
+	// Format is text, json, or auto: text on a terminal, else json.
+	Format string `yaml:"format"`
+}
+
+// Agent is the configuration of `signet agent`. Paths are absolute.
+type Agent struct {
+	StateDir string `yaml:"state_dir" kind:"path"`
+	// JoinTokenFile is read only while the agent is not enrolled; "" = none.
+	JoinTokenFile string `yaml:"join_token_file" kind:"path"`
+	Seal          Seal   `yaml:"seal"`
+	// Socket is where workloads ask. Default <state_dir>/agent.sock.
+	Socket string `yaml:"socket" kind:"path"`
+	// Sockets are dedicated to one registration each, by the selector socket:<name>.
+	Sockets []Socket `yaml:"sockets"`
+	SDS     SDS      `yaml:"sds"`
+	// HTTP serves /metrics, /livez and /readyz; host:port.
+	HTTP    string  `yaml:"http"`
+	Logging Logging `yaml:"logging"`
+
+	origin origin
+}
+
+// Seal says what seals an agent's cache. Neither = a local secret, which is protection by file mode alone.
+type Seal struct {
+	PassphraseFile       string `yaml:"passphrase_file" kind:"path"`
+	PassphraseCredential string `yaml:"passphrase_credential"`
+}
+
+// Socket is a Unix socket dedicated to one registration.
+type Socket struct {
+	Name string `yaml:"name"`
+	Path string `yaml:"path" kind:"path"`
+}
+
+// SDS is what Envoys are given.
+type SDS struct {
+	// Validator is ValidatorSPIFFE or ValidatorTrustedCA.
+	Validator string `yaml:"validator"`
+}
+
+// How Envoy is told to check its peers.
+const (
+	ValidatorSPIFFE    = "spiffe"
+	ValidatorTrustedCA = "trusted_ca"
+)
+
+// LoadServer reads and checks a server's file. The error is Findings if the file could be read but can't be used.
+func LoadServer(path string) (*Server, error) {
+	s := &Server{}
+	var err error
+	s.origin, err = load(path, s, func(o *origin) { s.complete(o) })
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// NewServer is the configuration of a server that has no file: all defaults in the given folder.
+func NewServer(td spiffeid.TrustDomain, cluster, stateDir string) (*Server, error) {
+	dir, err := filepath.Abs(stateDir)
+	if err != nil {
+		return nil, fmt.Errorf("state folder %s: %w", stateDir, err)
+	}
+	s := &Server{TrustDomain: td, Cluster: cluster, StateDir: dir}
+	s.origin = origin{dir: dir}
+	s.complete(&s.origin)
+	return s, s.origin.result()
+}
+
+// LoadAgent reads and checks an agent's file. The error is Findings if the file could be read but can't be used.
+func LoadAgent(path string) (*Agent, error) {
+	a := &Agent{}
+	var err error
+	a.origin, err = load(path, a, func(o *origin) { a.complete(o) })
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Settings lists every value with its source, in the order of the documentation.
+func (s *Server) Settings() []Setting { return s.origin.settings(s) }
+
+// Settings lists every value with its source, in the order of the documentation.
+func (a *Agent) Settings() []Setting { return a.origin.settings(a) }
+
+// orElse sets what a file left out.
+func orElse[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// complete fills in the defaults and checks what the values say together.
+func (s *Server) complete(o *origin) {
+	orElse(&s.Instance, s.Cluster+"-1")
+	orElse(&s.StateDir, o.abs(DefaultServerStateDir))
+	orElse(&s.Keystore.Algorithm, DefaultAlgorithm)
+	orElse(&s.Listen.Enrol, DefaultEnrol)
+	orElse(&s.Listen.Agents, DefaultAgents)
+	orElse(&s.Listen.HTTP, DefaultServerHTTP)
+	orElse(&s.Listen.AdvertiseEnrol, s.Listen.Enrol)
+	orElse(&s.Listen.AdvertiseAgents, s.Listen.Agents)
+	orElse(&s.AdminSocket, filepath.Join(s.StateDir, serverSocketName))
+	orElse(&s.Control.TTL, DefaultControlTTL)
+	orElse(&s.Log.CheckpointInterval, DefaultCheckpointInterval)
+	// Zero is a life that nobody means, but a backdate that somebody may.
+	orElse(&s.Leaf.MaxTTL, DefaultMaxTTL)
+	if !o.given("leaf.ttl") {
+		// A lowered maximum lowers the default with it.
+		s.Leaf.TTL = min(DefaultLeafTTL, s.Leaf.MaxTTL)
+	}
+	if !o.given("leaf.backdate") {
+		s.Leaf.Backdate = DefaultBackdate
+	}
+	orElse(&s.Leaf.MinUsefulLife, defaultMinUsefulLife(s.Leaf.TTL))
+	s.Logging.complete()
+	s.check(o)
+}
+
+func (a *Agent) complete(o *origin) {
+	orElse(&a.StateDir, o.abs(DefaultAgentStateDir))
+	orElse(&a.Socket, filepath.Join(a.StateDir, agentSocketName))
+	orElse(&a.SDS.Validator, DefaultValidator)
+	orElse(&a.HTTP, DefaultAgentHTTP)
+	a.Logging.complete()
+	a.check(o)
+}
+
+func (l *Logging) complete() {
+	orElse(&l.Level, DefaultLevel)
+	orElse(&l.Format, DefaultFormat)
+}

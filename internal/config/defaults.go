@@ -1,0 +1,56 @@
+package config
+
+import (
+	"time"
+
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
+)
+
+// What holds where a file says nothing. Paths are relative to the configuration file's folder.
+const (
+	DefaultServerStateDir = "./state"
+	DefaultAgentStateDir  = "./agent"
+
+	DefaultEnrol      = "127.0.0.1:7441"
+	DefaultAgents     = "127.0.0.1:7442"
+	DefaultServerHTTP = "127.0.0.1:7440"
+	DefaultAgentHTTP  = "127.0.0.1:7450"
+
+	DefaultLeafTTL            = 24 * time.Hour
+	DefaultMaxTTL             = 24 * time.Hour
+	DefaultBackdate           = 5 * time.Minute
+	DefaultControlTTL         = 7 * 24 * time.Hour
+	DefaultCheckpointInterval = time.Second
+
+	DefaultAlgorithm = keystore.ECDSAP256
+	DefaultValidator = ValidatorSPIFFE
+	DefaultLevel     = "info"
+	DefaultFormat    = "auto"
+
+	// Names inside the state folder.
+	serverSocketName = "admin.sock"
+	agentSocketName  = "agent.sock"
+	keysName         = "keys"
+)
+
+// The bounds of what a file may say.
+const (
+	MinControlTTL         = time.Minute
+	MaxBackdate           = time.Hour
+	MinCheckpointInterval = 100 * time.Millisecond
+	MaxCheckpointInterval = time.Minute
+
+	// maxFile bounds a configuration file, in bytes.
+	maxFile = 1 << 20
+	// maxSocketPath is what fits into sockaddr_un with its final zero (unix(7)), in bytes.
+	maxSocketPath = 107
+	// maxSockets bounds the dedicated sockets of an agent.
+	maxSockets = 1024
+)
+
+// defaultMinUsefulLife is a 96th of a leaf's life (15 minutes of a day), so that a CA close to its end refuses only what
+// would be of no use; but not below what identity.MinTTL calls useful.
+func defaultMinUsefulLife(ttl time.Duration) time.Duration {
+	return max(ttl/96, identity.MinTTL).Truncate(time.Second)
+}
