@@ -1,0 +1,169 @@
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// childEnv names the folder of the log to a child process of this test binary.
+const childEnv = "SIGNET_AUDIT_TEST_CHILD"
+
+// child appends for ever, and prints an entry's number and index when it is acknowledged.
+func child(dir string) {
+	fail := func(err error) {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	seed, err := os.ReadFile(filepath.Join(filepath.Dir(dir), "seed"))
+	if err != nil {
+		fail(err)
+	}
+	from, err := strconv.Atoi(os.Getenv(childEnv + "_FROM"))
+	if err != nil {
+		fail(err)
+	}
+	l, err := Open(context.Background(), testConfig(dir, ed25519.NewKeyFromSeed(seed)))
+	if err != nil {
+		fail(err)
+	}
+	for n := from; ; {
+		batch := 1 + rand.IntN(120)
+		receipts, err := l.Append(context.Background(), events(n, batch))
+		if err != nil {
+			fail(err)
+		}
+		var out bytes.Buffer
+		for i, r := range receipts {
+			fmt.Fprintf(&out, "%d %d\n", n+i, r.Index)
+		}
+		if _, err := os.Stdout.Write(out.Bytes()); err != nil {
+			fail(err)
+		}
+		n += batch
+	}
+}
+
+func TestWhatWasAcknowledgedSurvivesSIGKILL(t *testing.T) {
+	key := testKey(t)
+	dir := filepath.Join(t.TempDir(), "log")
+	if err := os.WriteFile(filepath.Join(filepath.Dir(dir), "seed"), key.Seed(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	acknowledged := map[uint64]int{}
+	last := Checkpoint{}
+	from := 0
+	for round := range 20 {
+		cmd := exec.CommandContext(t.Context(), os.Args[0])
+		cmd.Env = append(os.Environ(), childEnv+"="+dir, childEnv+"_FROM="+strconv.Itoa(from))
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// At any moment: while it opens, between flushes, in the middle of one.
+		timer := time.AfterFunc(time.Duration(20+rand.IntN(350))*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		lines := bufio.NewScanner(out)
+		for lines.Scan() {
+			var n int
+			var index uint64
+			if _, err := fmt.Sscanf(lines.Text(), "%d %d", &n, &index); err != nil {
+				continue // The last line may be torn.
+			}
+			if was, ok := acknowledged[index]; ok {
+				t.Fatalf("round %d: the index %d of entry %d was given to entry %d", round, index, was, n)
+			}
+			acknowledged[index] = n
+			from = max(from, n+1)
+		}
+		timer.Stop()
+		if err := cmd.Wait(); err == nil || stderr.Len() > 0 {
+			t.Fatalf("round %d: the child ended by itself: %v\n%s", round, err, &stderr)
+		}
+		from += 1000 // What was in flight has numbers of its own.
+
+		// A reader finds the folder right as it lies there, and never behind what it showed before.
+		r, err := OpenReader(dir, "")
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // It was killed while it began the log.
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		cp, err := r.Checkpoint(t.Context())
+		if err == nil {
+			err = r.VerifyAt(t.Context(), cp, nil)
+		}
+		if err != nil || cp.Size < last.Size {
+			t.Fatalf("round %d: size %d after %d: %v", round, cp.Size, last.Size, err)
+		}
+		last = cp
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(acknowledged) == 0 {
+		t.Fatal("no child lived long enough to append anything")
+	}
+
+	l := open(t, testConfig(dir, key))
+	size := add(t, l, event(from))[0].Index + 1
+	awaitSize(t, l, size)
+	r := reader(t, dir, l.VerifierKey())
+	if err := r.Verify(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for index, n := range acknowledged {
+		want, err := marshal(event(n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if raw, _, err := r.Entry(t.Context(), index); err != nil || !bytes.Equal(raw, want) {
+			t.Fatalf("acknowledged entry %d is not at its index %d: %v", n, index, err)
+		}
+	}
+	t.Logf("%d acknowledged entries of %d in the log survived 20 kills", len(acknowledged), size)
+}
+
+func TestALogBegunAndKilledAtOnceBegins(t *testing.T) {
+	// Every prefix of what a first Open leaves behind.
+	dir := filepath.Join(t.TempDir(), "log")
+	c := testConfig(dir, testKey(t))
+	l, err := Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closeLog(t, l)
+	for _, without := range []string{"checkpoint", "checkpoint .state/treeState", "checkpoint .state", "checkpoint .state verifier.key"} {
+		c.Dir = duplicate(t, dir)
+		for _, name := range strings.Fields(without) {
+			if err := os.RemoveAll(filepath.Join(c.Dir, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l, err := Open(t.Context(), c)
+		if err != nil {
+			t.Fatalf("without %s: %v", without, err)
+		}
+		if got := add(t, l, event(0))[0].Index; got != 0 {
+			t.Errorf("without %s: index %d", without, got)
+		}
+		closeLog(t, l)
+	}
+}

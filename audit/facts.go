@@ -1,0 +1,142 @@
+package audit
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/big"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/cryptobyte"
+	"golang.org/x/crypto/cryptobyte/asn1"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+)
+
+// Facts is what people ask an entry for.
+type Facts struct {
+	// Kind is the event's name: "certificate-issued"; "unknown" for one of a newer version.
+	Kind string
+	Time time.Time
+	// Serial, SPIFFEID and the times are those of the certificate in the entry, if there is one. The serial is lower-case
+	// hex of whole bytes, without leading zero bytes.
+	Serial, SPIFFEID    string
+	NotBefore, NotAfter time.Time
+	// Agent is the agent the event is about, or on whose word it happened.
+	Agent string
+	// Certificate is what of the entry's certificate was logged: its signature is not. Nil where there is none.
+	Certificate *x509.Certificate
+	Evidence    *auditv1.Evidence
+}
+
+var entryEvents = (&auditv1.Entry{}).ProtoReflect().Descriptor().Oneofs().ByName("event")
+
+const unknownKind = "unknown"
+
+// Kinds are the kinds of entries, as Facts and Query name them.
+func Kinds() []string {
+	var kinds []string
+	for i := range entryEvents.Fields().Len() {
+		kinds = append(kinds, kindOf(entryEvents.Fields().Get(i)))
+	}
+	return kinds
+}
+
+func kindOf(f protoreflect.FieldDescriptor) string {
+	return strings.ReplaceAll(string(f.Name()), "_", "-")
+}
+
+// FactsOf reads an entry. A certificate in it that does not parse is an error; the other facts are there all the same.
+func FactsOf(e *auditv1.Entry) (Facts, error) {
+	f := Facts{Kind: unknownKind, Time: time.Unix(0, e.GetTime()).UTC()}
+	field := e.ProtoReflect().WhichOneof(entryEvents)
+	if field == nil {
+		return f, nil
+	}
+	f.Kind = kindOf(field)
+	// By what the events have in common, so that the next one needs no line here.
+	event := e.ProtoReflect().Get(field).Message().Interface()
+	if ev, ok := event.(interface{ GetEvidence() *auditv1.Evidence }); ok {
+		f.Evidence = ev.GetEvidence()
+		f.Agent = f.Evidence.GetAgent()
+	}
+	if ev, ok := event.(interface{ GetAgent() string }); ok {
+		f.Agent = ev.GetAgent()
+	}
+	var err error
+	switch ev := event.(type) {
+	case interface{ GetTbs() []byte }:
+		f.Certificate, err = parseTBS(ev.GetTbs())
+	case interface{ GetChain() [][]byte }:
+		if chain := ev.GetChain(); len(chain) > 0 {
+			f.Certificate, err = x509.ParseCertificate(chain[0])
+		}
+	}
+	if err != nil {
+		return f, fmt.Errorf("the certificate in the entry: %w", err)
+	}
+	if c := f.Certificate; c != nil {
+		f.Serial = serialText(c.SerialNumber)
+		f.NotBefore, f.NotAfter = c.NotBefore.UTC(), c.NotAfter.UTC()
+		if len(c.URIs) == 1 {
+			f.SPIFFEID = c.URIs[0].String()
+		}
+	}
+	return f, nil
+}
+
+// Covers reports whether the entry is the record of this certificate: its to-be-signed part, byte for byte.
+func Covers(e *auditv1.Entry, cert *x509.Certificate) bool {
+	switch {
+	case e.GetCertificateIssued() != nil:
+		return bytes.Equal(e.GetCertificateIssued().GetTbs(), cert.RawTBSCertificate)
+	case e.GetAuthorityCreated() != nil:
+		return bytes.Equal(e.GetAuthorityCreated().GetTbs(), cert.RawTBSCertificate)
+	case e.GetAuthorityInstalled() != nil:
+		chain := e.GetAuthorityInstalled().GetChain()
+		return len(chain) > 0 && bytes.Equal(chain[0], cert.Raw)
+	}
+	return false
+}
+
+// parseTBS parses a to-be-signed certificate by putting it into a certificate without a signature (RFC 5280 §4.1).
+func parseTBS(tbs []byte) (*x509.Certificate, error) {
+	var fields, algorithm cryptobyte.String
+	s := cryptobyte.String(tbs)
+	version := asn1.Tag(0).Constructed().ContextSpecific()
+	if !s.ReadASN1(&fields, asn1.SEQUENCE) || !fields.SkipOptionalASN1(version) || !fields.SkipASN1(asn1.INTEGER) ||
+		!fields.ReadASN1Element(&algorithm, asn1.SEQUENCE) || !s.Empty() {
+		return nil, errors.New("it is not a to-be-signed certificate")
+	}
+	var b cryptobyte.Builder
+	b.AddASN1(asn1.SEQUENCE, func(b *cryptobyte.Builder) {
+		b.AddBytes(tbs)
+		b.AddBytes(algorithm)
+		b.AddASN1BitString(nil)
+	})
+	der, err := b.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(der)
+}
+
+func serialText(n *big.Int) string { return hex.EncodeToString(n.Bytes()) }
+
+// ParseSerial reads a serial number as people write it, in hex with or without colons, in any case, and gives it as Facts has it.
+func ParseSerial(s string) (string, error) {
+	digits := strings.ToLower(strings.ReplaceAll(strings.TrimSpace(s), ":", ""))
+	digits = strings.TrimPrefix(digits, "0x")
+	if len(digits)%2 == 1 {
+		digits = "0" + digits
+	}
+	raw, err := hex.DecodeString(digits)
+	if err != nil || len(raw) == 0 || len(raw) > 64 {
+		return "", fmt.Errorf("serial number %.140q: want hex digits, with or without colons", s)
+	}
+	return serialText(new(big.Int).SetBytes(raw)), nil
+}

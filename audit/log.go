@@ -1,0 +1,601 @@
+package audit
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/transparency-dev/merkle/rfc6962"
+	"github.com/transparency-dev/tessera"
+	"github.com/transparency-dev/tessera/api/layout"
+	"github.com/transparency-dev/tessera/client"
+	"github.com/transparency-dev/tessera/storage/posix"
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/internal/durable"
+)
+
+// How the log is run. The figures are measured: BenchmarkAppend.
+const (
+	// A batch is written when it has this many entries or its first is this old: what one call may wait at most for others.
+	batchEntries = 1024
+	batchAge     = 10 * time.Millisecond
+	// Tessera removes what 101 full bundles have superseded per run: one run a second keeps up with 25,000 entries/s.
+	collectInterval = time.Second
+	// republishInterval renews the checkpoint of a log that does not grow, which shows that it is alive.
+	republishInterval = 10 * time.Minute
+	// appendTimeout bounds one Append. A disk that needs longer is broken.
+	appendTimeout = 10 * time.Second
+	// shutdownTimeout bounds the wait for the last checkpoint.
+	shutdownTimeout = 10 * time.Second
+	// What may wait for the disk at once, so that a slow disk costs callers an error and not the process its memory.
+	maxPending      = 8192
+	maxPendingBytes = 64 << 20
+
+	defaultCheckpointInterval = time.Second
+	leastCheckpointInterval   = 100 * time.Millisecond
+)
+
+// The names of Tessera's own files below the folder.
+const (
+	stateFolder   = ".state"
+	treeStateFile = stateFolder + "/treeState"
+	treeLockFile  = stateFolder + "/treeState.lock"
+)
+
+// Config describes the log of one server instance.
+type Config struct {
+	// Dir is the log's folder; it is made, 0700, where it does not exist.
+	Dir string
+	// Origin is "<trust domain>/<cluster>/<instance>", without spaces and '+'. It is the log's name for ever.
+	Origin string
+	// Signer is the Ed25519 key for checkpoints; not a CA's.
+	Signer crypto.Signer
+	// CheckpointInterval is the time between checkpoints of a growing log; 0 = 1 s, least 100 ms.
+	CheckpointInterval time.Duration
+	// Metrics takes the signet_log_* series until Close; nil = none.
+	Metrics prometheus.Registerer
+	// Logger takes what no caller can be told; nil = nobody.
+	Logger *slog.Logger
+}
+
+// Log is a log opened for appending.
+type Log struct {
+	dir     string
+	vkey    string
+	folder  folder
+	logger  *slog.Logger
+	metrics *metrics
+	guard   *guard
+
+	appender *tessera.Appender
+	shutdown func(context.Context) error
+	cancel   context.CancelFunc
+	lock     *durable.DirLock
+	// signing wakes the follower: a checkpoint of a size is about to be published.
+	signing  chan struct{}
+	followed chan struct{}
+
+	// covered is the size of the last checkpoint signed; next is beyond every index given out.
+	covered, next atomic.Uint64
+	// damaged is set once the log was found to contradict itself: nothing is appended to it any more.
+	damaged atomic.Pointer[error]
+
+	mu           sync.Mutex // what callers and Close share
+	closing      bool
+	pending      int
+	pendingBytes int
+	idle         chan struct{} // closed when closing and nothing is pending
+	failing      bool          // the last append failed; for logging only what changes
+
+	cpMu    sync.Mutex // the newest checkpoint, and who waits for it
+	current Checkpoint
+	changed chan struct{}
+	proofs  map[[2]uint64][][]byte // between sizes; renewed with the checkpoint
+	unsaid  bool                   // the last checkpoint could not be made; for logging only what changes
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// Open opens the log in a folder, or begins one. What was acknowledged before a crash is there. It refuses a folder that
+// another process holds, that belongs to another log, or whose files contradict the last checkpoint (ErrDamaged).
+// The log outlives ctx; Close ends it.
+func Open(ctx context.Context, c Config) (_ *Log, err error) {
+	vkey, verifier, err := noteKey(c.Origin, c.Signer)
+	if err != nil {
+		return nil, err
+	}
+	interval := c.CheckpointInterval
+	if interval == 0 {
+		interval = defaultCheckpointInterval
+	}
+	if interval < leastCheckpointInterval {
+		return nil, fmt.Errorf("open the audit log: a checkpoint every %v is too often, the least is %v", interval, leastCheckpointInterval)
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Dir == "" {
+		return nil, errors.New("open the audit log: no folder is named")
+	}
+
+	if err := durable.Dir(c.Dir); err != nil {
+		return nil, fmt.Errorf("open the audit log: %w", err)
+	}
+	lock, err := durable.Lock(c.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the audit log: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, lock.Close())
+		}
+	}()
+
+	// The log lives as long as it is not closed, whatever becomes of the caller's context.
+	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer func() {
+		if err != nil {
+			cancel()
+		}
+	}()
+	l := &Log{
+		dir: c.Dir, vkey: vkey, folder: folder{os.DirFS(c.Dir)}, logger: c.Logger, lock: lock, cancel: cancel,
+		signing: make(chan struct{}, 1), followed: make(chan struct{}),
+		idle: make(chan struct{}), changed: make(chan struct{}),
+	}
+	if err := l.identify(); err != nil {
+		return nil, err
+	}
+	last, exists, err := l.lastCheckpoint(c.Origin, verifier)
+	if err != nil {
+		return nil, err
+	}
+	if l.guard, err = newGuard(running, l.folder, verifier, c.Signer, last); err != nil {
+		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
+	}
+	l.guard.signed, l.guard.refused = l.willPublish, l.willNotPublish
+	l.covered.Store(last.Size)
+
+	if l.metrics, err = newMetrics(c.Dir, c.Metrics); err != nil {
+		return nil, fmt.Errorf("open the audit log: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			l.metrics.unregister()
+		}
+	}()
+
+	driver, err := posix.New(running, posix.Config{Path: c.Dir})
+	if err != nil {
+		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
+	}
+	appender, shutdown, reader, err := tessera.NewAppender(running, driver, tessera.NewAppendOptions().
+		WithCheckpointSigner(l.guard).
+		WithBatching(batchEntries, batchAge).
+		WithCheckpointInterval(interval).
+		WithCheckpointRepublishInterval(max(republishInterval, interval)).
+		WithGarbageCollectionInterval(collectInterval).
+		WithShutdownTimeout(shutdownTimeout))
+	if err != nil {
+		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
+	}
+	l.appender, l.shutdown = appender, shutdown
+
+	// What was durable but not yet under a checkpoint when the process ended is found by Tessera's own state.
+	size, err := reader.IntegratedSize(running)
+	if err != nil {
+		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
+	}
+	switch {
+	case size < last.Size:
+		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries, its checkpoint has %d; restore the folder from its newest backup", c.Dir, ErrDamaged, size, last.Size)
+	case !exists && size > 0:
+		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries and no checkpoint; restore the file %s from its newest backup", c.Dir, ErrDamaged, size, layout.CheckpointPath)
+	}
+	l.next.Store(size)
+	l.metrics.size.Set(float64(size))
+
+	go l.follow(running, verifier)
+	l.wakeFollower()
+	if err := l.firstCheckpoint(ctx); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// identify writes the verifier key beside the log, or refuses a folder that has another.
+func (l *Log) identify() error {
+	path := filepath.Join(l.dir, verifierKeyFile)
+	was, err := l.folder.read(verifierKeyFile, maxVerifierKey)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if _, err := fs.Stat(l.folder.files, treeStateFile); err == nil {
+			return fmt.Errorf("open the audit log in %s: %w: its %s is missing; restore it from its newest backup", l.dir, ErrDamaged, verifierKeyFile)
+		}
+		if err := durable.CreateFile(path, []byte(l.vkey+"\n"), 0o644); err != nil {
+			return fmt.Errorf("open the audit log: %w", err)
+		}
+		return nil
+	case err != nil:
+		return fmt.Errorf("open the audit log in %s: %w", l.dir, err)
+	case string(bytes.TrimSpace(was)) != l.vkey:
+		return fmt.Errorf("open the audit log in %s: the folder holds the log %.300q, not %q: each server has a log, and a key for it, of its own", l.dir, bytes.TrimSpace(was), l.vkey)
+	}
+	return nil
+}
+
+// lastCheckpoint is what was published last, if anything was. Tessera would begin anew over a folder whose state file is
+// gone, and sign whatever its state file says where the checkpoint is gone; neither is left to it.
+func (l *Log) lastCheckpoint(origin string, v note.Verifier) (Checkpoint, bool, error) {
+	cp, err := l.folder.checkpoint(v)
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, err := fs.Stat(l.folder.files, "tile"); err == nil {
+			return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w: it has tiles and no checkpoint; restore the file %s from its newest backup", l.dir, ErrDamaged, layout.CheckpointPath)
+		}
+		return Checkpoint{Origin: origin, RootHash: rfc6962.DefaultHasher.EmptyRoot()}, false, nil
+	}
+	if err != nil {
+		return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w", l.dir, err)
+	}
+	if _, err := fs.Stat(l.folder.files, treeStateFile); err != nil {
+		return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w: it has a checkpoint and no state: %w; a copy can be read, not appended to", l.dir, ErrDamaged, err)
+	}
+	path := filepath.Join(l.dir, layout.CheckpointPath)
+	if info, err := os.Stat(path); err == nil && time.Until(info.ModTime()) > 0 {
+		// Tessera publishes when the file is older than the interval, which one from the future (a clock set back, a
+		// copied folder) would not be for a long time.
+		if err := os.Chtimes(path, time.Time{}, time.Now()); err != nil {
+			return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w", l.dir, err)
+		}
+	}
+	return cp, true, nil
+}
+
+// firstCheckpoint waits until there is one; only a log that was killed while it was begun has none at once.
+func (l *Log) firstCheckpoint(ctx context.Context) error {
+	for {
+		l.cpMu.Lock()
+		have, changed := l.current.Note != nil, l.changed
+		l.cpMu.Unlock()
+		if have {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("open the audit log in %s: wait for its first checkpoint: %w", l.dir, ctx.Err())
+		}
+	}
+}
+
+// Append appends the entries, in order, and returns their places in the same order. When it returns without an error they
+// are durable and integrated; a checkpoint covers them within about the checkpoint interval. An error means that nothing
+// may be released on their word: they may be in the log or not, in part or all.
+//
+// It waits for the disk at most until ctx ends, or 10 s. ErrOverloaded, ErrDamaged and ErrClosed can be told apart.
+func (l *Log) Append(ctx context.Context, entries []*auditv1.Entry) ([]Receipt, error) {
+	if len(entries) == 0 {
+		return nil, nil
+	}
+	start := time.Now()
+	receipts, err := l.append(ctx, entries)
+	l.metrics.duration.Observe(time.Since(start).Seconds())
+	if err != nil {
+		l.metrics.errors.Inc()
+		return nil, fmt.Errorf("append %d entries to the audit log: %w", len(entries), err)
+	}
+	return receipts, nil
+}
+
+func (l *Log) append(ctx context.Context, entries []*auditv1.Entry) ([]Receipt, error) {
+	leaves := make([]*tessera.Entry, len(entries))
+	total := 0
+	for i, e := range entries {
+		raw, err := marshal(e)
+		if err != nil {
+			return nil, fmt.Errorf("entry %d: %w", i, err)
+		}
+		leaves[i] = tessera.NewEntry(raw)
+		total += len(raw)
+	}
+	if err := l.Usable(); err != nil {
+		l.report(err)
+		return nil, err
+	}
+	if err := l.enter(len(entries), total); err != nil {
+		return nil, err
+	}
+
+	ctx, cancel := context.WithTimeout(ctx, appendTimeout)
+	defer cancel()
+	type result struct {
+		receipts []Receipt
+		err      error
+	}
+	done := make(chan result, 1)
+	// Tessera's Add and its futures know no context, so they wait apart. What they hold is given back when they end, not
+	// when the caller loses patience: that is what bounds what a stuck disk can pile up.
+	go func() {
+		defer l.leave(len(entries), total)
+		receipts, err := l.sequence(leaves)
+		l.report(err)
+		done <- result{receipts, err}
+	}()
+	select {
+	case r := <-done:
+		return r.receipts, r.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("the entries are not durable after %v: %w", appendTimeout, context.Cause(ctx))
+	}
+}
+
+// marshal makes the bytes that are stored and hashed, once.
+func marshal(e *auditv1.Entry) ([]byte, error) {
+	if e.GetEvent() == nil || e.GetTime() <= 0 {
+		return nil, errors.New("it has no event or no time")
+	}
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(e)
+	if err != nil {
+		return nil, err
+	}
+	if len(raw) > maxEntry {
+		return nil, fmt.Errorf("it has %d bytes, an entry has at most %d", len(raw), maxEntry)
+	}
+	return raw, nil
+}
+
+// Usable reports why the log takes no entries just now; nil when it does. It is cheap: readiness asks it.
+func (l *Log) Usable() error {
+	if err := l.damaged.Load(); err != nil {
+		return fmt.Errorf("%w; nothing more is appended to it: run `signet log verify --dir %s`", *err, l.dir)
+	}
+	// Tessera panics when it cannot open its lock file, so a folder that is gone or read-only must be seen before it is
+	// asked. (Not by opening the file: closing it would drop Tessera's lock, fcntl(2) F_SETLK.)
+	path := filepath.Join(l.dir, treeLockFile)
+	if err := unix.Access(path, unix.W_OK); err != nil {
+		return fmt.Errorf("the log cannot be written: %w", &fs.PathError{Op: "access", Path: path, Err: err})
+	}
+	return nil
+}
+
+// sequence hands the leaves to Tessera and waits for their places.
+func (l *Log) sequence(leaves []*tessera.Entry) ([]Receipt, error) {
+	covered := l.covered.Load() // What is added from here on comes after it.
+	futures := make([]tessera.IndexFuture, len(leaves))
+	for i, leaf := range leaves {
+		futures[i] = l.appender.Add(context.Background(), leaf)
+	}
+	receipts := make([]Receipt, len(leaves))
+	var failed error
+	for i, future := range futures {
+		at, err := future()
+		if err != nil {
+			failed = cmp.Or(failed, fmt.Errorf("the log cannot be written: %w", err))
+			continue
+		}
+		if at.Index < covered {
+			// Somebody has set the tree back under our feet; what is there now was overwritten.
+			err := fmt.Errorf("%w: an entry got the index %d, below the last checkpoint's size %d", ErrDamaged, at.Index, covered)
+			l.condemn(err)
+			failed = err
+			continue
+		}
+		receipts[i] = Receipt{Index: at.Index}
+		for n := l.next.Load(); n <= at.Index; n = l.next.Load() {
+			if l.next.CompareAndSwap(n, at.Index+1) {
+				l.metrics.size.Set(float64(at.Index + 1))
+			}
+		}
+	}
+	if failed != nil {
+		return nil, failed
+	}
+	return receipts, nil
+}
+
+func (l *Log) enter(n, size int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closing {
+		return ErrClosed
+	}
+	if l.pending+n > maxPending || l.pendingBytes+size > maxPendingBytes {
+		return fmt.Errorf("%w: %d entries wait for the disk", ErrOverloaded, l.pending)
+	}
+	l.pending += n
+	l.pendingBytes += size
+	l.metrics.pending.Set(float64(l.pending))
+	return nil
+}
+
+func (l *Log) leave(n, size int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pending -= n
+	l.pendingBytes -= size
+	l.metrics.pending.Set(float64(l.pending))
+	if l.closing && l.pending == 0 {
+		close(l.idle)
+	}
+}
+
+// report logs when appending begins to fail and when it works again.
+func (l *Log) report(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err != nil && !l.failing:
+		l.logger.Error("the audit log cannot be written: nothing is issued until it can", "dir", l.dir, "err", err)
+	case err == nil && l.failing:
+		l.logger.Info("the audit log can be written again", "dir", l.dir)
+	}
+	l.failing = err != nil
+}
+
+// condemn ends appending for good: the log contradicts what was signed.
+func (l *Log) condemn(err error) {
+	l.metrics.inconsistencies.Inc()
+	if l.damaged.CompareAndSwap(nil, &err) {
+		l.logger.Error("the audit log is damaged: nothing more is appended or signed", "dir", l.dir, "err", err)
+	}
+}
+
+func (l *Log) willPublish(size uint64) {
+	l.covered.Store(size)
+	l.metrics.selfCheckTime.SetToCurrentTime()
+	l.wakeFollower()
+}
+
+func (l *Log) willNotPublish(err error) {
+	if errors.Is(err, ErrDamaged) {
+		l.condemn(err)
+		return
+	}
+	l.cpMu.Lock()
+	defer l.cpMu.Unlock()
+	if !l.unsaid {
+		l.unsaid = true
+		l.logger.Error("the audit log's checkpoint cannot be made", "dir", l.dir, "err", err)
+	}
+}
+
+func (l *Log) wakeFollower() {
+	select {
+	case l.signing <- struct{}{}:
+	default:
+	}
+}
+
+// follow takes notice of every checkpoint that is published. Tessera tells when one is signed, not when it is in place,
+// which is a rename later.
+func (l *Log) follow(ctx context.Context, v note.Verifier) {
+	defer close(l.followed)
+	var retry <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-l.signing:
+		case <-retry:
+		}
+		retry = nil
+		cp, err := l.folder.checkpoint(v)
+		if err == nil && cp.Size >= l.covered.Load() {
+			l.published(cp)
+			continue
+		}
+		retry = time.After(5 * time.Millisecond)
+	}
+}
+
+func (l *Log) published(cp Checkpoint) {
+	l.cpMu.Lock()
+	defer l.cpMu.Unlock()
+	if bytes.Equal(cp.Note, l.current.Note) {
+		return
+	}
+	if l.unsaid {
+		l.unsaid = false
+		l.logger.Info("the audit log's checkpoints are made again", "dir", l.dir)
+	}
+	l.current = cp
+	l.proofs = map[[2]uint64][][]byte{}
+	close(l.changed)
+	l.changed = make(chan struct{})
+	l.metrics.checkpointTime.SetToCurrentTime()
+}
+
+// VerifierKey is what checkpoints are verified with (https://c2sp.org/signed-note, "Verifier keys").
+func (l *Log) VerifierKey() string { return l.vkey }
+
+// Checkpoint is the newest published checkpoint, a signed note. It costs no disk access.
+func (l *Log) Checkpoint(context.Context) ([]byte, error) {
+	l.cpMu.Lock()
+	defer l.cpMu.Unlock()
+	return l.current.Note, nil
+}
+
+// Changed is closed when there is a newer checkpoint than there was at the call.
+func (l *Log) Changed() <-chan struct{} {
+	l.cpMu.Lock()
+	defer l.cpMu.Unlock()
+	return l.changed
+}
+
+// Consistency proves that the log of size to continues the log of size from (RFC 6962 §2.1.2). Both are at most the size
+// of the newest checkpoint.
+func (l *Log) Consistency(ctx context.Context, from, to uint64) ([][]byte, error) {
+	l.cpMu.Lock()
+	cp, hashes := l.current, l.proofs[[2]uint64{from, to}]
+	l.cpMu.Unlock()
+	if from > to || to > cp.Size {
+		return nil, fmt.Errorf("prove the audit log's consistency from %d to %d: its checkpoint has %d entries", from, to, cp.Size)
+	}
+	if hashes != nil || from == 0 || from == to {
+		return hashes, nil
+	}
+	pb, err := client.NewProofBuilder(ctx, cp.Size, l.folder.ReadTile)
+	if err == nil {
+		hashes, err = pb.ConsistencyProof(ctx, from, to)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("prove the audit log's consistency from %d to %d: %w", from, to, err)
+	}
+	l.cpMu.Lock()
+	defer l.cpMu.Unlock()
+	// All agents that follow the log ask for the same few proofs.
+	if len(l.proofs) < maxProofs && bytes.Equal(cp.Note, l.current.Note) {
+		l.proofs[[2]uint64{from, to}] = hashes
+	}
+	return hashes, nil
+}
+
+const maxProofs = 1024
+
+// Close waits for what is in flight and for the checkpoint that covers it, and gives the folder back. After an error
+// (ctx ended, the disk is stuck) the process should end: the folder is then free, and nothing acknowledged is lost.
+func (l *Log) Close(ctx context.Context) error {
+	l.closeOnce.Do(func() { l.closeErr = l.close(ctx) })
+	return l.closeErr
+}
+
+func (l *Log) close(ctx context.Context) error {
+	l.mu.Lock()
+	l.closing = true
+	if l.pending == 0 {
+		close(l.idle)
+	}
+	l.mu.Unlock()
+	select {
+	case <-l.idle:
+	case <-ctx.Done():
+		// Cancelling now would leave Tessera's futures without an answer for ever.
+		return fmt.Errorf("close the audit log in %s: entries still wait for the disk: %w", l.dir, ctx.Err())
+	}
+	var err error
+	if l.damaged.Load() == nil { // Else no checkpoint will come.
+		if err = l.shutdown(ctx); err != nil {
+			err = fmt.Errorf("close the audit log in %s: wait for its last checkpoint: %w", l.dir, err)
+		}
+	}
+	l.cancel()
+	<-l.followed
+	l.metrics.unregister()
+	return errors.Join(err, l.lock.Close())
+}
