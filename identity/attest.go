@@ -25,16 +25,19 @@ func (n AttestedNode) TokenID() string { return n.tokenID }
 
 // WorkloadAttestor turns a connection into the selectors of the process behind it.
 type WorkloadAttestor interface {
+	// AttestWorkload does not close conn. The error is for the log; it may name local paths and IDs.
 	AttestWorkload(ctx context.Context, conn net.Conn) (Workload, error)
 }
 
 // Workload is a process that was attested once, when it connected.
 type Workload struct {
 	Selectors []Selector
-	// Instance names the process in the log and in messages: "pid 4711 (uid 1000)".
+	// Instance names the process in the log and in messages: "pid 4711 uid 1000".
 	Instance string
+	// Notes say which selectors the process was not given and why, a sentence each, for whoever wonders why no registration fits.
+	Notes []string
 	// Alive reports whether the process that connected is still there; a recycled PID is not.
 	Alive func() bool
-	// Close releases what holds the process (a pidfd).
+	// Close releases what holds the process (a pidfd); Alive is false from then on.
 	Close func()
 }

@@ -29,11 +29,11 @@ func ParseTrustDomain(s string) (spiffeid.TrustDomain, error) {
 		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain of %d bytes: at most %d are allowed (SPIFFE-ID §2.3)", len(s), MaxTrustDomainLength)
 	}
 	if strings.Contains(s, "/") {
-		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain %q: give the bare name, without scheme or path", s)
+		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain %q: give the bare name, without scheme or path", clip(s))
 	}
 	td, err := spiffeid.TrustDomainFromString(s)
 	if err != nil {
-		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain %q: %w", s, err)
+		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain %q: %w", clip(s), err)
 	}
 	return td, nil
 }
@@ -45,13 +45,13 @@ func ParseID(s string) (spiffeid.ID, error) {
 	}
 	id, err := spiffeid.FromString(s)
 	if err != nil {
-		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: %w", s, err)
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: %w", clip(s), err)
 	}
 	if len(id.TrustDomain().Name()) > MaxTrustDomainLength {
-		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: trust domain longer than %d bytes (SPIFFE-ID §2.3)", s, MaxTrustDomainLength)
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q: trust domain longer than %d bytes (SPIFFE-ID §2.3)", clip(s), MaxTrustDomainLength)
 	}
 	if id.Path() == "" {
-		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q has no path: a workload's identity needs one (X509-SVID §3.1)", s)
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %q has no path: a workload's identity needs one (X509-SVID §3.1)", clip(s))
 	}
 	return id, nil
 }
@@ -82,10 +82,16 @@ type Control struct {
 
 // ID returns the control identity's SPIFFE ID.
 func (c Control) ID() (spiffeid.ID, error) {
-	for what, s := range map[string]string{"cluster": c.Cluster, string(c.Role): c.Name} {
-		if err := ParseName(what, s); err != nil {
-			return spiffeid.ID{}, err
-		}
+	switch c.Role {
+	case RoleServer, RoleAgent, RoleAdmin:
+	default:
+		return spiffeid.ID{}, fmt.Errorf("%q is no role of a part of Signet", clip(string(c.Role)))
+	}
+	if err := ParseName("cluster", c.Cluster); err != nil {
+		return spiffeid.ID{}, err
+	}
+	if err := ParseName(string(c.Role), c.Name); err != nil {
+		return spiffeid.ID{}, err
 	}
 	return spiffeid.FromSegments(c.TrustDomain, reservedSegment, "cluster", c.Cluster, string(c.Role), c.Name)
 }
@@ -94,18 +100,17 @@ func (c Control) ID() (spiffeid.ID, error) {
 func ParseControl(id spiffeid.ID) (Control, error) {
 	seg := strings.Split(strings.TrimPrefix(id.Path(), "/"), "/")
 	if len(seg) != 5 || seg[0] != reservedSegment || seg[1] != "cluster" {
-		return Control{}, fmt.Errorf("%s is not the name of a part of Signet", id)
+		return Control{}, notOurs(id)
 	}
 	c := Control{TrustDomain: id.TrustDomain(), Cluster: seg[2], Role: Role(seg[3]), Name: seg[4]}
-	switch c.Role {
-	case RoleServer, RoleAgent, RoleAdmin:
-	default:
-		return Control{}, fmt.Errorf("%s names no known role", id)
-	}
 	if again, err := c.ID(); err != nil || again != id {
-		return Control{}, fmt.Errorf("%s is not the name of a part of Signet", id)
+		return Control{}, notOurs(id)
 	}
 	return c, nil
+}
+
+func notOurs(id spiffeid.ID) error {
+	return fmt.Errorf("%s is not the name of a part of Signet", clip(id.String()))
 }
 
 // ParseName checks the name of a cluster, agent, server instance or registration: 1 to 63 of [a-z0-9.-],

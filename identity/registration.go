@@ -1,10 +1,18 @@
 package identity
 
 import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
+	"maps"
+	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -21,18 +29,85 @@ const (
 // Selectors are compared whole; there are no patterns.
 type Selector string
 
-// ParseSelector checks the form "type:value".
+// ParseSelector checks the form "type:value", and the value where Signet attests the type. Types that only a newer Signet
+// knows are left alone: they match nothing here.
 func ParseSelector(s string) (Selector, error) {
 	typ, value, ok := strings.Cut(s, ":")
 	if !ok || typ == "" || value == "" || len(s) > MaxSelectorLength {
 		return "", fmt.Errorf("selector %q: want type:value of at most %d bytes, for example unix:uid:1000", clip(s), MaxSelectorLength)
 	}
-	for _, r := range s {
-		if r < 0x20 || r == 0x7f {
-			return "", fmt.Errorf("selector %q: control characters are not allowed", clip(s))
+	if !printable(s) {
+		return "", fmt.Errorf("selector %q: only printable characters are allowed", clip(s))
+	}
+	if check, ok := selectorTypes[typ]; ok {
+		if want := check(value); want != "" {
+			return "", fmt.Errorf("selector %q: want %s", clip(s), want)
 		}
 	}
 	return Selector(s), nil
+}
+
+// known refuses a type that nothing here attests: in a registration it is a slip, and would only show when no workload fits.
+func (s Selector) known() error {
+	typ, _, _ := strings.Cut(string(s), ":")
+	if _, ok := selectorTypes[typ]; !ok {
+		return fmt.Errorf("selector %q: there is no type %q; the types are %s", clip(string(s)), clip(typ), strings.Join(slices.Sorted(maps.Keys(selectorTypes)), ", "))
+	}
+	return nil
+}
+
+// selectorTypes check the part after the type, and say what it should have been when it is wrong.
+var selectorTypes = map[string]func(value string) (want string){
+	"unix": func(value string) string {
+		kind, v, _ := strings.Cut(value, ":")
+		switch kind {
+		case "uid", "gid", "supplementary_gid":
+			// Compared as text, so that there is one way to write a number.
+			if n, err := strconv.ParseUint(v, 10, 32); err != nil || strconv.FormatUint(n, 10) != v {
+				return "unix:" + kind + ":N with a decimal number, for example unix:" + kind + ":1000"
+			}
+			return ""
+		case "path":
+			if !path.IsAbs(v) || path.Clean(v) != v {
+				return "unix:path:/… with an absolute, plain path"
+			}
+			return ""
+		case "sha256":
+			if b, err := hex.DecodeString(v); err != nil || len(b) != sha256.Size || v != strings.ToLower(v) {
+				return "unix:sha256:… with 64 hexadecimal digits in lower case"
+			}
+			return ""
+		}
+		return "one of unix:uid:N, unix:gid:N, unix:supplementary_gid:N, unix:path:/…, unix:sha256:HEX"
+	},
+	"systemd": func(value string) string {
+		if unit, ok := strings.CutPrefix(value, "unit:"); !ok || systemdUnit(unit) != unit {
+			return "systemd:unit:NAME with a service or scope of the system, for example systemd:unit:web.service"
+		}
+		return ""
+	},
+	"cgroup": func(value string) string {
+		if !path.IsAbs(value) || path.Clean(value) != value || value == "/" {
+			return "cgroup:/… with an absolute, plain path, for example cgroup:/system.slice/web.service"
+		}
+		return ""
+	},
+	"socket": func(value string) string {
+		if ParseName("socket", value) != nil {
+			return "socket:NAME with the name of one of the agent's sockets"
+		}
+		return ""
+	},
+}
+
+// printable reports whether s is UTF-8 that shows as it is: no control characters, line separators or changes of direction.
+func printable(s string) bool {
+	for _, r := range s {
+		if !unicode.IsPrint(r) {
+			return false
+		}
+	}
+	return utf8.ValidString(s)
 }
 
 // Registration says: a workload that shows all these selectors on one of these agents is this SPIFFE ID.
@@ -88,6 +163,9 @@ func (r *Registration) Validate(td spiffeid.TrustDomain) error {
 		if _, err := ParseSelector(string(s)); err != nil {
 			return fmt.Errorf("registration %s: %w", r.Name, err)
 		}
+		if err := s.known(); err != nil {
+			return fmt.Errorf("registration %s: %w", r.Name, err)
+		}
 	}
 	slices.Sort(r.Agents)
 	slices.Sort(r.Selectors)
@@ -120,13 +198,7 @@ func Match(all []Registration, shown []Selector) []Registration {
 		}
 	}
 	slices.SortFunc(fit, func(a, b Registration) int {
-		if a.Priority != b.Priority {
-			if a.Priority > b.Priority {
-				return -1
-			}
-			return 1
-		}
-		return strings.Compare(a.Name, b.Name)
+		return cmp.Or(cmp.Compare(b.Priority, a.Priority), strings.Compare(a.Name, b.Name))
 	})
 	return fit
 }

@@ -1,0 +1,151 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pressly/goose/v3"
+	"golang.org/x/sys/unix"
+	"modernc.org/sqlite"
+	sqlitelib "modernc.org/sqlite/lib"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// busyTimeout, in milliseconds, is how long a statement waits for another process (a backup, say).
+const busyTimeout = "5000"
+
+// Open opens the state database, makes it when it is not there, and brings its schema up to date. It refuses a file that
+// others may read, one that is damaged, and one of a newer Signet.
+func Open(ctx context.Context, c Config) (*Store, error) {
+	if c.Path == "" {
+		return nil, errors.New("state database: no path is given")
+	}
+	path, err := filepath.Abs(c.Path)
+	if err != nil {
+		return nil, fmt.Errorf("state database %s: %w", c.Path, err)
+	}
+	logger := c.Logger
+	if logger == nil {
+		logger = slog.New(slog.DiscardHandler)
+	}
+	if err := ownFile(path); err != nil {
+		return nil, err
+	}
+	// FULL: a commit is on the disk before anybody hears of it, so that a power cut can't make a used token new again.
+	dsn := url.URL{Scheme: "file", Path: path, RawQuery: url.Values{
+		"_pragma": {"busy_timeout(" + busyTimeout + ")", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)", "trusted_schema(0)"},
+		"_txlock": {"immediate"},
+	}.Encode()}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err != nil {
+		return nil, failed(path, "open it", err)
+	}
+	// SQLite has one writer; a single connection makes the others wait in Go, in order, instead of by retrying on a lock.
+	db.SetMaxOpenConns(1)
+	if err := prepare(ctx, db, path, logger); err != nil {
+		_ = db.Close() // err says more
+		return nil, err
+	}
+	return &Store{db: db, path: path}, nil
+}
+
+// ownFile makes the database file or checks the one that is there. The journal files that SQLite puts beside it get its mode.
+func ownFile(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("state database %s: the folder does not exist; make it first, with mode 0700", path)
+	case errors.Is(err, unix.ELOOP):
+		return fmt.Errorf("state database %s is a symbolic link: give the path of the file itself", path)
+	case errors.Is(err, unix.EISDIR):
+		return fmt.Errorf("state database %s is a folder: give the path of a file", path)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.EROFS):
+		return fmt.Errorf("state database %s can't be written: run as the user who owns it, on a file system that is not read-only (%w)", path, err)
+	case err != nil:
+		return fmt.Errorf("state database %s: %w", path, err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("state database %s: %w", path, err)
+	}
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("state database %s is not a regular file: give the path of a file", path)
+	}
+	if mode := info.Mode().Perm(); mode&0o077 != 0 {
+		return fmt.Errorf("state database %s has mode %04o, others may read it: chmod 600 %s", path, mode, path)
+	}
+	return nil
+}
+
+// prepare checks the file and brings the schema up to date.
+func prepare(ctx context.Context, db *sql.DB, path string, logger *slog.Logger) error {
+	// The whole file is read once: state decides who may have which name, and half of it is worse than none.
+	var verdict string
+	if err := db.QueryRowContext(ctx, `PRAGMA quick_check(1)`).Scan(&verdict); err != nil {
+		return failed(path, "check it", err)
+	}
+	if verdict != "ok" {
+		return damaged(path, fmt.Errorf("%.200s", strings.Join(strings.Fields(verdict), " ")))
+	}
+	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return fmt.Errorf("state database: embedded migrations: %w", err)
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, db, files, goose.WithDisableGlobalRegistry(true), goose.WithLogger(goose.NopLogger()))
+	if err != nil {
+		return fmt.Errorf("state database: embedded migrations: %w", err)
+	}
+	current, target, err := p.GetVersions(ctx)
+	if err != nil {
+		return failed(path, "read the version of its schema", err)
+	}
+	if current > target {
+		return fmt.Errorf("state database %s has schema %d and this signet knows schemas up to %d: run the newer signet that wrote it, or restore a backup from before the upgrade", path, current, target)
+	}
+	done, err := p.Up(ctx)
+	if err != nil {
+		return failed(path, "bring its schema up to date", err)
+	}
+	if len(done) > 0 {
+		logger.InfoContext(ctx, "state database brought up to date", "path", path, "from", current, "to", target)
+	}
+	return nil
+}
+
+func damaged(path string, err error) error {
+	return fmt.Errorf("state database %s is damaged: restore it from a backup; the audit log is another file and tells what was issued (%w)", path, err)
+}
+
+// failed says in one sentence what was tried on the database and what stood in its way.
+func failed(path, what string, err error) error {
+	var r refusal
+	if errors.As(err, &r) {
+		return r.error
+	}
+	var e *sqlite.Error
+	if errors.As(err, &e) {
+		switch e.Code() & 0xff { // the primary result code
+		case sqlitelib.SQLITE_CORRUPT, sqlitelib.SQLITE_NOTADB:
+			return damaged(path, err)
+		case sqlitelib.SQLITE_BUSY, sqlitelib.SQLITE_LOCKED:
+			return fmt.Errorf("state database %s: %s: another process holds it; stop that process and repeat (%w)", path, what, err)
+		case sqlitelib.SQLITE_FULL:
+			return fmt.Errorf("state database %s: %s: the disk is full; make room and repeat (%w)", path, what, err)
+		case sqlitelib.SQLITE_READONLY, sqlitelib.SQLITE_PERM, sqlitelib.SQLITE_CANTOPEN:
+			return fmt.Errorf("state database %s: %s: it can't be written; see to the folder's owner, mode and mount (%w)", path, what, err)
+		}
+	}
+	return fmt.Errorf("state database %s: %s: %w", path, what, err)
+}
