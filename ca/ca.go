@@ -37,6 +37,9 @@ const (
 
 // IssuerConfig describes an issuer as it comes out of the store and the keystore.
 type IssuerConfig struct {
+	// Name stands in messages, metrics and status, unique among the issuers of a server: "east-2".
+	// Empty = the name and version of its key: "intermediate-2".
+	Name        string
 	Hierarchy   identity.Hierarchy
 	TrustDomain spiffeid.TrustDomain
 	State       State
@@ -44,7 +47,7 @@ type IssuerConfig struct {
 	// Chain is the issuer's certificate, then those above it, without the root.
 	// For the control CA, which is its own root, it holds just that.
 	Chain []*x509.Certificate
-	// Roots is what validators believe; the chain must lead to one of them.
+	// Roots is what validators believe; the chain must lead to one of them. Empty for the control CA.
 	Roots []*x509.Certificate
 }
 
