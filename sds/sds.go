@@ -1,10 +1,15 @@
 // Package sds is Envoy's door: the SecretDiscoveryService. It keeps, for each stream, what is subscribed, what was sent,
 // and what Envoy said to it; it knows nothing of how an identity comes about.
+//
+// A stream reads in this order: sotw.go is the wire (requests in, responses out), subscription.go what a stream wants
+// and has been told, resource.go what a name stands for and whether it may leave, acks.go what all streams together believe.
 package sds
 
 import (
 	"context"
 	"crypto/sha256"
+	"fmt"
+	"log/slog"
 	"net"
 	"time"
 
@@ -13,17 +18,27 @@ import (
 	"github.com/signet-ca/signet/trust"
 )
 
-// SVID is a certificate chain with its key, checked as a set. Immutable; streams share it.
+// SVID is a certificate chain with its key, checked as a set. Immutable; streams share it by its pointer, and with it
+// the check and the bytes that go out, so it must not be copied.
 type SVID struct {
 	ID spiffeid.ID
 	// CertificateChain is PEM, leaf first; PrivateKey is PKCS#8 PEM.
-	CertificateChain, PrivateKey []byte
-	NotBefore, NotAfter          time.Time
+	CertificateChain    []byte
+	PrivateKey          []byte `json:"-"`
+	NotBefore, NotAfter time.Time
 	// Serial of the leaf, hexadecimal.
 	Serial string
 	// Digest of the chain; SVIDs of equal digest are equal.
 	Digest [sha256.Size]byte
+
+	shared sharedSVID
 }
+
+// Format implements fmt.Formatter: whatever the verb, the key is not printed.
+func (s *SVID) Format(f fmt.State, _ rune) { fmt.Fprintf(f, "SVID of %s, serial %s", s.ID, s.Serial) }
+
+// LogValue implements slog.LogValuer.
+func (s *SVID) LogValue() slog.Value { return slog.StringValue(fmt.Sprint(s)) }
 
 // Workloads tells who is behind a connection.
 type Workloads interface {

@@ -1,0 +1,97 @@
+package sds
+
+import (
+	"bytes"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-ca/signet/trust"
+)
+
+// belief is the bundle a validator has acknowledged last; the zero value is none.
+type belief struct {
+	sequence uint64
+	digest   trust.Digest
+}
+
+func (b belief) olderThan(c belief) bool {
+	if b.sequence != c.sequence {
+		return b.sequence < c.sequence
+	}
+	return bytes.Compare(b.digest[:], c.digest[:]) < 0
+}
+
+// beliefs counts, for each trust domain, what the live streams that subscribe to its bundle have acknowledged.
+type beliefs struct {
+	mu      sync.Mutex
+	count   map[spiffeid.TrustDomain]map[belief]int
+	changed chan struct{}
+}
+
+// join counts a stream that has acknowledged nothing.
+func (a *beliefs) join(td spiffeid.TrustDomain) { a.move(td, nil, &belief{}) }
+
+// leave takes a stream out of the count.
+func (a *beliefs) leave(td spiffeid.TrustDomain, last belief) { a.move(td, &last, nil) }
+
+func (a *beliefs) move(td spiffeid.TrustDomain, from, to *belief) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before, had := a.oldest(td)
+	m := a.count[td]
+	if from != nil {
+		if m[*from]--; m[*from] == 0 {
+			delete(m, *from)
+		}
+	}
+	if to != nil {
+		if m == nil {
+			m = map[belief]int{}
+			if a.count == nil {
+				a.count = map[spiffeid.TrustDomain]map[belief]int{}
+			}
+			a.count[td] = m
+		}
+		m[*to]++
+	}
+	if len(m) == 0 {
+		delete(a.count, td)
+	}
+	if after, has := a.oldest(td); (after != before || has != had) && a.changed != nil {
+		close(a.changed)
+		a.changed = nil
+	}
+}
+
+// oldest needs mu. There are as many kinds of belief as bundles in flight: one or two.
+func (a *beliefs) oldest(td spiffeid.TrustDomain) (belief, bool) {
+	var old belief
+	found := false
+	for b := range a.count[td] {
+		if !found || b.olderThan(old) {
+			old, found = b, true
+		}
+	}
+	return old, found
+}
+
+// OldestBundle returns the digest of the oldest bundle of the trust domain that a live stream which subscribes to it has
+// acknowledged last. It is the zero digest while one of them has acknowledged none, and false if no stream subscribes.
+func (s *Server) OldestBundle(td spiffeid.TrustDomain) (trust.Digest, bool) {
+	s.beliefs.mu.Lock()
+	defer s.beliefs.mu.Unlock()
+	b, ok := s.beliefs.oldest(td)
+	return b.digest, ok
+}
+
+// AcksChanged returns a channel that is closed when OldestBundle next has another answer for any trust domain.
+// Take it before asking, or a change between is missed.
+func (s *Server) AcksChanged() <-chan struct{} {
+	s.beliefs.mu.Lock()
+	defer s.beliefs.mu.Unlock()
+	if s.beliefs.changed == nil {
+		s.beliefs.changed = make(chan struct{})
+	}
+	return s.beliefs.changed
+}

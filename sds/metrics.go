@@ -1,0 +1,64 @@
+package sds
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Label values.
+const (
+	protocolSotW = "sotw"
+	kindSVID     = "svid"
+	kindBundle   = "bundle"
+)
+
+type metrics struct {
+	streams     *prometheus.GaugeVec
+	pushes      *prometheus.CounterVec
+	acks        *prometheus.CounterVec
+	nacks       *prometheus.CounterVec
+	withheld    *prometheus.CounterVec
+	firstSecret prometheus.Histogram
+}
+
+func newMetrics(reg prometheus.Registerer) (*metrics, error) {
+	byKind := func(name, help string) *prometheus.CounterVec {
+		v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{"kind"})
+		v.WithLabelValues(kindSVID)
+		v.WithLabelValues(kindBundle)
+		return v
+	}
+	m := &metrics{
+		streams: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "signet_sds_streams", Help: "Open SDS streams."}, []string{"protocol"}),
+		pushes: byKind("signet_sds_pushes_total", "Secrets sent."),
+		acks:   byKind("signet_sds_acks_total", "Secrets acknowledged; not counted: one the same process had rejected before."),
+		nacks:  byKind("signet_sds_nacks_total", "Secrets rejected by Envoy."),
+		withheld: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "signet_sds_withheld_total", Help: "SVIDs not sent because they failed the check before sending."}, []string{"reason"}),
+		firstSecret: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "signet_sds_first_secret_duration_seconds",
+			Help:    "Time from the opening of a stream to its first secret.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
+		}),
+	}
+	m.streams.WithLabelValues(protocolSotW)
+	for _, r := range []string{withheldKey, withheldIdentity, withheldValidity, withheldChain} {
+		m.withheld.WithLabelValues(r)
+	}
+	if reg == nil {
+		return m, nil
+	}
+	for _, c := range []prometheus.Collector{m.streams, m.pushes, m.acks, m.nacks, m.withheld, m.firstSecret} {
+		if err := reg.Register(c); err != nil {
+			var already prometheus.AlreadyRegisteredError
+			if errors.As(err, &already) {
+				return nil, fmt.Errorf("register SDS metrics: there is already a server on this registry; give each its own: %w", err)
+			}
+			return nil, fmt.Errorf("register SDS metrics: %w", err)
+		}
+	}
+	return m, nil
+}

@@ -1,0 +1,905 @@
+package sds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/signet-ca/signet/trust"
+)
+
+// The rows of the Envoy SDS contract, reference §2a. S11 to S13 are about delta.
+
+func TestS01TheCallerIsKnownByTheConnectionNeverByTheNode(t *testing.T) {
+	w, _ := newWorld(t)
+	r := onSocket(t, Config{Workloads: w}, filepath.Join(t.TempDir(), "s"))
+	c := r.open()
+	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default", api.String()},
+		Node: &corev3.Node{Id: api.String(), Cluster: "api"}})
+	if s := secretOf(t, c.next()); s.Name != "default" {
+		t.Fatalf("got %s", s.Name)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.attested) != 1 {
+		t.Fatalf("attested %d times for one stream", len(w.attested))
+	}
+	if _, ok := w.attested[0].(*net.UnixConn); !ok {
+		t.Fatalf("attested by a %T, want the accepted socket", w.attested[0])
+	}
+	if w.asked[api] != 0 {
+		t.Error("an identity was asked for because the node named it")
+	}
+}
+
+func TestS02TheFirstRequestIsAnsweredWhateverItsVersion(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c := r.open()
+		c.subscribe("default")
+		known := c.one()
+		again := r.open() // as after a reconnect: the accepted version, no nonce
+		again.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default"}, VersionInfo: known.VersionInfo})
+		if got := again.one(); got.VersionInfo != known.VersionInfo {
+			t.Errorf("version %s, want %s", got.VersionInfo, known.VersionInfo)
+		}
+	})
+}
+
+func TestS03ResponsesHaveTypeFreshNonceAndAVersionOfTheContent(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		var versions []string
+		seen := map[string]bool{}
+		for _, r := range []*rig{r, inMemory(t, Config{Workloads: w})} { // the second as after a restart
+			c := r.open()
+			c.subscribe("default", "ROOTCA")
+			for _, resp := range c.take() {
+				if resp.TypeUrl != secretType || resp.Nonce == "" || seen[resp.Nonce] || resp.VersionInfo == "" {
+					t.Errorf("type %q nonce %q version %q", resp.TypeUrl, resp.Nonce, resp.VersionInfo)
+				}
+				seen[resp.Nonce] = true
+				versions = append(versions, resp.VersionInfo)
+			}
+		}
+		if len(versions) != 4 || versions[0] != versions[2] || versions[1] != versions[3] || versions[0] == versions[1] {
+			t.Errorf("versions over a restart: %q, want the same two", versions)
+		}
+		w.setSVID(ca.issue(t, leaf{id: web}))
+		c := r.open()
+		c.subscribe("default")
+		if got := c.one(); got.VersionInfo == versions[0] {
+			t.Error("other content, same version")
+		}
+	})
+}
+
+func TestS03ARequestOfAnotherTypeEndsTheStream(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c := r.open()
+		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: "type.googleapis.com/envoy.config.cluster.v3.Cluster", ResourceNames: []string{"default"}})
+		c.wantEnd(codes.InvalidArgument)
+	})
+}
+
+func TestS04NackIsErrorDetailAndTheSameContentIsNotSentAgain(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		c := r.open()
+		c.subscribe("default")
+		good := c.one()
+		c.ack(good, "default")
+		w.setSVID(ca.issue(t, leaf{id: web}))
+		bad := c.one()
+		c.nack(bad, good.VersionInfo, "KEY_VALUES_MISMATCH", "default")
+		c.silence("after the NACK")
+		w.change(func(*world) {})
+		c.silence("at a change of something else")
+		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default"}, VersionInfo: good.VersionInfo})
+		c.silence("when asked again for what it rejected")
+		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, VersionInfo: good.VersionInfo, ResponseNonce: bad.Nonce})
+		c.subscribe("default")
+		c.silence("when unsubscribed and subscribed again")
+
+		w.setSVID(ca.issue(t, leaf{id: web}))
+		fresh := c.one()
+		if fresh.VersionInfo == bad.VersionInfo {
+			t.Error("new content under the rejected version")
+		}
+		c.ack(fresh, "default")
+		c.silence("after the ACK")
+		if n, a := r.metric(r.sds.metrics.nacks.WithLabelValues(kindSVID)), r.metric(r.sds.metrics.acks.WithLabelValues(kindSVID)); n != 1 || a != 2 {
+			t.Errorf("%v NACKs and %v ACKs counted, want 1 and 2", n, a)
+		}
+		if !strings.Contains(r.logs.String(), "KEY_VALUES_MISMATCH") {
+			t.Error("the reason is not in the log")
+		}
+	})
+}
+
+func TestS04AnOldVersionWithoutErrorDetailIsNoNack(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c := r.open()
+		c.subscribe("default")
+		resp := c.one()
+		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default"}, VersionInfo: "older", ResponseNonce: resp.Nonce})
+		c.silence("after the answer")
+		if n := r.metric(r.sds.metrics.nacks.WithLabelValues(kindSVID)); n != 0 {
+			t.Errorf("%v NACKs counted", n)
+		}
+	})
+}
+
+func TestS05AnAckOfARepeatedBadSecretMeansNothing(t *testing.T) {
+	w, _ := newWorld(t)
+	r := onSocket(t, Config{Workloads: w}, filepath.Join(t.TempDir(), "s"))
+	c := r.open()
+	c.subscribe("ROOTCA")
+	bad := c.next()
+	c.nack(bad, "", "invalid root", "ROOTCA")
+	eventually(t, "the NACK is counted", func() bool { return r.metric(r.sds.metrics.nacks.WithLabelValues(kindBundle)) == 1 })
+	c.cancel()
+	eventually(t, "the stream is gone", func() bool { _, ok := r.sds.OldestBundle(exampleTD); return !ok })
+
+	// The same process comes back, must be answered (S2), and acknowledges without having applied anything.
+	again := r.open()
+	again.subscribe("ROOTCA")
+	repeated := again.next()
+	if repeated.VersionInfo != bad.VersionInfo {
+		t.Fatal("not the same content")
+	}
+	again.ack(repeated, "ROOTCA")
+	eventually(t, "the worthless ACK is in the log", func() bool { return strings.Contains(r.logs.String(), "means nothing") })
+	if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != (trust.Digest{}) {
+		t.Errorf("believed: %s %v, want nothing acknowledged", d, ok)
+	}
+	if n := r.metric(r.sds.metrics.acks.WithLabelValues(kindBundle)); n != 0 {
+		t.Errorf("%v ACKs counted", n)
+	}
+
+	b := bundleOf(exampleTD, 2, newRoot(t, "root B"))
+	w.setBundle(b)
+	again.ack(again.next(), "ROOTCA")
+	eventually(t, "an ACK of other content counts", func() bool { d, ok := r.sds.OldestBundle(exampleTD); return ok && d == b.Digest() })
+}
+
+func TestS06AChangedSetIsHonouredWithAStaleOrEmptyNonce(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		w.ids = append(w.ids, api)
+		w.svids[api] = ca.issue(t, leaf{id: api})
+		c := r.open()
+		c.subscribe("default")
+		first := c.one()
+		w.setSVID(ca.issue(t, leaf{id: web}))
+		c.one() // on its way when the next request leaves
+		for _, nonce := range []string{first.Nonce, "", "never-sent"} {
+			c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default", "ROOTCA"}, VersionInfo: first.VersionInfo, ResponseNonce: nonce})
+			if got := names(c.take()); !slices.Equal(got, []string{"ROOTCA"}) {
+				t.Fatalf("nonce %q: got %v, want the added name alone", nonce, got)
+			}
+			c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default"}, VersionInfo: first.VersionInfo, ResponseNonce: nonce})
+			c.silence("a name less")
+		}
+		w.setBundle(bundleOf(exampleTD, 2, ca, newRoot(t, "root B")))
+		c.silence("a change of what was dropped")
+	})
+}
+
+func TestS06TheSameSetWithAnOlderVersionIsSentAgain(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c := r.open()
+		c.subscribe("default", "ROOTCA")
+		got := c.take()
+		for _, resp := range got {
+			c.ack(resp, "default", "ROOTCA")
+		}
+		c.silence("after ACKs")
+		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default", "ROOTCA"}, VersionInfo: got[0].VersionInfo, ResponseNonce: got[0].Nonce})
+		c.silence("the current version")
+		for _, version := range []string{"", "older"} {
+			c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default", "ROOTCA"}, VersionInfo: version})
+			if n := names(c.take()); !slices.Equal(n, []string{"default", "ROOTCA"}) {
+				t.Errorf("version %q: got %v, want both again", version, n)
+			}
+		}
+	})
+}
+
+func TestS07NoNamesIsNothingNeverEverything(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		c := r.open()
+		c.subscribe()
+		c.silence("first request without names")
+		w.setSVID(ca.issue(t, leaf{id: web}))
+		c.silence("a change")
+		c.subscribe("default")
+		c.ack(c.one(), "default")
+		c.subscribe()
+		c.silence("unsubscribing from all")
+		w.setSVID(ca.issue(t, leaf{id: web}))
+		c.silence("a change after it")
+		if c.ended() != nil {
+			t.Error(c.ended())
+		}
+	})
+}
+
+func TestS08OnlyWhatChangedIsPushed(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		w.ids = append(w.ids, api)
+		w.svids[api] = ca.issue(t, leaf{id: api})
+		c := r.open()
+		all := []string{"default", "ROOTCA", api.String(), exampleTD.IDString()}
+		c.subscribe(all...)
+		got := c.take()
+		if n := names(got); !slices.Equal(n, all) {
+			t.Fatalf("got %v, want %v", n, all)
+		}
+		for _, resp := range got {
+			c.ack(resp, all...)
+		}
+		renewed := ca.issue(t, leaf{id: web})
+		w.setSVID(renewed)
+		if resp := c.one(); secretOf(t, resp).Name != "default" || serialOf(t, resp) != renewed.Serial {
+			t.Errorf("a leaf rotation pushed %s", secretOf(t, resp).Name)
+		}
+		w.setBundle(bundleOf(exampleTD, 2, ca, newRoot(t, "root B")))
+		if n := names(c.take()); !slices.Equal(n, []string{"ROOTCA", exampleTD.IDString()}) {
+			t.Errorf("a change of the bundle pushed %v", n)
+		}
+		w.change(func(*world) {})
+		c.silence("a ring without a change")
+		if n := r.metric(r.sds.metrics.pushes.WithLabelValues(kindBundle)); n != 4 {
+			t.Errorf("%v bundle pushes counted, want 4", n)
+		}
+	})
+}
+
+func TestS09ANameAskedTwiceIsSentOnce(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c := r.open()
+		c.subscribe("default", "default", "ROOTCA", "default")
+		if n := names(c.take()); !slices.Equal(n, []string{"default", "ROOTCA"}) {
+			t.Errorf("got %v", n)
+		}
+	})
+}
+
+func TestS10AnUnknownNameIsSilentAndPushedWhenItAppears(t *testing.T) {
+	other := spiffeid.RequireTrustDomainFromString("other.test")
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		unknown := []string{api.String(), other.IDString(), "file-root:system", "ALL", "spiffe://", "spiffe://example.org/", ""}
+		c := r.open()
+		c.subscribe(append([]string{"default"}, unknown...)...)
+		if n := names(c.take()); !slices.Equal(n, []string{"default"}) {
+			t.Fatalf("got %v, want default alone", n)
+		}
+		w.change(func(w *world) { w.svids[api] = ca.issue(t, leaf{id: api}) })
+		c.silence("an SVID that exists but is not granted")
+		w.change(func(w *world) { w.ids = append(w.ids, api) })
+		if s := secretOf(t, c.one()); s.Name != api.String() {
+			t.Errorf("got %s", s.Name)
+		}
+		w.setBundle(bundleOf(other, 1, newRoot(t, "other")))
+		if s := secretOf(t, c.one()); s.Name != other.IDString() {
+			t.Errorf("got %s", s.Name)
+		}
+		if c.ended() != nil {
+			t.Error(c.ended())
+		}
+	})
+}
+
+func TestS14ABadSetIsNotSentAndTheGoodOneStays(t *testing.T) {
+	with := func(change func(*SVID)) func(t *testing.T, ca *root) *SVID {
+		return func(t *testing.T, ca *root) *SVID {
+			s := ca.issue(t, leaf{id: web})
+			change(s)
+			return s
+		}
+	}
+	within := func(from, until time.Duration) func(t *testing.T, ca *root) *SVID {
+		return func(t *testing.T, ca *root) *SVID {
+			return ca.issue(t, leaf{id: web, notBefore: time.Now().Add(from), notAfter: time.Now().Add(until)})
+		}
+	}
+	for name, c := range map[string]struct {
+		svid   func(*testing.T, *root) *SVID
+		reason string
+	}{
+		"another key": {func(t *testing.T, ca *root) *SVID {
+			return with(func(s *SVID) { s.PrivateKey = ca.issue(t, leaf{id: web}).PrivateKey })(t, ca)
+		}, withheldKey},
+		"garbage": {with(func(s *SVID) {
+			s.CertificateChain = []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+		}), withheldKey},
+		"empty":         {with(func(s *SVID) { s.CertificateChain, s.PrivateKey = nil, nil }), withheldKey},
+		"expired":       {within(-2*time.Hour, -time.Hour), withheldValidity},
+		"not yet valid": {within(time.Hour, 2*time.Hour), withheldValidity},
+		"another root":  {func(t *testing.T, _ *root) *SVID { return newRoot(t, "stranger").issue(t, leaf{id: web}) }, withheldChain},
+		"for somebody else": {func(t *testing.T, ca *root) *SVID {
+			s := ca.issue(t, leaf{id: api})
+			s.ID = web
+			return s
+		}, withheldIdentity},
+		"without a digest": {with(func(s *SVID) { s.Digest = [32]byte{} }), withheldIdentity},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+				one, two := r.open(), r.open()
+				for _, s := range []*client{one, two} {
+					s.subscribe("default")
+					s.ack(s.one(), "default")
+				}
+				bad := c.svid(t, ca)
+				w.change(func(w *world) { w.svids[web] = bad })
+				one.silence("a bad set")
+				two.silence("a bad set")
+				if n := r.metric(r.sds.metrics.withheld.WithLabelValues(c.reason)); n != 1 {
+					t.Errorf("withheld for %s: %v, want 1 for both streams together; log:\n%s", c.reason, n, r.logs)
+				}
+				if !strings.Contains(r.logs.String(), web.String()) {
+					t.Error("the log does not name whose certificate it is")
+				}
+				next := ca.issue(t, leaf{id: web})
+				w.setSVID(next)
+				if s := serialOf(t, one.one()); s != next.Serial {
+					t.Errorf("serial %s, want the next good one", s)
+				}
+			})
+		})
+	}
+}
+
+func TestS14ALeafOfANewRootWaitsForItsBundle(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+		b := newRoot(t, "root B")
+		c := r.open()
+		c.subscribe("default")
+		c.ack(c.one(), "default")
+		next := b.issue(t, leaf{id: web})
+		w.setSVID(next)
+		c.silence("before the bundle has its root")
+		w.setBundle(bundleOf(exampleTD, 2, a, b))
+		if s := serialOf(t, c.one()); s != next.Serial {
+			t.Errorf("serial %s", s)
+		}
+	})
+}
+
+func TestS14ALeafFromTheFutureIsSentWhenItsTimeComes(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		w.setSVID(ca.issue(t, leaf{id: web, notBefore: time.Now().Add(20 * time.Second), notAfter: time.Now().Add(time.Hour)}))
+		c := r.open()
+		c.subscribe("default")
+		c.silence("before its time")
+		time.Sleep(21 * time.Second)
+		c.one()
+		time.Sleep(2 * time.Hour)
+		late := r.open()
+		late.subscribe("default")
+		late.silence("a leaf that has expired since it was checked")
+	})
+}
+
+func TestS15TheOldestBundleTellsWhenEveryValidatorHasTheNewRoot(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+		old := w.bundles[exampleTD]
+		fresh := bundleOf(exampleTD, 2, a, newRoot(t, "root B"))
+		want := func(what string, digest trust.Digest, subscribed bool) {
+			t.Helper()
+			synctest.Wait()
+			if d, ok := r.sds.OldestBundle(exampleTD); d != digest || ok != subscribed {
+				t.Errorf("%s: oldest %s %v, want %s %v", what, d, ok, digest, subscribed)
+			}
+		}
+		want("no stream", trust.Digest{}, false)
+		svidOnly := r.open()
+		svidOnly.subscribe("default")
+		want("no stream with a bundle", trust.Digest{}, false)
+
+		one, two := r.open(), r.open()
+		bell := r.sds.AcksChanged()
+		one.subscribe("ROOTCA")
+		want("nothing acknowledged", trust.Digest{}, true)
+		if !rung(bell) {
+			t.Error("no bell for a new subscriber")
+		}
+		one.ack(one.one(), "ROOTCA")
+		want("one has it", old.Digest(), true)
+		two.subscribe(exampleTD.IDString())
+		want("a second has nothing yet", trust.Digest{}, true)
+		two.ack(two.one(), exampleTD.IDString())
+		want("both have it", old.Digest(), true)
+
+		w.setBundle(fresh)
+		n1, n2 := one.one(), two.one()
+		one.ack(n1, "ROOTCA")
+		want("one has the new one", old.Digest(), true)
+		bell = r.sds.AcksChanged()
+		two.nack(n2, "", "no", exampleTD.IDString())
+		want("the other rejects it", old.Digest(), true)
+		if rung(bell) {
+			t.Error("bell without a change")
+		}
+		two.cancel()
+		want("the other is gone", fresh.Digest(), true)
+		if !rung(bell) {
+			t.Error("no bell")
+		}
+		one.subscribe()
+		want("unsubscribed", trust.Digest{}, false)
+	})
+}
+
+func TestS15AnAbortedRotationLeavesNobodyBehind(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+		one, two := r.open(), r.open()
+		one.subscribe("ROOTCA")
+		one.ack(one.one(), "ROOTCA")
+		two.subscribe("ROOTCA")
+		two.ack(two.one(), "ROOTCA")
+		aborted := bundleOf(exampleTD, 2, a, newRoot(t, "root B"))
+		w.setBundle(aborted)
+		one.ack(one.one(), "ROOTCA")
+		two.take() // never answered: it still believes the first
+		w.setBundle(bundleOf(exampleTD, 3, a))
+		one.take() // not answered yet: it believes what was aborted
+		two.take()
+		synctest.Wait()
+		if d, _ := r.sds.OldestBundle(exampleTD); d != aborted.Digest() {
+			t.Errorf("oldest %s, want the aborted one %s: the first is current again", d, aborted.Digest())
+		}
+	})
+}
+
+func TestS16RootsGoOutAsTrustDomainsOfTheSPIFFEValidator(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+		w.bundles[exampleTD] = bundleOf(exampleTD, 1, newRoot(t, "root B"), a, a)
+		c := r.open()
+		c.subscribe("ROOTCA", exampleTD.IDString())
+		for _, resp := range c.take() {
+			v := secretOf(t, resp).GetValidationContext()
+			if v.GetTrustedCa() != nil {
+				t.Error("trusted_ca beside the SPIFFE validator")
+			}
+			custom := v.GetCustomValidatorConfig()
+			if custom.GetName() != "envoy.tls.cert_validator.spiffe" {
+				t.Fatalf("validator %q", custom.GetName())
+			}
+			config := new(tlsv3.SPIFFECertValidatorConfig)
+			if err := custom.GetTypedConfig().UnmarshalTo(config); err != nil {
+				t.Fatal(err)
+			}
+			if len(config.TrustDomains) != 1 || config.TrustBundles != nil {
+				t.Fatalf("%d trust domains, want own one", len(config.TrustDomains))
+			}
+			if td := config.TrustDomains[0]; td.Name != "example.org" || rootsIn(td.GetTrustBundle().GetInlineBytes()) != 2 {
+				t.Errorf("trust domain %q with %d roots, want example.org with 2", td.Name, rootsIn(td.GetTrustBundle().GetInlineBytes()))
+			}
+		}
+	})
+}
+
+func TestS16PlainTrustedCAIsChosenOncePerStream(t *testing.T) {
+	metadata := func(v any) *structpb.Struct {
+		return must(structpb.NewStruct(map[string]any{"disable_spiffe_cert_validation": v}))
+	}
+	for _, c := range []struct {
+		byDefault Validator
+		metadata  *structpb.Struct
+		plain     bool
+	}{
+		{SPIFFE, nil, false}, {TrustedCA, nil, true},
+		{SPIFFE, metadata(true), true}, {SPIFFE, metadata("true"), true}, {SPIFFE, metadata("TRUE"), true},
+		{SPIFFE, metadata("yes"), false}, {SPIFFE, metadata(1), false}, {SPIFFE, metadata(nil), false},
+		{TrustedCA, metadata(false), false}, {TrustedCA, metadata("false"), false}, {TrustedCA, metadata("yes"), true},
+	} {
+		t.Run(fmt.Sprintf("%s %v", c.byDefault, c.metadata), func(t *testing.T) {
+			bubble(t, Config{Validator: c.byDefault}, func(t *testing.T, r *rig, w *world, a *root) {
+				s := r.open()
+				s.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"ROOTCA"}, Node: &corev3.Node{Metadata: c.metadata}})
+				plain := func() bool {
+					v := secretOf(t, s.one()).GetValidationContext()
+					if (v.GetTrustedCa() == nil) == (v.GetCustomValidatorConfig() == nil) {
+						t.Fatal("not exactly one form")
+					}
+					return v.GetTrustedCa() != nil
+				}
+				if plain() != c.plain {
+					t.Errorf("plain: %v, want %v", !c.plain, c.plain)
+				}
+				// Later requests carry no node, or another one: neither flips the form.
+				s.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"ROOTCA"}, Node: &corev3.Node{Metadata: metadata(!c.plain)}})
+				if plain() != c.plain {
+					t.Error("the form flipped on a later request")
+				}
+				w.setBundle(bundleOf(exampleTD, 2, a, newRoot(t, "root B")))
+				if plain() != c.plain {
+					t.Error("the form flipped on a push")
+				}
+			})
+		})
+	}
+}
+
+func TestS17AllStreamsOfAnIdentityShareOneCheckAndOneRendering(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+		var checks atomic.Int64
+		check := r.sds.secrets.check
+		r.sds.secrets.check = func(s *SVID, b trust.Bundle, now time.Time) verdict { checks.Add(1); return check(s, b, now) }
+		cc := r.connect()
+		var streams []*client
+		for range 100 {
+			c := r.openOn(cc)
+			c.subscribe("default")
+			streams = append(streams, c)
+		}
+		serials := map[string]bool{}
+		for _, c := range streams {
+			serials[serialOf(t, c.one())] = true
+		}
+		if len(serials) != 1 || checks.Load() != 1 {
+			t.Errorf("%d certificates and %d checks for 100 streams, want 1 and 1", len(serials), checks.Load())
+		}
+		view := must(w.Attest(t.Context(), nil))
+		defer view.Close()
+		one, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
+		two, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
+		if one == nil || one != two {
+			t.Error("two streams have renderings of their own")
+		}
+	})
+}
+
+func TestS18ShutdownLetsGracefulStopReturn(t *testing.T) {
+	bubble(t, Config{ShutdownSpread: time.Second}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		var streams []*client
+		for range 50 {
+			c := r.open()
+			c.subscribe("default")
+			c.ack(c.one(), "default")
+			streams = append(streams, c)
+		}
+		idle := r.open() // a stream without a request yet
+		synctest.Wait()
+		started := time.Now()
+		r.sds.Shutdown()
+		r.sds.Shutdown() // twice is once
+		r.grpc.GracefulStop()
+		if took := time.Since(started); took > time.Second || took < 500*time.Millisecond {
+			t.Errorf("51 streams ended after %s, want them spread over one second", took)
+		}
+		for _, c := range append(streams, idle) {
+			c.wantEnd(codes.Unavailable)
+		}
+		if n := r.metric(r.sds.metrics.streams); n != 0 {
+			t.Errorf("%v streams counted after the end", n)
+		}
+	})
+}
+
+func TestS18AStreamOpenedWhileStoppingIsUnavailable(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		r.sds.Shutdown()
+		c := r.open()
+		c.wantEnd(codes.Unavailable)
+	})
+}
+
+func TestS19PingsEveryThirtySecondsAreWelcome(t *testing.T) {
+	for _, streams := range []int{0, 1} {
+		for every, welcome := range map[time.Duration]bool{30 * time.Second: true, 10 * time.Second: false} {
+			t.Run(fmt.Sprintf("%s with %d streams", every, streams), func(t *testing.T) {
+				bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+					cc := r.connect(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: every, Timeout: 5 * time.Second, PermitWithoutStream: true}))
+					var c *client
+					if streams == 1 {
+						c = r.openOn(cc)
+						c.subscribe("default")
+						c.one()
+					} else {
+						cc.Connect()
+					}
+					time.Sleep(5 * time.Minute)
+					synctest.Wait()
+					if ready := cc.GetState() == connectivity.Ready; ready != welcome {
+						t.Errorf("after five minutes the connection is %s", cc.GetState())
+					}
+					if c != nil && (c.ended() == nil) != welcome {
+						t.Errorf("stream: %v", c.ended())
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestS20NoWorkloadAPIHeaderIsAskedFor(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c := r.open() // sends no workload.spiffe.io metadata, as Envoy doesn't
+		c.subscribe("default")
+		c.one()
+	})
+}
+
+func TestS21KeysAreInNoLogAndNoError(t *testing.T) {
+	var keys []string
+	keep := func(s *SVID) *SVID {
+		for _, line := range strings.Split(string(s.PrivateKey), "\n") {
+			if len(line) > 30 && !strings.Contains(line, "PRIVATE KEY") {
+				keys = append(keys, line)
+			}
+		}
+		return s
+	}
+	bubble(t, Config{Limits: Limits{NameLength: 4096}}, func(t *testing.T, r *rig, w *world, ca *root) {
+		first := keep(w.svids[web])
+		c := r.open()
+		c.send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default", "ROOTCA", string(first.PrivateKey)}, Node: &corev3.Node{Id: string(first.PrivateKey)}})
+		for _, resp := range c.take() {
+			c.ack(resp, "default", "ROOTCA")
+		}
+		w.setSVID(keep(ca.issue(t, leaf{id: web})))
+		resp := c.one()
+		key := secretOf(t, resp).GetTlsCertificate().GetPrivateKey().GetInlineBytes()
+		c.nack(resp, "", "bad key: "+string(key), "default", "ROOTCA") // a peer that sends the key back to us
+		synctest.Wait()
+		swapped := keep(ca.issue(t, leaf{id: web}))
+		swapped.PrivateKey = keep(ca.issue(t, leaf{id: web})).PrivateKey
+		w.setSVID(swapped)
+		c.silence("a wrong key")
+		broken := keep(ca.issue(t, leaf{id: web}))
+		broken.PrivateKey = append([]byte("junk "), broken.PrivateKey[40:]...)
+		w.setSVID(broken)
+		c.silence("a broken key")
+		w.change(func(w *world) {
+			w.err = fmt.Errorf("gone: %v %+v %#v %s %q %d %x", broken, broken, broken, broken, broken, broken, broken)
+		})
+		c.wantEnd(codes.Unavailable)
+		told := r.logs.String() + c.ended().Error()
+
+		view := must(w.Attest(t.Context(), nil))
+		defer view.Close()
+		w.svids[web] = keep(ca.issue(t, leaf{id: web}))
+		sec, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
+		r.sds.log.Info("dump", "svid", w.svids[web], "secret", sec.content)
+		told += r.logs.String()
+		if len(keys) < 8 {
+			t.Fatalf("only %d lines of keys to look for", len(keys))
+		}
+		if !strings.Contains(told, "rejected") || !strings.Contains(told, withheldKey) || !strings.Contains(told, "secret sent") {
+			t.Fatalf("the log does not have what this test is about:\n%s", told)
+		}
+		for _, k := range keys {
+			for n := 0; n+32 <= len(k); n += 8 {
+				if strings.Contains(told, k[n:n+32]) {
+					t.Fatalf("key material in the log:\n%s", told)
+				}
+			}
+		}
+	})
+}
+
+func TestACallerWithoutAnIdentityIsTold(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+		w.refuse = errNoIdentity
+		c := r.open()
+		c.wantEnd(codes.PermissionDenied)
+		if !strings.Contains(c.ended().Error(), "no identity is registered") {
+			t.Errorf("the sentence is lost: %v", c.ended())
+		}
+		w.change(func(w *world) { w.refuse = errors.New("read /proc/4711: secret detail") })
+		c = r.open()
+		c.wantEnd(codes.Unavailable)
+		if strings.Contains(c.ended().Error(), "4711") {
+			t.Errorf("inner reason goes out: %v", c.ended())
+		}
+		w.change(func(w *world) { w.refuse = context.Canceled })
+		c = r.open()
+		c.wantEnd(codes.Unavailable) // never Canceled: clients would stop for ever
+	})
+}
+
+func TestALostIdentityEndsTheStreamAndClosesTheView(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+		c := r.open()
+		c.subscribe("default")
+		c.one()
+		w.change(func(w *world) { w.err = errNoIdentity })
+		c.wantEnd(codes.PermissionDenied)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.open != 0 {
+			t.Errorf("%d views are still open", w.open)
+		}
+	})
+}
+
+func TestTheDefaultFollowsTheFirstIdentity(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		w.svids[api] = ca.issue(t, leaf{id: api})
+		w.change(func(w *world) { w.ids = nil })
+		c := r.open()
+		c.subscribe("default")
+		c.silence("no identity yet")
+		w.change(func(w *world) { w.ids = []spiffeid.ID{web, api} })
+		if s := serialOf(t, c.one()); s != w.svids[web].Serial {
+			t.Error("not the first")
+		}
+		w.change(func(w *world) { w.ids = []spiffeid.ID{api, web} })
+		if s := serialOf(t, c.one()); s != w.svids[api].Serial {
+			t.Error("not the new first")
+		}
+	})
+}
+
+func TestLimits(t *testing.T) {
+	many := make([]string, 65)
+	for i := range many {
+		many[i] = fmt.Sprint("name", i)
+	}
+	bubble(t, Config{Limits: Limits{StreamsPerCaller: 3}}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		for what, n := range map[string][]string{"too many names": many, "too long a name": {strings.Repeat("n", 2049)}} {
+			c := r.open()
+			c.subscribe(n...)
+			c.wantEnd(codes.InvalidArgument)
+			if len(c.ended().Error()) > 300 {
+				t.Errorf("%s: an error of %d bytes", what, len(c.ended().Error()))
+			}
+		}
+		c := r.open()
+		c.send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{strings.Repeat("n", MaxRequest)}})
+		c.wantEnd(codes.ResourceExhausted)
+
+		cc := r.connect()
+		for range 3 {
+			c := r.openOn(cc)
+			c.subscribe("default")
+			c.one()
+		}
+		fourth := r.openOn(cc)
+		fourth.wantEnd(codes.ResourceExhausted)
+		elsewhere := r.open()
+		elsewhere.subscribe("default")
+		elsewhere.one()
+	})
+	if encoding.GetCompressor("gzip") != nil {
+		t.Error("a compressor is registered: compressed requests would be unpacked")
+	}
+}
+
+func TestASlowReaderDelaysNobodyAndGetsTheNewestWhenItReads(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		slow := must(secretv3.NewSecretDiscoveryServiceClient(r.connect(grpc.WithStaticStreamWindowSize(64 << 10))).StreamSecrets(ctx))
+		if err := slow.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}}); err != nil {
+			t.Fatal(err)
+		}
+		quick := r.open()
+		quick.subscribe("default")
+		quick.one()
+		const changes = 500 // many times the window
+		var last *SVID
+		for range changes {
+			last = ca.issue(t, leaf{id: web})
+			w.setSVID(last)
+			if s := serialOf(t, quick.one()); s != last.Serial {
+				t.Fatalf("serial %s, want %s", s, last.Serial)
+			}
+		}
+		got := 0
+		for {
+			resp, err := slow.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got++; serialOf(t, resp) == last.Serial {
+				break
+			}
+		}
+		if got >= changes {
+			t.Errorf("the slow reader was sent %d of %d: a queue was kept for it", got, changes)
+		}
+	})
+}
+
+func TestOtherMethodsSayWhatToUse(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		api := secretv3.NewSecretDiscoveryServiceClient(r.connect())
+		if _, err := api.FetchSecrets(t.Context(), &discoveryv3.DiscoveryRequest{}); status.Code(err) != codes.Unimplemented || !strings.Contains(err.Error(), "api_type: GRPC") {
+			t.Error(err)
+		}
+		d := must(api.DeltaSecrets(t.Context()))
+		if _, err := d.Recv(); status.Code(err) != codes.Unimplemented || !strings.Contains(err.Error(), "api_type: GRPC") {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAServerWithoutConnCredentialsServesNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _ := newWorld(t)
+		lis := bufconn.Listen(64 << 10)
+		s := must(New(Config{Workloads: w}))
+		g := grpc.NewServer(ServerOptions()...)
+		secretv3.RegisterSecretDiscoveryServiceServer(g, s)
+		go func() { _ = g.Serve(lis) }()
+		defer g.Stop()
+		r := &rig{t: t, dial: lis.Dial}
+		c := r.open()
+		c.wantEnd(codes.Internal)
+	})
+}
+
+func TestConfigIsChecked(t *testing.T) {
+	w, _ := newWorld(t)
+	for _, c := range []Config{{}, {Workloads: w, Validator: "none"}, {Workloads: w, Limits: Limits{NamesPerStream: -1}}} {
+		if _, err := New(c); err == nil {
+			t.Errorf("%+v was accepted", c)
+		}
+	}
+}
+
+func TestRejectionsOfManyProcessesAreBounded(t *testing.T) {
+	c := callers{limit: 2}
+	for pid := range int32(3 * maxGoneCallers) {
+		k := callerKey{pid: pid, uid: 1}
+		if !c.enter(k) {
+			t.Fatal("refused")
+		}
+		for i := range 2 * maxRejections {
+			c.reject(k, digestOf(fmt.Sprint(i)))
+		}
+		if n := len(c.by[k].rejected); n != maxRejections {
+			t.Fatalf("%d rejections kept", n)
+		}
+		c.leave(k)
+	}
+	if len(c.by) != maxGoneCallers || len(c.gone) != maxGoneCallers {
+		t.Errorf("%d processes kept, want %d", len(c.by), maxGoneCallers)
+	}
+	k := callerKey{pid: 3*maxGoneCallers - 1, uid: 1}
+	if !c.enter(k) || !c.hasRejected(k, digestOf(fmt.Sprint(2*maxRejections-1))) || c.hasRejected(k, digestOf("0")) {
+		t.Error("the newest are not what was kept")
+	}
+}
+
+func rung(bell <-chan struct{}) bool {
+	select {
+	case <-bell:
+		return true
+	default:
+		return false
+	}
+}
+
+// eventually is for tests outside of bubbles, where the kernel is part of it.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("never: %s", what)
+		}
+	}
+}
