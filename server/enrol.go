@@ -1,0 +1,162 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
+)
+
+// renewalGrace is how long after the end of its certificate an agent may come back with its enrolled key alone, so that
+// an outage never ends in a deadlock.
+const renewalGrace = 30 * 24 * time.Hour
+
+// enrolment is the enrol door. Whoever comes here has no certificate yet, or one that has expired.
+type enrolment struct {
+	signetv1.UnimplementedEnrolmentServer
+	*Server
+}
+
+// Enrol gives a node its control certificate, by a join token or by the key it enrolled with.
+func (s enrolment) Enrol(ctx context.Context, req *signetv1.EnrolRequest) (*signetv1.EnrolResponse, error) {
+	// Everything that can be refused is refused before the token is spent.
+	key, err := identity.ParseCSR(req.GetCsr())
+	if err != nil {
+		return nil, refuse(codes.InvalidArgument, "invalid", "certificate request refused", err)
+	}
+	var agent string
+	var leaf *ca.Leaf
+	switch evidence := req.GetEvidence().(type) {
+	case *signetv1.EnrolRequest_JoinToken:
+		agent, leaf, err = s.byToken(ctx, evidence.JoinToken.GetSecret(), key)
+	case *signetv1.EnrolRequest_EnrolledKey:
+		agent = evidence.EnrolledKey.GetAgent()
+		leaf, err = s.byEnrolledKey(ctx, agent, key)
+	default:
+		err = refuse(codes.InvalidArgument, "invalid", "no evidence", nil)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &signetv1.EnrolResponse{
+		Agent: agent, TrustDomain: s.config.TrustDomain.Name(), Cluster: s.config.Cluster,
+		CertificateChain: leaf.Chain, AgentDoor: s.advertiseAgents, LogVerifierKey: s.audit.VerifierKey(),
+	}, nil
+}
+
+// byToken spends the token, logs, stores the agent's row, and issues, in that order. A crash or a failure after the first
+// step leaves a token that is used and an agent without an answer: a token never lets two in, so the admin makes another.
+func (s enrolment) byToken(ctx context.Context, secret []byte, key identity.PublicKey) (string, *ca.Leaf, error) {
+	if err := s.canIssue(identity.ControlPlane); err != nil {
+		return "", nil, refuse(codes.Unavailable, "issuer_unavailable", "try again later", err)
+	}
+	node, err := s.tokens.AttestNode(ctx, secret)
+	if errors.Is(err, identity.ErrTokenUnusable) {
+		return "", nil, refuse(codes.PermissionDenied, "token_unusable", identity.ErrTokenUnusable.Error(), err)
+	}
+	if err != nil {
+		return "", nil, refuse(codes.Unavailable, "store_unavailable", "try again later", err)
+	}
+	// From here on the work is done even if the node hangs up: its token is spent.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
+	defer cancel()
+	agent := node.Agent()
+	if row, ok := s.directory.Agent(agent); ok && row.Banned {
+		return "", nil, refuse(codes.PermissionDenied, "banned_agent", "not allowed", fmt.Errorf("agent %s is banned and came with join token %s", agent, node.TokenID()))
+	}
+	grant, err := s.authorizer.Authorize(ctx, identity.AsNewAgent(node), identity.ControlAsk{Key: key})
+	if err != nil {
+		return "", nil, denied(err)
+	}
+	id, err := identity.Control{TrustDomain: s.config.TrustDomain, Cluster: s.config.Cluster, Role: identity.RoleAgent, Name: agent}.ID()
+	if err != nil {
+		return "", nil, err
+	}
+	now := s.now()
+	if err := s.record(ctx,
+		&auditv1.Entry{Event: &auditv1.Entry_JoinTokenUsed{JoinTokenUsed: &auditv1.JoinTokenUsed{TokenId: node.TokenID(), Agent: agent}}},
+		&auditv1.Entry{Event: &auditv1.Entry_AgentEnrolled{AgentEnrolled: &auditv1.AgentEnrolled{
+			Agent: agent, PublicKey: key.SPKI(), Evidence: &auditv1.Evidence{Caller: id.String(), Door: enrolDoor.name, Agent: agent},
+		}}},
+	); err != nil {
+		return "", nil, refuse(codes.Unavailable, "log_unavailable", "the token is spent but the agent could not be enrolled: ask for a new one", err)
+	}
+	row := store.Agent{AgentRow: identity.AgentRow{Name: agent, SPKI: key.SPKI()}, Enrolled: now, LastSeen: now}
+	if err := s.directory.putAgent(ctx, row); err != nil {
+		return "", nil, refuse(codes.Unavailable, "store_unavailable", "the token is spent but the agent could not be enrolled: ask for a new one", err)
+	}
+	s.log.Info("agent enrolled", "agent", agent, "token", node.TokenID())
+	leaf, err := s.issueOne(ctx, grant)
+	return agent, leaf, err
+}
+
+// byEnrolledKey renews for an agent whose certificate has run out: its row must hold the key that signed the request. The
+// row tells when the agent was last heard of, and no certificate of it is younger than that, so the last one ended at most
+// a control certificate's life later.
+func (s enrolment) byEnrolledKey(ctx context.Context, agent string, key identity.PublicKey) (*ca.Leaf, error) {
+	if err := identity.ParseName("agent", agent); err != nil {
+		return nil, refuse(codes.InvalidArgument, "invalid", "no evidence", err)
+	}
+	grant, err := s.authorizer.Authorize(ctx, identity.AsAgent(agent), identity.ControlAsk{Key: key})
+	if err != nil {
+		return nil, denied(err)
+	}
+	row, _ := s.directory.agent(agent)
+	last := row.Enrolled
+	if row.LastSeen.After(last) {
+		last = row.LastSeen
+	}
+	if end := last.Add(s.config.ControlTTL + renewalGrace); s.now().After(end) {
+		return nil, refuse(codes.PermissionDenied, "expired_too_long", "not allowed",
+			fmt.Errorf("agent %s was last heard of at %s, and its key was good for enrolment until %s: enrol it again with a join token", agent, stamp(last), stamp(end)))
+	}
+	return s.renewed(ctx, agent, grant)
+}
+
+// renewed notes, durably, that the agent has a new certificate, and makes it.
+func (s *Server) renewed(ctx context.Context, agent string, grant *identity.Grant) (*ca.Leaf, error) {
+	if err := s.directory.heard(ctx, agent, s.now()); err != nil {
+		// The certificate matters more than the note: without a store an agent must still be able to renew.
+		s.log.Warn("could not note when an agent was last heard of", "agent", agent, "err", err)
+	}
+	return s.issueOne(ctx, grant)
+}
+
+func (s *Server) issueOne(ctx context.Context, grant *identity.Grant) (*ca.Leaf, error) {
+	r := s.authority.Issue(ctx, []*identity.Grant{grant})[0]
+	if r.Err != nil {
+		return nil, s.notIssued(r.Err)
+	}
+	return r.Leaf, nil
+}
+
+// notIssued tells what may work later from what never will.
+func (s *Server) notIssued(err error) error {
+	var e *ca.Error
+	switch {
+	case !errors.As(err, &e) || e.Reason == ca.ReasonSpent:
+		return refuse(codes.Internal, "internal", "internal error", err)
+	case e.Retry():
+		return refuse(codes.Unavailable, s.whyNot(err), "try again later", err)
+	}
+	return refuse(codes.InvalidArgument, s.whyNot(err), "request refused", err)
+}
+
+// denied makes a refusal of what Authorize said.
+func denied(err error) error {
+	var d *identity.Denied
+	if errors.As(err, &d) {
+		return refuse(codes.PermissionDenied, d.Reason, "not allowed", err)
+	}
+	return err
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

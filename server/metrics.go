@@ -1,0 +1,88 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+// reasons is the closed set of what labels a refusal.
+var reasons = []string{
+	// What identity.Authorize says.
+	"no_key", "not_allowed", "unknown_agent", "banned_agent", "evidence_too_long", "not_registered", "selectors_differ", "other_key",
+	// What package ca says.
+	"spent_grant", "bad_grant", "issuer_unavailable", "canceled", "log_unavailable", "sign_failed",
+	// What the doors say.
+	"invalid", "bad_certificate", "token_unusable", "expired_too_long", "store_unavailable", "too_many", "internal",
+}
+
+const otherReason = "other"
+
+type metrics struct {
+	rejected *prometheus.CounterVec
+	ahead    prometheus.Counter
+}
+
+// newMetrics registers the server's own metrics; those of the log and of issuing are registered by their packages.
+func newMetrics(s *Server) (*metrics, error) {
+	m := &metrics{
+		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "signet_svid_requests_rejected_total", Help: "Requests that were refused, or could not be answered, by door and reason.",
+		}, []string{"door", "reason"}),
+		ahead: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "signet_log_witness_ahead_total", Help: "Times an agent had seen a larger log than this server holds: the log was rolled back or replaced.",
+		}),
+	}
+	for _, d := range []door{enrolDoor, agentDoor, adminDoor} {
+		for _, reason := range append(slices.Clone(reasons), otherReason) {
+			m.rejected.WithLabelValues(d.name, reason)
+		}
+	}
+	td := prometheus.Labels{"trust_domain": s.config.TrustDomain.Name()}
+	gauge := func(name, help string, labels prometheus.Labels, f func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, f)
+	}
+	var errs []error
+	for _, c := range []prometheus.Collector{
+		m.rejected, m.ahead,
+		gauge("signet_bundle_generation", "Sequence of the trust bundle that agents are told.", td, func() float64 {
+			b, _ := s.bundles.Get(s.config.TrustDomain)
+			return float64(b.Sequence())
+		}),
+		gauge("signet_bundle_roots", "Roots in the trust bundle.", td, func() float64 {
+			b, _ := s.bundles.Get(s.config.TrustDomain)
+			return float64(len(b.Roots()))
+		}),
+		gauge("signet_bundle_subscribers", "Sync streams of agents that are open.", nil, func() float64 {
+			b, _ := s.bundles.Get(s.config.TrustDomain)
+			open, _ := s.sessions.count(b)
+			return float64(open)
+		}),
+		gauge("signet_bundle_subscribers_acked", "Sync streams whose agent has acknowledged the current trust bundle.", nil, func() float64 {
+			b, _ := s.bundles.Get(s.config.TrustDomain)
+			_, acked := s.sessions.count(b)
+			return float64(acked)
+		}),
+		gauge("signet_store_up", "1 while the state database answers.", nil, func() float64 {
+			if s.storeUp(context.Background()) != nil {
+				return 0
+			}
+			return 1
+		}),
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	} {
+		errs = append(errs, s.config.Metrics.Register(c))
+	}
+	return m, errors.Join(errs...)
+}
+
+func (m *metrics) reject(door, reason string) {
+	if !slices.Contains(reasons, reason) {
+		reason = otherReason
+	}
+	m.rejected.WithLabelValues(door, reason).Inc()
+}

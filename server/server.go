@@ -1,0 +1,466 @@
+// Package server is a cluster's process: the doors that agents, admins and probes come to, enrolment, and what agents are
+// told. It decides nothing itself: who may have what is identity.Authorize, what is built and signed is package ca.
+//
+// What a server holds is a state folder (Folder) made by Init and Install; New takes it, opens the doors and Run serves
+// until told to stop. The doors, their limits and their methods:
+//
+//	enrol   TLS 1.3, server-authenticated: Enrol, by join token or enrolled key
+//	agent   TLS 1.3, mutual, under this cluster's control CA only: Issue, Renew, Sync
+//	admin   Unix socket, 0600, own uid or root: join tokens, registrations
+//	http    /metrics /livez /readyz
+//
+// Peers hear short refusals; the whole reason is in the log and, as one of a closed set of words, in
+// signet_svid_requests_rejected_total.
+package server
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/trust"
+)
+
+const (
+	// workTimeout bounds work that is finished although its caller has gone.
+	workTimeout = 15 * time.Second
+	// stopTimeout is how long calls under way may take when the server stops.
+	stopTimeout = 5 * time.Second
+)
+
+// Config is what a server needs beside its folder.
+type Config struct {
+	Folder
+	// Enrol and Agents are where to listen, host:port. HTTP may be empty: no such door.
+	Enrol, Agents, HTTP string
+	// AdvertiseEnrol and AdvertiseAgents are what agents are told to dial; "" or port 0 = where the server listens.
+	AdvertiseEnrol, AdvertiseAgents string
+	// AdminSocket is a path.
+	AdminSocket string
+	// TTL and MaxTTL are the default and the greatest life of a workload's certificate; ControlTTL that of our own parts.
+	TTL, MaxTTL, ControlTTL time.Duration
+	// MinUsefulLife and Backdate, see ca.Config.
+	MinUsefulLife, Backdate time.Duration
+	// Metrics is where the metrics are and what /metrics shows; nil = a registry of its own.
+	Metrics *prometheus.Registry
+}
+
+// Server is a cluster's process. Make one with New and call Run.
+type Server struct {
+	config    Config
+	now       func() time.Time
+	log       *slog.Logger
+	metrics   *metrics
+	folder    *opened
+	store     *store.Store
+	audit     *audit.Log
+	control   *x509.Certificate
+	issuers   *ca.Issuers
+	authority *ca.Authority
+	directory *directory
+
+	authorizer *identity.Authorizer
+	tokens     identity.NodeAttestor
+	bundles    trust.Bundles
+	own        *ownCertificate
+	sessions   sessions
+	health     *health.Server
+	// applying is held while a set of registrations is logged and stored.
+	applying sync.Mutex
+
+	advertiseEnrol, advertiseAgents string
+	checkpointEvery                 time.Duration
+
+	// refusals bounds how many refusals are logged; unlogged counts the rest.
+	refusals *rate.Limiter
+	unlogged atomic.Int64
+
+	doors []*running
+	// stopping is closed when the server begins to stop.
+	stopping chan struct{}
+}
+
+// running is an open door.
+type running struct {
+	door     door
+	listener net.Listener
+	grpc     *grpc.Server
+	http     *http.Server
+	serving  atomic.Bool
+}
+
+// Doors is where a server listens.
+type Doors struct {
+	Enrol, Agents, HTTP, Admin string
+}
+
+// Doors says where the server listens.
+func (s *Server) Doors() Doors {
+	d := Doors{Admin: s.config.AdminSocket}
+	for _, r := range s.doors {
+		switch r.door.name {
+		case enrolDoor.name:
+			d.Enrol = r.listener.Addr().String()
+		case agentDoor.name:
+			d.Agents = r.listener.Addr().String()
+		case httpDoor.name:
+			d.HTTP = r.listener.Addr().String()
+		}
+	}
+	return d
+}
+
+// New takes the folder, checks every issuer, loads what decisions need into memory, makes the server's own certificate,
+// and only then opens the doors. Nobody is answered before Run; after an error nothing is left open.
+func New(ctx context.Context, c Config) (_ *Server, err error) {
+	if err := c.complete(); err != nil {
+		return nil, fmt.Errorf("server: %w", err)
+	}
+	if c.Metrics == nil {
+		c.Metrics = prometheus.NewRegistry()
+	}
+	s := &Server{
+		config: c, now: c.Now, log: c.Logger, stopping: make(chan struct{}), checkpointEvery: checkpointEvery,
+		refusals: rate.NewLimiter(10, 50), health: health.NewServer(),
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeAll())
+		}
+	}()
+	if s.folder, err = c.open(ctx, false); err != nil {
+		return nil, err
+	}
+	s.store = s.folder.store
+	if s.metrics, err = newMetrics(s); err != nil {
+		return nil, err
+	}
+	ref, ok, err := s.store.Meta(ctx, logKeyFact)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return nil, fmt.Errorf("folder %s has no log: the making of the cluster was interrupted; run signet cluster init again", c.Dir)
+	}
+	logKey, err := c.key(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.openLog(ctx, s.folder, logKey, c.Metrics); err != nil {
+		return nil, err
+	}
+	s.audit = s.folder.log
+	if err := s.loadIssuers(ctx); err != nil {
+		return nil, err
+	}
+	if s.authority, err = ca.New(ca.Config{
+		Issuers: s.issuers, Log: s.audit, Backdate: c.Backdate, MinUsefulLife: c.MinUsefulLife,
+		Now: c.Now, Metrics: c.Metrics, Logger: c.Logger,
+	}); err != nil {
+		return nil, err
+	}
+	if s.directory, err = loadDirectory(ctx, s.store); err != nil {
+		return nil, err
+	}
+	if s.authorizer, err = identity.NewAuthorizer(identity.Policy{
+		TrustDomain: c.TrustDomain, Cluster: c.Cluster, DefaultTTL: c.TTL, MaxTTL: c.MaxTTL, ControlTTL: c.ControlTTL,
+	}, s.directory); err != nil {
+		return nil, err
+	}
+	s.tokens = identity.NewJoinTokens(s.store, c.Now)
+	s.own = &ownCertificate{issue: s.issueOwn, now: c.Now, failed: func(err error) {
+		s.log.Error("could not renew the server's own certificate", "err", err)
+	}}
+	if err := s.own.renew(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.openDoors(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (c *Config) complete() error {
+	if err := c.Folder.complete(); err != nil {
+		return err
+	}
+	switch {
+	case c.Enrol == "" || c.Agents == "":
+		return errors.New("no address for the enrol and agent doors")
+	case c.AdminSocket == "":
+		return errors.New("no path for the admin socket")
+	}
+	return nil
+}
+
+// loadIssuers opens every authority that has a certificate, checked as ca.NewIssuer checks it, and the trust bundle.
+func (s *Server) loadIssuers(ctx context.Context) error {
+	c := s.config
+	bundle, ok, err := s.store.Bundle(ctx, c.TrustDomain)
+	if err != nil {
+		return err
+	}
+	if ok {
+		if err := s.bundles.Set(bundle); err != nil {
+			return err
+		}
+	}
+	authorities, err := s.store.Authorities(ctx)
+	if err != nil {
+		return err
+	}
+	var list []*ca.Issuer
+	for _, a := range authorities {
+		if len(a.Chain) == 0 || a.State == ca.Removed {
+			continue
+		}
+		key, err := c.Keys.Open(ctx, a.Key)
+		if err != nil {
+			return fmt.Errorf("issuer %s: %w", a.ID, err)
+		}
+		conf := ca.IssuerConfig{Name: a.ID, Hierarchy: a.Hierarchy, TrustDomain: c.TrustDomain, State: a.State, Key: key}
+		for _, der := range a.Chain {
+			cert, err := x509.ParseCertificate(der)
+			if err != nil {
+				return fmt.Errorf("issuer %s: stored certificate can't be read: %w", a.ID, err)
+			}
+			conf.Chain = append(conf.Chain, cert)
+		}
+		switch a.Hierarchy {
+		case identity.ControlPlane:
+			conf.Roots = conf.Chain
+			s.control = conf.Chain[0]
+		case identity.Mesh:
+			conf.Roots = bundle.Roots()
+		}
+		issuer, err := ca.NewIssuer(conf)
+		if err != nil {
+			return err
+		}
+		// Refused at start, where somebody is looking; later it is a refusal of what is asked and a red readyz.
+		if a.State == ca.Active {
+			if err := issuer.Usable(s.now()); err != nil {
+				return fmt.Errorf("issuer %s: %w", a.ID, err)
+			}
+		}
+		list = append(list, issuer)
+	}
+	if s.issuers, err = ca.NewIssuers(list...); err != nil {
+		return err
+	}
+	if _, ok := s.issuers.Snapshot().Active(identity.ControlPlane); !ok {
+		return fmt.Errorf("cluster %s has no control CA: its making was interrupted; run signet cluster init again", c.Cluster)
+	}
+	if _, ok := s.issuers.Snapshot().Active(identity.Mesh); !ok {
+		return fmt.Errorf("cluster %s has no intermediate yet: have the root's holder sign its request (signet root sign), then run: signet cluster install --chain FILE --root-fingerprint SHA256:…", c.Cluster)
+	}
+	return nil
+}
+
+// issueOwn is the server's own certificate, by the same way as everybody's.
+func (s *Server) issueOwn(ctx context.Context, key identity.PublicKey) (*ca.Leaf, error) {
+	grant, err := s.authorizer.Authorize(ctx, identity.AsServer(s.config.Instance), identity.ControlAsk{Key: key})
+	if err != nil {
+		return nil, err
+	}
+	r := s.authority.Issue(ctx, []*identity.Grant{grant})[0]
+	return r.Leaf, r.Err
+}
+
+func (s *Server) openDoors() error {
+	add := func(d door, l net.Listener, err error) (*running, error) {
+		if err != nil {
+			return nil, err
+		}
+		r := &running{door: d, listener: l}
+		s.doors = append(s.doors, r)
+		return r, nil
+	}
+	c := s.config
+
+	l, err := listenTCP("enrol", c.Enrol, enrolDoor)
+	r, err := add(enrolDoor, l, err)
+	if err != nil {
+		return err
+	}
+	s.advertiseEnrol = advertised(c.AdvertiseEnrol, l)
+	r.grpc = s.newGRPC(enrolDoor, credentials.NewTLS(s.baseTLS()))
+	signetv1.RegisterEnrolmentServer(r.grpc, enrolment{Server: s})
+
+	l, err = listenTCP("agents", c.Agents, agentDoor)
+	if r, err = add(agentDoor, l, err); err != nil {
+		return err
+	}
+	s.advertiseAgents = advertised(c.AdvertiseAgents, l)
+	r.grpc = s.newGRPC(agentDoor, mortalTLS{credentials.NewTLS(s.agentTLS()), s.now})
+	signetv1.RegisterAgentsServer(r.grpc, agentsService{Server: s})
+	healthv1.RegisterHealthServer(r.grpc, s.health)
+
+	l, err = listenUnix(c.AdminSocket, adminDoor)
+	if r, err = add(adminDoor, l, err); err != nil {
+		return err
+	}
+	r.grpc = s.newGRPC(adminDoor, localPeers{})
+	adminv1.RegisterAdminServer(r.grpc, adminService{Server: s})
+
+	if c.HTTP != "" {
+		l, err = listenTCP("http", c.HTTP, httpDoor)
+		if r, err = add(httpDoor, l, err); err != nil {
+			return err
+		}
+		r.http = s.httpServer()
+	}
+	return nil
+}
+
+func advertised(configured string, l net.Listener) string {
+	if configured == "" || strings.HasSuffix(configured, ":0") {
+		return l.Addr().String()
+	}
+	return configured
+}
+
+// Run serves until ctx ends, then stops in order: no new connections, streams end with Unavailable, calls under way may
+// finish for a moment, then the log, the store and the folder are given back. Run must be called, if only with a context
+// that has ended, to give back what New took.
+func (s *Server) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var work sync.WaitGroup
+	for _, d := range s.doors {
+		d.serving.Store(true)
+		work.Go(func() {
+			err := d.serve()
+			d.serving.Store(false)
+			if err != nil {
+				cancel(fmt.Errorf("the %s door at %s closed by itself: %w", d.door.name, d.listener.Addr(), err))
+			}
+		})
+	}
+	work.Go(func() { s.own.keep(ctx) })
+	doors := s.Doors()
+	s.log.Info("server is ready", "trust_domain", s.config.TrustDomain.Name(), "cluster", s.config.Cluster, "instance", s.config.Instance,
+		"enrol", doors.Enrol, "agents", doors.Agents, "http", doors.HTTP, "admin", doors.Admin)
+
+	<-ctx.Done()
+	s.log.Info("server is stopping")
+	s.stop()
+	work.Wait()
+	err := s.closeAll()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+		err = errors.Join(cause, err)
+	}
+	return err
+}
+
+func (r *running) serve() error {
+	if r.http != nil {
+		if err := r.http.Serve(r.listener); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	}
+	if err := r.grpc.Serve(r.listener); !errors.Is(err, grpc.ErrServerStopped) {
+		return err
+	}
+	return nil
+}
+
+// stop ends the doors. GracefulStop alone would wait for streams that have no end (S18).
+func (s *Server) stop() {
+	close(s.stopping)
+	s.health.Shutdown()
+	var work sync.WaitGroup
+	for _, d := range s.doors {
+		work.Go(func() {
+			if d.http != nil {
+				ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+				defer cancel()
+				if d.http.Shutdown(ctx) != nil {
+					d.http.Close()
+				}
+				return
+			}
+			late := time.AfterFunc(stopTimeout, d.grpc.Stop)
+			defer late.Stop()
+			d.grpc.GracefulStop()
+		})
+	}
+	work.Wait()
+}
+
+// closeAll gives back what New took.
+func (s *Server) closeAll() error {
+	for _, d := range s.doors {
+		d.listener.Close()
+	}
+	var err error
+	if s.folder != nil {
+		err = s.folder.close()
+	}
+	return err
+}
+
+// errNotLogged marks what could not be done because it could not be logged.
+var errNotLogged = errors.New("the audit log can't be written")
+
+// record logs what is about to take effect. After an error nothing may.
+func (s *Server) record(ctx context.Context, entries ...*auditv1.Entry) error {
+	now := s.now().UnixNano()
+	for _, e := range entries {
+		e.Time = now
+	}
+	if _, err := s.audit.Append(ctx, entries); err != nil {
+		return fmt.Errorf("%w, so nothing was changed: %w", errNotLogged, err)
+	}
+	return nil
+}
+
+// canIssue says why no certificate of a hierarchy can be made now.
+func (s *Server) canIssue(h identity.Hierarchy) error {
+	issuer, ok := s.issuers.Snapshot().Active(h)
+	if !ok {
+		return fmt.Errorf("no issuer of the %s hierarchy is active", h)
+	}
+	if err := issuer.Usable(s.now()); err != nil {
+		return err
+	}
+	return s.audit.Usable()
+}
+
+// whyNot names, from a closed set, why nothing was issued or changed.
+func (s *Server) whyNot(err error) string {
+	var e *ca.Error
+	switch {
+	case errors.As(err, &e):
+		if e.Reason == ca.ReasonNoIssuer {
+			return "issuer_unavailable"
+		}
+		return string(e.Reason)
+	case errors.Is(err, errNotLogged):
+		return "log_unavailable"
+	}
+	return "store_unavailable"
+}

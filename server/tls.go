@@ -1,0 +1,245 @@
+package server
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// Bounds of what a peer may show in a handshake; the control hierarchy is two deep.
+const (
+	maxPeerCertificates = 4
+	maxPeerBytes        = 32 << 10
+)
+
+// baseTLS is TLS 1.3 without session tickets, so that no resumption passes by a check (design §8.16).
+func (s *Server) baseTLS() *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		NextProtos:             []string{"h2"},
+		SessionTicketsDisabled: true,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.own.certificate() },
+	}
+}
+
+// agentTLS wants a certificate under this cluster's control CA that names one of its agents.
+func (s *Server) agentTLS() *tls.Config {
+	c := s.baseTLS()
+	// Any, because the check is ours and is made in VerifyConnection, which runs on every handshake.
+	c.ClientAuth = tls.RequireAnyClientCert
+	c.VerifyConnection = func(cs tls.ConnectionState) error {
+		if _, err := s.verifyAgent(cs.PeerCertificates); err != nil {
+			s.rejected(context.Background(), agentDoor, refuse(codes.Unauthenticated, "bad_certificate", "", err))
+			return errors.New("certificate refused")
+		}
+		return nil
+	}
+	return c
+}
+
+// verifyAgent returns the name of the agent that the certificates prove.
+func (s *Server) verifyAgent(certs []*x509.Certificate) (string, error) {
+	c, err := verifyControl(certs, s.control, s.now(), x509.ExtKeyUsageClientAuth)
+	if err != nil {
+		return "", err
+	}
+	if c.TrustDomain != s.config.TrustDomain || c.Cluster != s.config.Cluster || c.Role != identity.RoleAgent {
+		return "", fmt.Errorf("%s %s of cluster %s in %s is not an agent of this cluster", c.Role, c.Name, c.Cluster, c.TrustDomain)
+	}
+	return c.Name, nil
+}
+
+// verifyControl checks a chain against one control CA and nothing else, and reads the name of the part of Signet in its leaf.
+func verifyControl(certs []*x509.Certificate, control *x509.Certificate, now time.Time, usage x509.ExtKeyUsage) (identity.Control, error) {
+	size := 0
+	for _, c := range certs {
+		size += len(c.Raw)
+	}
+	if len(certs) == 0 || len(certs) > maxPeerCertificates || size > maxPeerBytes {
+		return identity.Control{}, fmt.Errorf("%d certificates of %d bytes were shown: want 1 to %d of at most %d bytes", len(certs), size, maxPeerCertificates, maxPeerBytes)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(control)
+	// No intermediates: the control CA signs leaves only (pathlen 0).
+	if _, err := certs[0].Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
+		return identity.Control{}, err
+	}
+	leaf := certs[0]
+	if leaf.IsCA {
+		return identity.Control{}, errors.New("a CA certificate names no part of Signet")
+	}
+	// X509-SVID §2: exactly one URI SAN; ours have no other names at all.
+	if len(leaf.URIs) != 1 || len(leaf.DNSNames)+len(leaf.IPAddresses)+len(leaf.EmailAddresses) != 0 {
+		return identity.Control{}, errors.New("certificate has not exactly one name, a SPIFFE ID")
+	}
+	id, err := spiffeid.FromURI(leaf.URIs[0])
+	if err != nil {
+		return identity.Control{}, err
+	}
+	return identity.ParseControl(id)
+}
+
+// mortalTLS is TLS whose connections live no longer than the client certificate that opened them: an agent that has
+// renewed comes back with the new one.
+type mortalTLS struct {
+	credentials.TransportCredentials
+	now func() time.Time
+}
+
+func (m mortalTLS) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	c, info, err := m.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	if t, ok := info.(credentials.TLSInfo); ok && len(t.State.PeerCertificates) > 0 {
+		timer := time.AfterFunc(t.State.PeerCertificates[0].NotAfter.Sub(m.now()), func() { raw.Close() })
+		c = &timedConn{Conn: c, timer: timer}
+	}
+	return c, info, nil
+}
+
+func (m mortalTLS) Clone() credentials.TransportCredentials {
+	return mortalTLS{m.TransportCredentials.Clone(), m.now}
+}
+
+type timedConn struct {
+	net.Conn
+	timer *time.Timer
+}
+
+func (c *timedConn) Close() error {
+	c.timer.Stop()
+	return c.Conn.Close()
+}
+
+// caller is the agent behind a call on the agent door: by its verified certificate, again by the clock, and by its row.
+func (s *Server) caller(ctx context.Context) (string, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return "", refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return "", refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
+	}
+	name, err := s.verifyAgent(info.State.PeerCertificates)
+	if err != nil {
+		return "", refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", err)
+	}
+	return name, s.standing(name)
+}
+
+// standing refuses an agent that is not enrolled (any more) or is banned.
+func (s *Server) standing(agent string) error {
+	row, ok := s.directory.Agent(agent)
+	switch {
+	case !ok:
+		return refuse(codes.PermissionDenied, "unknown_agent", "not enrolled", fmt.Errorf("agent %s has no row in the store: enrol it with a join token", agent))
+	case row.Banned:
+		return refuse(codes.PermissionDenied, "banned_agent", "not enrolled", fmt.Errorf("agent %s is banned", agent))
+	}
+	return nil
+}
+
+// ownCertificate is the server's control certificate. Its key lives and ends with the process.
+type ownCertificate struct {
+	issue   func(context.Context, identity.PublicKey) (*ca.Leaf, error)
+	now     func() time.Time
+	failed  func(error)
+	current atomic.Pointer[ownLeaf]
+}
+
+type ownLeaf struct {
+	tls      *tls.Certificate
+	serial   []byte
+	received time.Time
+	notAfter time.Time
+}
+
+func (o *ownCertificate) certificate() (*tls.Certificate, error) {
+	l := o.current.Load()
+	if l == nil {
+		return nil, errors.New("the server has no certificate yet")
+	}
+	return l.tls, nil
+}
+
+// usable reports whether a peer would accept the certificate now.
+func (o *ownCertificate) usable() error {
+	l := o.current.Load()
+	if l == nil {
+		return errors.New("the server has no certificate yet")
+	}
+	if o.now().After(l.notAfter) {
+		return fmt.Errorf("the server's own certificate expired at %s", l.notAfter.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// renew makes a new key and certificate. Connections that are open keep theirs.
+func (o *ownCertificate) renew(ctx context.Context) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	pub, err := identity.OwnKey(key)
+	if err != nil {
+		return err
+	}
+	leaf, err := o.issue(ctx, pub)
+	if err != nil {
+		return fmt.Errorf("issue the server's own certificate: %w", err)
+	}
+	o.current.Store(&ownLeaf{
+		tls:    &tls.Certificate{Certificate: leaf.Chain, PrivateKey: key},
+		serial: leaf.Serial, received: o.now(), notAfter: leaf.NotAfter,
+	})
+	return nil
+}
+
+// keep renews for as long as ctx lives: at its time, and after a failure until it works.
+func (o *ownCertificate) keep(ctx context.Context) {
+	// A timer stands still while a machine sleeps, so the clock is looked at now and then.
+	const recheck = time.Minute
+	l := o.current.Load()
+	due, attempts := rotation.RenewAt(l.serial, l.received, l.notAfter), 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(min(max(due.Sub(o.now()), 0), recheck)):
+		}
+		now := o.now()
+		if now.Before(due) {
+			continue
+		}
+		if err := o.renew(ctx); err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			attempts++
+			o.failed(err)
+			due = now.Add(rotation.RetryAfter(l.serial, attempts, l.notAfter.Sub(now)))
+			continue
+		}
+		l = o.current.Load()
+		due, attempts = rotation.RenewAt(l.serial, l.received, l.notAfter), 0
+	}
+}
