@@ -1,0 +1,625 @@
+package agent
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/sds"
+	"github.com/signet-ca/signet/trust"
+)
+
+const (
+	// maxBatch is what the agent door takes in one call.
+	maxBatch = 50
+	// gather is how long a first request waits for others to go in the same call.
+	gather = 3 * time.Millisecond
+	// maxCalls to the agent door at once.
+	maxCalls = 4
+	// Bounds of one call: long enough for a connection to be made, short enough to leave time for another try.
+	minCall, maxCall = time.Second, 10 * time.Second
+	// aliveEvery is how often those who connected are looked after.
+	aliveEvery = 5 * time.Second
+	// maxInstance is what Authorize takes, in bytes.
+	maxInstance = 256
+)
+
+// issuer is the agent door's Issue.
+type issuer interface {
+	issue(ctx context.Context, items []*signetv1.IssueItem) ([]*signetv1.IssueResult, error)
+}
+
+// hub is the heart of an agent: which registrations it has, who is connected, and for each registration that somebody
+// wants one entry with its key and certificate, which all who match share.
+//
+// An entry lives from the first time that a view wants it until its next renewal finds that nobody does. It is in the
+// scheduler except while a call for it is under way: at its renewal time, or at the time of its next try.
+type hub struct {
+	issuer  issuer
+	bundles *trust.Bundles
+	now     func() time.Time
+	log     *slog.Logger
+	metrics *metrics
+
+	schedule *rotation.Scheduler[string]
+	calls    chan struct{}
+	running  sync.WaitGroup
+
+	// mu guards what follows. It is never held over a call, a signature or a verification.
+	mu    sync.Mutex
+	td    spiffeid.TrustDomain
+	agent string
+	// registrations is nil until a set was loaded or received; known is closed then.
+	registrations []identity.Registration
+	known         chan struct{}
+	// hashWanted: some registration has a unix:sha256 selector.
+	hashWanted bool
+	entries    map[string]*entry
+	views      map[*view]struct{}
+}
+
+// entry is the certificate of one registration on this host. Guarded by hub.mu.
+type entry struct {
+	registration identity.Registration
+	wanted       map[*view]struct{}
+	current      *held
+	inFlight     bool
+	// again asks for another issuance because what is in flight was asked under terms that have changed.
+	again bool
+	// attempts that have failed in a row.
+	attempts int
+	// expiryReported is set once the log has heard that current has run out.
+	expiryReported bool
+}
+
+// held is a certificate in use. Immutable.
+type held struct {
+	svid     *sds.SVID
+	chain    []*x509.Certificate
+	serial   []byte
+	received time.Time
+	renewAt  time.Time
+}
+
+func newHub(is issuer, bundles *trust.Bundles, now func() time.Time, log *slog.Logger, m *metrics) *hub {
+	return &hub{
+		issuer: is, bundles: bundles, now: now, log: log, metrics: m,
+		schedule: rotation.NewScheduler[string](rotation.SchedulerConfig{Now: now}),
+		calls:    make(chan struct{}, maxCalls),
+		known:    make(chan struct{}),
+		entries:  map[string]*entry{},
+		views:    map[*view]struct{}{},
+	}
+}
+
+// run issues and renews until ctx ends; then all calls have ended.
+func (h *hub) run(ctx context.Context) {
+	var wg sync.WaitGroup
+	wg.Go(func() { h.watchBundle(ctx) })
+	wg.Go(func() { h.watchViews(ctx) })
+	h.schedule.Run(ctx, func(names []string) { h.due(ctx, names) })
+	h.running.Wait()
+	wg.Wait()
+}
+
+// as says who this agent is, once it is enrolled.
+func (h *hub) as(agent string, td spiffeid.TrustDomain) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.agent, h.td = agent, td
+}
+
+// isKnown reports whether a set of registrations was loaded or received.
+func (h *hub) isKnown() bool {
+	select {
+	case <-h.known:
+		return true
+	default:
+		return false
+	}
+}
+
+// setRegistrations replaces the set. Views that lose their last identity end; the others see what is left. An entry
+// whose registration is gone, or names another ID, is dropped with its certificate; one with another lifetime is renewed.
+func (h *hub) setRegistrations(list []identity.Registration) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.registrations = list
+	h.hashWanted = false
+	byName := make(map[string]identity.Registration, len(list))
+	for _, r := range list {
+		byName[r.Name] = r
+		h.hashWanted = h.hashWanted || slices.ContainsFunc(r.Selectors, func(s identity.Selector) bool {
+			return strings.HasPrefix(string(s), "unix:sha256:")
+		})
+	}
+	for name, e := range h.entries {
+		r, ok := byName[name]
+		switch {
+		case !ok:
+			h.drop(name)
+		case r.ID != e.registration.ID:
+			e.registration, e.current, e.attempts = r, nil, 0
+			h.issueSoon(name, e)
+		case r.TTL != e.registration.TTL:
+			e.registration, e.attempts = r, 0
+			h.issueSoon(name, e)
+		default:
+			e.registration = r
+		}
+	}
+	for v := range h.views {
+		h.match(v)
+	}
+	if !h.isKnown() {
+		close(h.known)
+	}
+}
+
+// match works out anew what a view is granted. Called with mu held.
+func (h *hub) match(v *view) {
+	if v.err != nil {
+		return
+	}
+	granted := identity.Match(h.registrations, v.selectors)
+	if v.socket != "" {
+		// A dedicated socket is for the registrations that name it, and for no other that the caller might fit as well.
+		granted = slices.DeleteFunc(granted, func(r identity.Registration) bool {
+			return !slices.Contains(r.Selectors, socketSelector(v.socket))
+		})
+	}
+	same := slices.EqualFunc(granted, v.granted, func(a, b identity.Registration) bool {
+		return a.Name == b.Name && a.ID == b.ID
+	})
+	v.granted = granted
+	for name := range v.wants {
+		if !slices.ContainsFunc(granted, func(r identity.Registration) bool { return r.Name == name }) {
+			h.release(v, name)
+		}
+	}
+	if len(granted) == 0 {
+		h.end(v, status.Error(codes.PermissionDenied, v.refusal(h.agent)))
+		return
+	}
+	if !same {
+		v.notify()
+	}
+}
+
+// want notes that a view wants a registration's certificate. Called with mu held.
+func (h *hub) want(v *view, r identity.Registration) *entry {
+	e, ok := h.entries[r.Name]
+	if !ok {
+		e = &entry{registration: r, wanted: map[*view]struct{}{}}
+		h.entries[r.Name] = e
+		h.issueSoon(r.Name, e)
+	}
+	e.wanted[v] = struct{}{}
+	v.wants[r.Name] = struct{}{}
+	return e
+}
+
+// release is the opposite of want; the entry stays until its time comes. Called with mu held.
+func (h *hub) release(v *view, name string) {
+	delete(v.wants, name)
+	if e, ok := h.entries[name]; ok {
+		delete(e.wanted, v)
+	}
+}
+
+// end makes the view end with this status. Called with mu held.
+func (h *hub) end(v *view, err error) {
+	for name := range v.wants {
+		h.release(v, name)
+	}
+	v.granted, v.err = nil, err
+	delete(h.views, v)
+	v.notify()
+}
+
+// drop forgets an entry, its key and its certificate. Called with mu held.
+func (h *hub) drop(name string) {
+	delete(h.entries, name)
+	h.schedule.Remove(name)
+}
+
+// issueSoon puts an entry into the next call. Called with mu held.
+func (h *hub) issueSoon(name string, e *entry) {
+	if e.inFlight {
+		e.again = true
+		return
+	}
+	h.schedule.Set(name, h.now().Add(gather))
+}
+
+// hurry tries again at once what has failed before: the server has come back, or a bundle has come that a refused
+// certificate may lead to. Hosts differ by the jitter of a first retry.
+func (h *hub) hurry() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for name, e := range h.entries {
+		if e.attempts > 0 && !e.inFlight {
+			h.schedule.Set(name, h.now().Add(rotation.RetryAfter([]byte(h.agent), 1, 0)))
+		}
+	}
+}
+
+// job is one issuance under way, with the terms it was asked under.
+type job struct {
+	name  string
+	entry *entry
+	id    spiffeid.ID
+	item  *signetv1.IssueItem
+	key   *ecdsa.PrivateKey
+	// attempts and left are from before the call; left is zero where there is no good certificate.
+	attempts int
+	left     time.Duration
+}
+
+// due starts calls for what the scheduler hands out.
+func (h *hub) due(ctx context.Context, names []string) {
+	h.mu.Lock()
+	var jobs []*job
+	now := h.now()
+	for _, name := range names {
+		e, ok := h.entries[name]
+		if !ok {
+			continue
+		}
+		if len(e.wanted) == 0 {
+			h.drop(name)
+			continue
+		}
+		j := &job{name: name, entry: e, id: e.registration.ID, attempts: e.attempts, item: &signetv1.IssueItem{Registration: name}}
+		if e.current != nil {
+			j.left = max(e.current.svid.NotAfter.Sub(now), 0)
+			if j.left == 0 && !e.expiryReported {
+				e.expiryReported = true
+				h.log.Error("a certificate has expired before it could be renewed and is withheld", "registration", name,
+					"spiffe_id", j.id.String(), "serial", e.current.svid.Serial, "not_after", utc(e.current.svid.NotAfter))
+			}
+		}
+		for v := range e.wanted {
+			// The word of one of those who want it now.
+			j.item.Instance, j.item.Selectors = clip(v.workload.Instance, maxInstance-len("…")), selectorStrings(v.selectors)
+			break
+		}
+		e.inFlight, e.again = true, false
+		jobs = append(jobs, j)
+	}
+	h.mu.Unlock()
+	for batch := range slices.Chunk(jobs, maxBatch) {
+		h.running.Go(func() { h.issueBatch(ctx, batch) })
+	}
+}
+
+// issueBatch makes the keys, asks, and takes what comes.
+func (h *hub) issueBatch(ctx context.Context, jobs []*job) {
+	select {
+	case h.calls <- struct{}{}:
+		defer func() { <-h.calls }()
+	case <-ctx.Done():
+		return
+	}
+	results, err := h.ask(ctx, jobs)
+	if err != nil {
+		if ctx.Err() == nil {
+			h.failedAll(jobs, err)
+		}
+		return
+	}
+	for i, j := range jobs {
+		got, err := h.check(j, results[i])
+		if err != nil {
+			h.failed(j, err)
+			continue
+		}
+		h.took(j, got)
+	}
+}
+
+func (h *hub) ask(ctx context.Context, jobs []*job) ([]*signetv1.IssueResult, error) {
+	items := make([]*signetv1.IssueItem, len(jobs))
+	timeout := maxCall
+	for i, j := range jobs {
+		var err error
+		if j.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+			return nil, fmt.Errorf("make a key: %w", err)
+		}
+		// Nothing but the key and the proof that it is ours: the server gives the name.
+		if j.item.Csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, j.key); err != nil {
+			return nil, fmt.Errorf("make a certificate request: %w", err)
+		}
+		items[i] = j.item
+		if j.left > 0 {
+			timeout = min(timeout, max(j.left/3, minCall))
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	results, err := h.issuer.issue(ctx, items)
+	if err != nil {
+		return nil, err
+	}
+	if len(results) != len(jobs) {
+		return nil, fmt.Errorf("the server answered %d requests with %d results", len(jobs), len(results))
+	}
+	return results, nil
+}
+
+// refused is the server's no to one request.
+type refused struct{ refusal *signetv1.Refusal }
+
+func (r refused) Error() string {
+	what := "refused"
+	switch r.refusal.GetReason() {
+	case signetv1.Refusal_REASON_INVALID:
+		what = "refused as malformed"
+	case signetv1.Refusal_REASON_DENIED:
+		what = "denied"
+	case signetv1.Refusal_REASON_UNAVAILABLE:
+		what = "put off"
+	}
+	return fmt.Sprintf("the server %s it (%s)", what, clip(r.refusal.GetMessage(), 128))
+}
+
+// check looks at what came as a set before anything is replaced by it: the certificate leads to the bundle that is
+// served, is valid now, is the registration's, and is for our key.
+func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
+	cert := r.GetCertificate()
+	if cert == nil {
+		return nil, refused{r.GetRefusal()}
+	}
+	if n := len(cert.Chain); n == 0 || n > maxChain {
+		return nil, fmt.Errorf("the server sent a chain of %d certificates", n)
+	}
+	chain := make([]*x509.Certificate, len(cert.Chain))
+	var text []byte
+	digest := sha256.New()
+	for i, der := range cert.Chain {
+		var err error
+		if chain[i], err = x509.ParseCertificate(der); err != nil {
+			return nil, fmt.Errorf("certificate %d of the chain: %w", i+1, err)
+		}
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+		digest.Write(der)
+	}
+	leaf, now := chain[0], h.now()
+	b, ok := h.bundles.Get(j.id.TrustDomain())
+	if !ok {
+		return nil, errors.New("there is no trust bundle yet to check the certificate against")
+	}
+	id, err := VerifySVID(chain, b.Pool(), now)
+	if err != nil {
+		return nil, err
+	}
+	if id != j.id {
+		return nil, fmt.Errorf("the server sent a certificate of %s for a registration of %s", id, j.id)
+	}
+	if !j.key.PublicKey.Equal(leaf.PublicKey) {
+		return nil, errors.New("the server sent a certificate for another key")
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(j.key)
+	if err != nil {
+		return nil, fmt.Errorf("encode the key: %w", err)
+	}
+	svid := &sds.SVID{
+		ID: id, CertificateChain: text, PrivateKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
+		NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, Serial: hex.EncodeToString(leaf.SerialNumber.Bytes()),
+	}
+	digest.Sum(svid.Digest[:0])
+	serial := leaf.SerialNumber.Bytes()
+	return &held{svid: svid, chain: chain, serial: serial, received: now, renewAt: rotation.RenewAt(serial, now, leaf.NotAfter)}, nil
+}
+
+// took swaps a checked certificate in and tells those who want it.
+func (h *hub) took(j *job, got *held) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	e := j.entry
+	if h.entries[j.name] != e {
+		return
+	}
+	e.inFlight = false
+	if e.registration.ID != j.id {
+		h.issueSoon(j.name, e)
+		return
+	}
+	first := e.current == nil
+	e.current, e.attempts, e.expiryReported = got, 0, false
+	h.metrics.renewals.WithLabelValues(resultOK).Inc()
+	h.log.Info("certificate in use", "registration", j.name, "spiffe_id", j.id.String(), "serial", got.svid.Serial,
+		"not_after", utc(got.svid.NotAfter), "renew_at", utc(got.renewAt), "first", first)
+	if e.again {
+		h.issueSoon(j.name, e)
+	} else {
+		h.schedule.Set(j.name, got.renewAt)
+	}
+	for v := range e.wanted {
+		v.notify()
+	}
+}
+
+// failed puts one request off.
+func (h *hub) failed(j *job, err error) {
+	result := resultFailed
+	if r := (refused{}); errors.As(err, &r) && r.refusal.GetReason() != signetv1.Refusal_REASON_UNAVAILABLE {
+		result = resultRefused
+	}
+	h.putOff([]*job{j}, []byte(h.agentName()+"/"+j.name), result, err)
+}
+
+// failedAll puts a whole call off, so that it stays one call.
+func (h *hub) failedAll(jobs []*job, err error) {
+	h.putOff(jobs, []byte(h.agentName()), resultFailed, err)
+}
+
+// putOff sets the time of the next try: never does it give up, and the more life is left, the longer it waits.
+func (h *hub) putOff(jobs []*job, jitter []byte, result string, err error) {
+	attempts, left := jobs[0].attempts, jobs[0].left
+	for _, j := range jobs {
+		attempts, left = min(attempts, j.attempts), min(left, j.left)
+	}
+	wait := rotation.RetryAfter(jitter, attempts+1, left)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	names := make([]string, 0, len(jobs))
+	for _, j := range jobs {
+		names = append(names, j.name)
+		h.metrics.renewals.WithLabelValues(result).Inc()
+		if e := j.entry; h.entries[j.name] == e {
+			e.inFlight = false
+			if e.again {
+				h.issueSoon(j.name, e)
+				continue
+			}
+			e.attempts++
+			h.schedule.Set(j.name, h.now().Add(wait))
+		}
+	}
+	h.log.Warn("could not get a certificate; trying again", "registrations", clip(strings.Join(names, " "), 512), "attempt", attempts+1,
+		"in", wait.Round(time.Millisecond), "life_left", left.Round(time.Second), "err", clip(err.Error(), 512))
+}
+
+func (h *hub) agentName() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.agent
+}
+
+// watchBundle tells all views of a new bundle and re-issues what doesn't lead to it.
+func (h *hub) watchBundle(ctx context.Context) {
+	for {
+		changed := h.bundles.Changed()
+		h.bundleChanged()
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		}
+	}
+}
+
+func (h *hub) bundleChanged() {
+	h.mu.Lock()
+	td := h.td
+	held := make(map[*entry]*held, len(h.entries))
+	for _, e := range h.entries {
+		if e.current != nil {
+			held[e] = e.current
+		}
+	}
+	for v := range h.views {
+		v.notify()
+	}
+	h.mu.Unlock()
+	b, ok := h.bundles.Get(td)
+	if !ok {
+		return
+	}
+	h.hurry()
+	now, pool := h.now(), b.Pool()
+	for e, cert := range held {
+		if now.After(cert.svid.NotAfter) {
+			continue // expired: being renewed anyway
+		}
+		if _, err := VerifySVID(cert.chain, pool, now); err == nil {
+			continue
+		} else {
+			h.log.Warn("a certificate in use does not lead to the new bundle: getting another", "spiffe_id", cert.svid.ID.String(), "serial", cert.svid.Serial, "err", err)
+		}
+		h.mu.Lock()
+		if name := e.registration.Name; h.entries[name] == e && e.current == cert {
+			h.issueSoon(name, e)
+		}
+		h.mu.Unlock()
+	}
+}
+
+// watchViews ends the views of processes that are gone.
+func (h *hub) watchViews(ctx context.Context) {
+	tick := time.NewTicker(aliveEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		h.mu.Lock()
+		views := slices.Collect(maps.Keys(h.views))
+		h.mu.Unlock()
+		for _, v := range views {
+			v.alive()
+		}
+	}
+}
+
+// life is what health and metrics want to know of the entries.
+type life struct {
+	valid, expired, pending, overdue int
+	// earliest is the certificate that ends first among the valid ones.
+	earliest *held
+}
+
+func (h *hub) life() life {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var l life
+	now := h.now()
+	for _, e := range h.entries {
+		switch c := e.current; {
+		case c == nil:
+			l.pending++
+		case now.After(c.svid.NotAfter):
+			l.expired++
+			l.overdue++
+		default:
+			l.valid++
+			if e.attempts > 0 {
+				l.overdue++
+			}
+			if l.earliest == nil || c.svid.NotAfter.Before(l.earliest.svid.NotAfter) {
+				l.earliest = c
+			}
+		}
+	}
+	return l
+}
+
+func selectorStrings(list []identity.Selector) []string {
+	out := make([]string, len(list))
+	for i, s := range list {
+		out[i] = string(s)
+	}
+	return out
+}
+
+func socketSelector(name string) identity.Selector { return identity.Selector("socket:" + name) }
+
+// wantsHash reports whether a registration asks for the hash of an executable.
+func (h *hub) wantsHash() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.hashWanted
+}

@@ -1,0 +1,238 @@
+package agent
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// socketMode: anybody on the host may ask; who asks is told by the kernel. Who may reach the socket at all is
+	// decided by the mode of its folder, which is the admin's.
+	socketMode = 0o666
+	// maxSocketPath is what fits into sockaddr_un with its final zero (unix(7)), in bytes.
+	maxSocketPath = 107
+	// maxConnections of workloads in all, if the limit of open files allows.
+	maxConnections = 16384
+)
+
+// socketConn is a connection that knows by which socket it came.
+type socketConn struct {
+	*net.UnixConn
+	socket string
+	leave  func()
+}
+
+// Close closes the connection and gives its place back.
+func (c *socketConn) Close() error {
+	defer c.leave()
+	return c.UnixConn.Close()
+}
+
+// crowd bounds the connections of all sockets together. One user may take three quarters, so that none can lock out the rest.
+type crowd struct {
+	most int
+
+	mu   sync.Mutex
+	open int
+	by   map[uint32]int
+}
+
+func newCrowd() *crowd {
+	most := maxConnections
+	var files unix.Rlimit
+	// Half of the files this process may open: each connection is one, and attesting it takes more for a moment.
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur/2 < uint64(most) {
+		most = int(files.Cur / 2)
+	}
+	return &crowd{most: most, by: map[uint32]int{}}
+}
+
+func (c *crowd) enter(uid uint32) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.open >= c.most || c.by[uid] >= c.most/4*3 {
+		return false
+	}
+	c.open++
+	c.by[uid]++
+	return true
+}
+
+func (c *crowd) leave(uid uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open--
+	if c.by[uid]--; c.by[uid] == 0 {
+		delete(c.by, uid)
+	}
+}
+
+// socketListener is a Unix socket whose connections know its name.
+type socketListener struct {
+	*net.UnixListener
+	// name of a dedicated socket; "" = the common one.
+	name, path string
+	inode      uint64
+	crowd      *crowd
+}
+
+// Accept passes over connections that are too many: they are closed before a byte of them is read.
+func (l *socketListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		uid, err := peerUID(c)
+		if err != nil || !l.crowd.enter(uid) {
+			c.Close()
+			continue
+		}
+		return &socketConn{UnixConn: c, socket: l.name, leave: sync.OnceFunc(func() { l.crowd.leave(uid) })}, nil
+	}
+}
+
+func peerUID(c *net.UnixConn) (uint32, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var inner error
+	if err := raw.Control(func(fd uintptr) {
+		cred, inner = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if inner != nil {
+		return 0, inner
+	}
+	return cred.Uid, nil
+}
+
+// Close closes the socket and takes its name away, unless the name is another's by now.
+func (l *socketListener) Close() error {
+	if info, err := os.Lstat(l.path); err == nil && inodeOf(info) == l.inode {
+		_ = os.Remove(l.path)
+	}
+	return l.UnixListener.Close()
+}
+
+func inodeOf(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino }
+
+// listen opens a socket for workloads. One that somebody listens on is left alone, one that a dead process left behind is
+// replaced. It is bound under another name and renamed, so that it is never there with the wrong mode, and a connection
+// finds the old or the new one, never none.
+func listen(s Socket, c *crowd) (*socketListener, error) {
+	fail := func(format string, args ...any) error {
+		return fmt.Errorf("open socket %s: %w", s.Path, fmt.Errorf(format, args...))
+	}
+	dir := filepath.Dir(s.Path)
+	temp := filepath.Join(dir, ".s"+rand.Text()[:8])
+	if n := max(len(s.Path), len(temp)); n > maxSocketPath {
+		return nil, fail("the path is %d bytes too long for a Unix socket: choose a shorter one", n-maxSocketPath)
+	}
+	if err := checkSocketDir(dir); err != nil {
+		return nil, fail("%w", err)
+	}
+	switch info, err := os.Lstat(s.Path); {
+	case err == nil && info.Mode()&fs.ModeSocket == 0:
+		return nil, fail("there is something else than a socket: move it away or choose another path")
+	case err == nil:
+		conn, err := net.DialTimeout("unix", s.Path, time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		// Only a refused connection says that nobody listens; a full backlog or a foreign socket is not ours to replace.
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			return nil, fail("it is in use by another process: stop that process or choose another path")
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, fail("%w", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
+	if err != nil {
+		return nil, fail("%w", cause(err))
+	}
+	l.SetUnlinkOnClose(false) // it would unlink the temporary name
+	var info fs.FileInfo
+	if err = os.Chmod(temp, socketMode); err == nil {
+		info, err = os.Lstat(temp)
+	}
+	if err == nil {
+		err = os.Rename(temp, s.Path)
+	}
+	if err != nil {
+		l.Close()
+		os.Remove(temp)
+		return nil, fail("%w", err)
+	}
+	return &socketListener{UnixListener: l, name: s.Name, path: s.Path, inode: inodeOf(info), crowd: c}, nil
+}
+
+// checkSocketDir makes the folder if it is missing, and refuses one in which others could put a socket of theirs in the
+// place of ours, and so pose as the agent.
+func checkSocketDir(dir string) error {
+	if err := makeDir(dir); err != nil {
+		return err
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if mode := info.Mode(); mode.Perm()&0o022 != 0 && mode&fs.ModeSticky == 0 {
+		return fmt.Errorf("others may write to its folder (mode %04o): run `chmod go-w %s`, or choose another folder", mode.Perm(), dir)
+	}
+	if uid := info.Sys().(*syscall.Stat_t).Uid; uid != 0 && int(uid) != os.Geteuid() {
+		return fmt.Errorf("its folder belongs to uid %d, but this process runs as uid %d: change its owner or choose another folder", uid, os.Geteuid())
+	}
+	return nil
+}
+
+// makeDir makes a missing folder with its parents, so that others may pass through it to the socket, whatever the umask.
+func makeDir(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := makeDir(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	switch err := os.Mkdir(dir, 0o755); {
+	case errors.Is(err, fs.ErrExist):
+		return nil
+	case err != nil:
+		return err
+	}
+	return os.Chmod(dir, 0o755)
+}
+
+// cause is what a net error is about, without the temporary name.
+func cause(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Err
+	}
+	return err
+}
+
+// listenHTTP opens the listener for probes and metrics.
+func listenHTTP(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("open http at %s: it is in use by another process: stop that process or change http", address)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open http at %s: %w", address, cause(err))
+	}
+	return l, nil
+}

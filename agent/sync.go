@@ -1,0 +1,246 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/trust"
+)
+
+const (
+	// settle gathers acknowledgements of many streams into one message.
+	settle = 200 * time.Millisecond
+	// maxRegistrations bounds what a server may make an agent hold.
+	maxRegistrations = 100_000
+)
+
+// keepSync holds the Sync stream open for as long as ctx lives.
+func (a *Agent) keepSync(ctx context.Context) {
+	wait := &backoff.ExponentialBackOff{InitialInterval: 250 * time.Millisecond, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxReconnect}
+	for {
+		heard, err := a.sync(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if heard {
+			wait.Reset()
+		}
+		if err == nil {
+			continue // the connection was replaced by one with a newer certificate
+		}
+		d := wait.NextBackOff()
+		a.log.Warn("lost the server, or never had it; what is held is served on, and the connection is tried again",
+			"agent_door", a.member.Load().AgentDoor, "in", d.Round(time.Millisecond), "err", clip(err.Error(), 512))
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(d):
+		}
+	}
+}
+
+// sync runs one stream. It returns nil when a newer connection has taken the place of the one it ran on; heard reports
+// whether the server said anything.
+func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
+	c, replaced, done, err := a.link.begin()
+	if err != nil {
+		return false, err
+	}
+	defer done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c.nudge()
+	stream, err := signetv1.NewAgentsClient(c.grpc).Sync(ctx)
+	if err != nil {
+		return false, c.explain(err)
+	}
+	received := make(chan *signetv1.SyncResponse)
+	ended := make(chan error, 1)
+	go func() { // ends with the stream, whose context ends when sync returns
+		for {
+			r, err := stream.Recv()
+			if err != nil {
+				ended <- err
+				return
+			}
+			select {
+			case received <- r:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	defer func() {
+		if a.connected.Swap(false) {
+			a.metrics.lastContact.Store(a.now().UnixNano())
+		}
+	}()
+
+	acked := a.acks()
+	if err := stream.Send(&signetv1.SyncRequest{BundleAcks: acked, CheckpointSeen: a.seen()}); err != nil && !errors.Is(err, io.EOF) {
+		return false, c.explain(err)
+	}
+	var settled <-chan time.Time
+	for {
+		acksChanged, bundleChanged := a.sds.AcksChanged(), a.bundles.Changed()
+		if settled == nil && !sameAcks(acked, a.acks()) {
+			settled = time.After(settle)
+		}
+		select {
+		case <-replaced:
+			return heard, nil
+		case err := <-ended:
+			if errors.Is(err, io.EOF) {
+				err = status.Error(codes.Unavailable, "the server ended the stream")
+			}
+			return heard, c.explain(err)
+		case r := <-received:
+			if !heard {
+				heard = true
+				a.connected.Store(true)
+				a.log.Info("connected", "agent_door", a.member.Load().AgentDoor)
+				a.hub.hurry()
+			}
+			if a.take(r) {
+				if err := stream.Send(&signetv1.SyncRequest{BundleAcks: acked, CheckpointSeen: a.seen()}); err != nil && !errors.Is(err, io.EOF) {
+					return heard, c.explain(err)
+				}
+			}
+		case <-acksChanged:
+		case <-bundleChanged:
+		case <-settled:
+			settled, acked = nil, a.acks()
+			if err := stream.Send(&signetv1.SyncRequest{BundleAcks: acked}); err != nil && !errors.Is(err, io.EOF) {
+				return heard, c.explain(err)
+			}
+		}
+	}
+}
+
+// acks says what this agent's workloads believe: the oldest bundle among the streams that have one, or, where nobody
+// subscribes, the bundle that the next one to come would get.
+func (a *Agent) acks() []*signetv1.BundleAck {
+	td := a.member.Load().td
+	digest, ok := a.sds.OldestBundle(td)
+	if !ok {
+		b, known := a.bundles.Get(td)
+		if !known {
+			return nil
+		}
+		digest = b.Digest()
+	}
+	return []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: digest[:]}}
+}
+
+func sameAcks(a, b []*signetv1.BundleAck) bool {
+	return len(a) == len(b) && (len(a) == 0 || proto.Equal(a[0], b[0]))
+}
+
+func (a *Agent) seen() *signetv1.CheckpointSeen {
+	size, root := a.witness.Seen()
+	return &signetv1.CheckpointSeen{Size: size, RootHash: root}
+}
+
+// take takes in one message of the server. It reports whether the server is to be told which checkpoint was seen.
+func (a *Agent) take(r *signetv1.SyncResponse) (tellSeen bool) {
+	var err error
+	switch u := r.GetUpdate().(type) {
+	case *signetv1.SyncResponse_Bundle:
+		err = a.takeBundle(u.Bundle)
+	case *signetv1.SyncResponse_Registrations:
+		err = a.takeRegistrations(u.Registrations)
+	case *signetv1.SyncResponse_Checkpoint:
+		err, tellSeen = a.takeCheckpoint(u.Checkpoint), true
+	}
+	if err != nil {
+		a.log.Error("could not take what the server sent", "err", clip(err.Error(), 1024))
+	}
+	return tellSeen
+}
+
+// takeBundle takes a newer bundle of our own trust domain, and only that.
+func (a *Agent) takeBundle(m *signetv1.Bundle) error {
+	member := a.member.Load()
+	if m.GetTrustDomain() != member.td.Name() {
+		return fmt.Errorf("bundle of trust domain %q: this agent is of %s", clip(m.GetTrustDomain(), 255), member.td)
+	}
+	b, err := parseBundle(member.td, m.Sequence, m.Roots)
+	if err != nil {
+		return err
+	}
+	old, had := a.bundles.Get(member.td)
+	if err := a.bundles.Set(b); err != nil {
+		return err
+	}
+	if had && old.Sequence() == b.Sequence() {
+		return nil
+	}
+	a.trustNow(b)
+	// In use already: workloads must have it even where the disk is full. It comes again after a restart.
+	return a.storeBundle(b)
+}
+
+// trustNow notes that there is a bundle.
+func (a *Agent) trustNow(b trust.Bundle) {
+	a.metrics.generation.WithLabelValues(b.TrustDomain().Name()).Set(float64(b.Sequence()))
+	a.metrics.roots.WithLabelValues(b.TrustDomain().Name()).Set(float64(len(b.Roots())))
+	a.log.Info("trust bundle in use", "trust_domain", b.TrustDomain().Name(), "sequence", b.Sequence(), "digest", b.Digest().String(), "roots", len(b.Roots()))
+	a.trustOnce.Do(func() { close(a.trusted) })
+}
+
+// takeRegistrations takes the whole set. One that is malformed is left out and named; the rest holds.
+func (a *Agent) takeRegistrations(set *signetv1.RegistrationSet) error {
+	a.synced.Store(true)
+	if a.lastSet != nil && proto.Equal(a.lastSet, set) {
+		return nil
+	}
+	if len(set.GetRegistrations()) > maxRegistrations {
+		return fmt.Errorf("%d registrations: at most %d are taken", len(set.GetRegistrations()), maxRegistrations)
+	}
+	m := a.member.Load()
+	list := make([]identity.Registration, 0, len(set.Registrations))
+	var wrong error
+	for _, r := range set.Registrations {
+		selectors := make([]identity.Selector, len(r.Selectors))
+		for i, s := range r.Selectors {
+			selectors[i] = identity.Selector(s)
+		}
+		reg, err := registration(m, storedRegistration{Name: r.Name, ID: r.SpiffeId, Selectors: selectors, TTLSeconds: r.TtlSeconds, Priority: r.Priority})
+		if err != nil {
+			wrong = err
+			continue
+		}
+		list = append(list, reg)
+	}
+	a.hub.setRegistrations(list)
+	a.lastSet = set
+	a.log.Info("registrations in use", "count", len(list), "revision", set.Revision)
+	return errors.Join(wrong, a.storeRegistrations(m, set.Revision, list))
+}
+
+// takeCheckpoint makes this agent a witness of the audit log: what has been seen must be contained in what is shown.
+func (a *Agent) takeCheckpoint(c *signetv1.Checkpoint) error {
+	err := a.witness.Advance(c.GetNote(), c.GetFromSize(), c.GetConsistencyProof())
+	switch {
+	case errors.Is(err, audit.ErrFork), errors.Is(err, audit.ErrRollback):
+		a.metrics.inconsistencies.Inc()
+		a.inconsistent.Store(true)
+		a.log.Error("THE AUDIT LOG CONTRADICTS WHAT THIS AGENT HAS SEEN: the checkpoint is refused; keep the evidence, stop issuing and compare with other agents", "err", err)
+		return nil
+	case err != nil:
+		// Not evidence: a proof from another size crosses a message of ours now and then. The server is told again.
+		return err
+	}
+	return nil
+}
