@@ -68,7 +68,32 @@ one shared root, renews everything ahead of expiry, and can prove afterwards wha
 		SilenceErrors: true,
 	}
 	root.AddCommand(
+		c.rootCommand(),
+		c.clusterCommand(),
+		c.serveCommand(),
+		c.agentCommand(),
+		c.joinTokenCommand(),
+		c.registrationCommand(),
+		c.svidCommand(),
+		c.logCommand(),
+		c.configCommand(),
 		c.versionCommand(),
+		exitCodesTopic(),
 	)
 	return root
+}
+
+// exitCodesTopic is a page of help, not a command: `signet help exit-codes`.
+func exitCodesTopic() *cobra.Command {
+	return &cobra.Command{
+		Use:   "exit-codes",
+		Short: "What the exit status of every command means",
+		Long: `Every command exits with
+
+  0   yes: done, healthy, proven, the same, nothing to do
+  1   no: refused, findings, differs, not in the log
+  2   could not tell: wrong usage, unreachable, unreadable
+
+Data goes to stdout, talk to stderr.`,
+	}
 }

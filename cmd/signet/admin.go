@@ -1,0 +1,86 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	"github.com/signet-ca/signet/internal/config"
+)
+
+// serverConfigFlag adds --config to a command that works on one server.
+func serverConfigFlag(cmd *cobra.Command, path *string) {
+	cmd.Flags().StringVar(path, "config", "", "the server's configuration file")
+	_ = cmd.MarkFlagRequired("config")
+	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
+}
+
+// maxAnswer bounds what the admin door may answer, in bytes: every registration there can be.
+const maxAnswer = 256 << 20
+
+// admin calls the running server of a configuration.
+func (c *cli) admin(ctx context.Context, configFile string, call func(context.Context, adminv1.AdminClient) error) error {
+	cfg, err := config.LoadServer(configFile)
+	if err != nil {
+		return err
+	}
+	var dialer net.Dialer
+	dial := func(ctx context.Context, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", cfg.AdminSocket) }
+	// Tried once by hand, because the reason for which gRPC could not connect is hard to read.
+	probe, err := dial(ctx, "")
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) {
+			err = op.Err
+		}
+		return fmt.Errorf("no server answers on %s (%w): start it with: signet serve --config %s", cfg.AdminSocket, err, configFile)
+	}
+	probe.Close()
+	conn, err := grpc.NewClient("passthrough:///admin",
+		// The socket's folder and mode say who is there.
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dial),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return answered(call(ctx, adminv1.NewAdminClient(conn)))
+}
+
+// answered tells the server's "no" from "could not tell".
+func answered(err error) error {
+	st, ok := status.FromError(err)
+	if !ok || err == nil {
+		return err
+	}
+	switch st.Code() {
+	case codes.InvalidArgument, codes.NotFound, codes.FailedPrecondition, codes.PermissionDenied, codes.ResourceExhausted, codes.Aborted:
+		return no("%s", st.Message())
+	}
+	return errors.New(st.Message())
+}
+
+// completed asks the running server for what can be completed; whatever is wrong, there is just nothing to complete.
+func (c *cli) completed(cmd *cobra.Command, call func(context.Context, adminv1.AdminClient) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	path, err := cmd.Flags().GetString("config")
+	if err != nil || path == "" {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
+	defer cancel()
+	var found []string
+	_ = c.admin(ctx, path, func(ctx context.Context, a adminv1.AdminClient) (err error) {
+		found, err = call(ctx, a)
+		return err
+	})
+	return found, cobra.ShellCompDirectiveNoFileComp
+}

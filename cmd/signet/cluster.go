@@ -1,0 +1,264 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/ca/ceremony"
+	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/server"
+)
+
+func (c *cli) clusterCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "cluster",
+		Short: "Make a cluster and give it its intermediate",
+		Long: `A cluster is made in three steps: init makes its keys, its control CA and a request for its intermediate; the
+root's holder signs the request (signet root sign); install checks what came back and takes it into use.`,
+		Args: cobra.NoArgs,
+	}
+	cmd.AddCommand(c.clusterInitCommand(), c.clusterInstallCommand(), c.clusterShowCommand())
+	return cmd
+}
+
+// atHand is the ceremonies of this binary, as package server wants them.
+type atHand struct{}
+
+func (atHand) SelfSign(ctx context.Context, log ca.Log, key crypto.Signer, plan ca.Plan, by *auditv1.Evidence) (*x509.Certificate, audit.Receipt, error) {
+	return ceremony.SelfSign(ctx, log, key, plan, by)
+}
+
+func (atHand) Request(key crypto.Signer, plan ca.Plan) ([]byte, error) {
+	return ceremony.Request(key, plan)
+}
+
+// folderOf is a server's state folder as its configuration describes it.
+func folderOf(cfg *config.Server, keys keystore.Store, logger *slog.Logger) server.Folder {
+	return server.Folder{
+		Dir: cfg.StateDir, TrustDomain: cfg.TrustDomain, Cluster: cfg.Cluster, Instance: cfg.Instance, Keys: keys,
+		CheckpointInterval: cfg.Log.CheckpointInterval, Logger: logger,
+	}
+}
+
+func (c *cli) clusterInitCommand() *cobra.Command {
+	var file, out string
+	cmd := &cobra.Command{
+		Use:   "init --config FILE",
+		Short: "Make a cluster's keys, control CA and certificate request",
+		Long: `Makes the state folder with the audit log, the control CA and the key of the first intermediate, and writes the
+request for its certificate to stdout, or with --csr-out to a file; then stdout gets the fingerprint of the request's key.
+
+Give the request to the root's holder, and the key's fingerprint by another way: signet root sign wants both.
+It is safe to run again: what is missing is completed, and the same request and fingerprints are printed.`,
+		Example: `  signet cluster init --config east.yaml --csr-out east.csr.pem
+  signet cluster init --config east.yaml > east.csr.pem`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.LoadServer(file)
+			if err != nil {
+				return err
+			}
+			keys, err := cfg.OpenKeys()
+			if err != nil {
+				return err
+			}
+			r, err := server.Init(cmd.Context(), server.InitConfig{
+				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Algorithm: cfg.Keystore.Algorithm, Ceremony: atHand{},
+			})
+			if err != nil {
+				return err
+			}
+			state := "made"
+			if !r.Created {
+				state = "unchanged: it was made before"
+			}
+			what := facts{
+				{"cluster", cfg.Cluster + " of " + cfg.TrustDomain.Name() + ", " + state},
+				{"key of the request", r.KeyFingerprint},
+				{"control CA", r.ControlCA},
+				{"log verifier key", r.LogVerifierKey},
+			}
+			if out == "" {
+				if err := what.print(c.err); err != nil {
+					return err
+				}
+				_, err = c.out.Write(r.CSR)
+				return err
+			}
+			if err := durable.WriteFile(out, r.CSR, 0o644); err != nil {
+				return err
+			}
+			if err := append(what, [2]string{"request", out}).print(c.err); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(c.out, r.KeyFingerprint)
+			return err
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	cmd.Flags().StringVar(&out, "csr-out", "", "write the certificate request to this file")
+	return cmd
+}
+
+func (c *cli) clusterInstallCommand() *cobra.Command {
+	var file, chainFile, fingerprint string
+	cmd := &cobra.Command{
+		Use:   "install --config FILE --chain FILE --root-fingerprint SHA256:…",
+		Short: "Check what the root has signed and take it into use",
+		Long: `Checks the chain against the cluster's own request and key, and the root in it against the fingerprint, which must
+have come from the root's holder by another way than the chain. Then the intermediate is active and its root is trusted.
+
+Installing the same chain again changes nothing. Exit status 1 when the chain is refused.`,
+		Example: `  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:…`,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.LoadServer(file)
+			if err != nil {
+				return err
+			}
+			chain, err := c.readInput(chainFile, "certificate chain", maxChainFile)
+			if err != nil {
+				return err
+			}
+			keys, err := cfg.OpenKeys()
+			if err != nil {
+				return err
+			}
+			r, err := server.Install(cmd.Context(), server.InstallConfig{
+				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Chain: chain, RootFingerprint: fingerprint,
+			})
+			if err != nil {
+				return refused(err)
+			}
+			state := "installed"
+			if !r.Changed {
+				state = "unchanged"
+			}
+			if err := (facts{
+				{"issuer", r.Issuer},
+				{"expires", clock(r.NotAfter)},
+				{"root", r.Root},
+			}).print(c.err); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(c.out, state)
+			return err
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	cmd.Flags().StringVar(&chainFile, "chain", "", "file that signet root sign wrote, or - for stdin")
+	cmd.Flags().StringVar(&fingerprint, "root-fingerprint", "", "fingerprint of the root, from the root's holder")
+	_ = cmd.MarkFlagRequired("chain")
+	_ = cmd.MarkFlagFilename("chain", "pem")
+	_ = cmd.MarkFlagRequired("root-fingerprint")
+	return cmd
+}
+
+// maxChainFile bounds a chain in PEM, in bytes.
+const maxChainFile = 64 << 10
+
+// readInput reads a file, or stdin for "-", of at most so many bytes.
+func (c *cli) readInput(path, what string, most int64) ([]byte, error) {
+	in := c.in
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", what, err)
+		}
+		defer f.Close()
+		in = f
+	}
+	data, err := io.ReadAll(io.LimitReader(in, most+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s %s: %w", what, path, err)
+	}
+	if int64(len(data)) > most {
+		return nil, fmt.Errorf("read %s %s: it is longer than %d bytes", what, path, most)
+	}
+	return data, nil
+}
+
+// clusterShown is a cluster with a row for each authority.
+type clusterShown struct{ server.Cluster }
+
+func (clusterShown) columns() []string {
+	return []string{"ISSUER", "HIERARCHY", "STATE", "EXPIRES", "KEY", "+SUBJECT", "+KEY FINGERPRINT", "+FINGERPRINT"}
+}
+
+func (s clusterShown) rows() [][]string {
+	var rows [][]string
+	for _, a := range s.Authorities {
+		expires := ""
+		if a.NotAfter != nil {
+			expires = clock(*a.NotAfter)
+		}
+		rows = append(rows, []string{a.ID, a.Hierarchy, string(a.State), expires, a.Key, a.Subject, a.KeyFingerprint, a.Fingerprint})
+	}
+	return rows
+}
+
+func (s clusterShown) names() []string { return []string{"cluster/" + s.Cluster.Cluster} }
+
+func (c *cli) clusterShowCommand() *cobra.Command {
+	var file, format string
+	cmd := &cobra.Command{
+		Use:   "show --config FILE",
+		Short: "Show a cluster's issuers and fingerprints",
+		Long: `Shows the issuers with their states and ends, the fingerprints of the control CA and of the roots that are trusted,
+and the key that auditors check the log with. It reads the state folder, also while the server runs, and needs no key.`,
+		Example: `  signet cluster show --config east.yaml
+  signet cluster show --config east.yaml -o json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.LoadServer(file)
+			if err != nil {
+				return err
+			}
+			shown, err := server.Show(cmd.Context(), cfg.StateDir)
+			if err != nil {
+				return err
+			}
+			if format == "table" || format == "wide" {
+				if err := (facts{
+					{"trust domain", shown.TrustDomain},
+					{"cluster", shown.Cluster},
+					{"instance", shown.Instance},
+					{"control CA", shown.ControlCA},
+					{"roots trusted", strings.Join(shown.Roots, " ")},
+					{"bundle sequence", strconv.FormatUint(shown.BundleSequence, 10)},
+					{"log verifier key", shown.LogVerifierKey},
+				}).print(c.out); err != nil {
+					return err
+				}
+				fmt.Fprintln(c.out)
+			}
+			return c.show(format, clusterShown{shown})
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	outputFlag(cmd, &format)
+	return cmd
+}
+
+// since is how long ago, or until when, in whole seconds.
+func since(t, now time.Time) string {
+	if d := t.Sub(now).Round(time.Second); d > 0 {
+		return "in " + d.String()
+	}
+	return now.Sub(t).Round(time.Second).String() + " ago"
+}

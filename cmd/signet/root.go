@@ -1,0 +1,450 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strconv"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/ca/ceremony"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/keystore"
+)
+
+func (c *cli) rootCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "root",
+		Short: "Make and use the offline root that all clusters trust",
+		Long: `The root is a folder: its certificate, its encrypted key, and a log of everything it has signed.
+Keep it off the network; it is needed only to give a cluster an intermediate.`,
+		Args: cobra.NoArgs,
+	}
+	cmd.AddCommand(c.rootInitCommand(), c.rootSignCommand(), c.rootShowCommand())
+	return cmd
+}
+
+// passphraseFlag adds --passphrase-file, the one way beside the terminal.
+func passphraseFlag(cmd *cobra.Command, path *string) {
+	cmd.Flags().StringVar(path, "passphrase-file", "", "file with the passphrase of the keys; without it the terminal is asked")
+}
+
+func passphrase(path, prompt string, confirm bool) keystore.Passphrase {
+	if path != "" {
+		return keystore.PassphraseFile(path)
+	}
+	return keystore.PassphraseTerminal(prompt, confirm)
+}
+
+// atTheCeremony says on whose word a ceremony happens.
+func atTheCeremony() *auditv1.Evidence {
+	return &auditv1.Evidence{Caller: "uid:" + strconv.Itoa(os.Getuid()), Door: "ceremony"}
+}
+
+// onlyWithoutFile refuses flags beside -f: what a ceremony does stands in one reviewed place.
+func onlyWithoutFile(cmd *cobra.Command, file string, flags ...string) error {
+	for _, f := range flags {
+		if file != "" && cmd.Flags().Changed(f) {
+			return fmt.Errorf("--%s and -f can't be used together: put it into %s", f, file)
+		}
+	}
+	return nil
+}
+
+// refused makes an answer of an error that says what is wrong with what was asked. What can't be read is no answer.
+func refused(err error) error {
+	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+		return err
+	}
+	return no("%w", err)
+}
+
+func (c *cli) rootInitCommand() *cobra.Command {
+	var file, trustDomain, dir, passphraseFile, life, algorithm string
+	var pathLength int
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "Make a root",
+		Long: `Makes a folder with a new root: key (encrypted), certificate, log. The root's fingerprint is printed on stdout;
+every cluster compares it when it installs what the root has signed.
+
+An existing root is never touched (exit status 1).
+
+With -f everything is taken from a file that can be reviewed first:
+
+  trust_domain: example.org
+  dir: ./root               # relative to the file
+  algorithm: ecdsa-p256     # default
+  life: 10y                 # default
+  path_length: 1            # default`,
+		Example: `  signet root init --trust-domain example.org --dir root
+  signet root init --trust-domain example.org --dir root --passphrase-file root.pass
+  signet root init -f root.yaml --dry-run`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := onlyWithoutFile(cmd, file, "trust-domain", "dir", "life", "algorithm", "path-length"); err != nil {
+				return err
+			}
+			var cfg ceremony.RootConfig
+			var err error
+			if file != "" {
+				cfg, err = ceremony.ReadRootFile(file)
+			} else {
+				cfg, err = rootConfig(trustDomain, dir, algorithm, life, pathLength)
+			}
+			if err != nil {
+				return err
+			}
+			if err := cfg.Validate(); err != nil {
+				return err
+			}
+			cfg.Passphrase = passphrase(passphraseFile, "Passphrase for the new root's keys", true)
+			cfg.By = atTheCeremony()
+			if err := cfg.Vacant(); err != nil {
+				return existing(err)
+			}
+			what := facts{
+				{"root of", cfg.TrustDomain.Name()},
+				{"folder", cfg.Dir},
+				{"key", string(cfg.Algorithm)},
+				{"life", days(cfg.Life)},
+				{"path length", strconv.Itoa(cfg.PathLen)},
+			}
+			if dryRun {
+				return what.print(c.out)
+			}
+			if err := what.print(c.err); err != nil {
+				return err
+			}
+			root, err := ceremony.InitRoot(cmd.Context(), cfg)
+			if err != nil {
+				return existing(err)
+			}
+			history, err := root.History(cmd.Context())
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.err, "The root is in %s; its log's verifier key is %s.\nThe root's fingerprint, to be compared by every cluster:\n", cfg.Dir, history.VerifierKey)
+			_, err = fmt.Fprintln(c.out, ca.CertificateFingerprint(root.Certificate().Raw))
+			return err
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&file, "file", "f", "", "take everything from this reviewed file")
+	f.StringVar(&trustDomain, "trust-domain", "", "trust domain, for example example.org")
+	f.StringVar(&dir, "dir", "root", "folder to make")
+	f.StringVar(&life, "life", "10y", "life of the root: 10y, 3650d or 87600h")
+	f.StringVar(&algorithm, "algorithm", string(keystore.ECDSAP256), "key: ecdsa-p256, ecdsa-p384, rsa-2048, rsa-3072 or rsa-4096")
+	f.IntVar(&pathLength, "path-length", 1, "how many CAs may stand between the root and a certificate")
+	f.BoolVar(&dryRun, "dry-run", false, "only print what would be made")
+	passphraseFlag(cmd, &passphraseFile)
+	return cmd
+}
+
+func rootConfig(trustDomain, dir, algorithm, life string, pathLength int) (cfg ceremony.RootConfig, err error) {
+	if trustDomain == "" {
+		return cfg, errors.New("root init: give --trust-domain, for example --trust-domain example.org, or a file with -f")
+	}
+	if cfg.TrustDomain, err = identity.ParseTrustDomain(trustDomain); err != nil {
+		return cfg, err
+	}
+	if cfg.Life, err = ceremony.ParseLife(life); err != nil {
+		return cfg, err
+	}
+	if pathLength == 0 {
+		return cfg, errors.New("root init: with --path-length 0 the root could sign no intermediate; use 1")
+	}
+	cfg.Dir, cfg.Algorithm, cfg.PathLen = dir, keystore.Algorithm(algorithm), pathLength
+	return cfg, nil
+}
+
+// existing makes an answer of "there is one already".
+func existing(err error) error {
+	if errors.Is(err, ceremony.ErrExists) || errors.Is(err, fs.ErrExist) {
+		return no("%w", err)
+	}
+	return err
+}
+
+func (c *cli) rootSignCommand() *cobra.Command {
+	var file, dir, csr, fingerprint, cluster, life, out, passphraseFile string
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "sign",
+		Short: "Sign a cluster's intermediate",
+		Long: `Signs the intermediate of a cluster. The fingerprint is the one that "signet cluster init" printed; bring it by
+another way than the request, so that a request swapped on its way is noticed (exit status 1).
+
+Nothing but the public key is taken from the request. What will be signed is printed first; the log entry is written
+before the signature is made. The chain (intermediate, then root) goes to --out.
+
+With -f everything is taken from a file that can be reviewed first:
+
+  dir: ./root                        # paths are relative to the file
+  trust_domain: example.org
+  cluster: east
+  csr: ./east.csr.pem
+  key_fingerprint: SHA256:ab12:...
+  out: ./east.chain.pem
+  algorithm: ecdsa-p256              # default: any that is allowed
+  life: 90d                          # default
+  path_length: 0                     # default, and the only one`,
+		Example: `  signet root sign --dir root --csr east.csr.pem --fingerprint SHA256:ab12:... --cluster east --out east.chain.pem
+  signet root sign --dir root --csr east.csr.pem --fingerprint SHA256:ab12:... --cluster east --dry-run
+  signet root sign -f sign-east.yaml --passphrase-file root.pass`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := onlyWithoutFile(cmd, file, "dir", "csr", "fingerprint", "cluster", "life", "out"); err != nil {
+				return err
+			}
+			sign, err := signConfig(file, dir, csr, fingerprint, cluster, life, out)
+			if err != nil {
+				return err
+			}
+			root, err := ceremony.OpenRoot(sign.Dir, nil)
+			if err != nil {
+				return err
+			}
+			prepared, err := root.Prepare(sign.SignConfig)
+			if err != nil {
+				return refused(err)
+			}
+			what := planFacts(prepared.Plan(), root)
+			if dryRun {
+				return what.print(c.out)
+			}
+			if _, err := os.Lstat(sign.Out); sign.Out != "-" && err == nil {
+				return no("%s already exists and is not overwritten; move it away or give another --out", sign.Out)
+			}
+			if err := what.print(c.err); err != nil {
+				return err
+			}
+			chain, receipt, err := root.Sign(cmd.Context(), prepared, passphrase(passphraseFile, "Passphrase of the root's keys", false), atTheCeremony())
+			if err != nil {
+				return err
+			}
+			text := ca.EncodeChain(chain...)
+			if sign.Out == "-" {
+				_, err = c.out.Write(text)
+			} else {
+				err = durable.CreateFile(sign.Out, text, 0o644)
+			}
+			if err != nil {
+				return fmt.Errorf("signed, but the chain could not be written: %w; the certificate is kept in %s", err, root.RecordPath(prepared.Plan(), receipt))
+			}
+			fmt.Fprintf(c.err, "Signed: entry %d of the root's log, chain in %s. The cluster's admin needs the root's fingerprint as well:\n%s\n",
+				receipt.Index, sign.Out, ca.CertificateFingerprint(root.Certificate().Raw))
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&file, "file", "f", "", "take everything from this reviewed file")
+	f.StringVar(&dir, "dir", "root", "folder of the root")
+	f.StringVar(&csr, "csr", "", "certificate request that signet cluster init wrote")
+	f.StringVar(&fingerprint, "fingerprint", "", "fingerprint of the request's key that signet cluster init printed")
+	f.StringVar(&cluster, "cluster", "", "name of the cluster")
+	f.StringVar(&life, "life", "90d", "life of the intermediate: 90d or 2160h; never beyond the root's")
+	f.StringVar(&out, "out", "-", "file for the chain; - is stdout")
+	f.BoolVar(&dryRun, "dry-run", false, "only print what would be signed; needs no passphrase")
+	passphraseFlag(cmd, &passphraseFile)
+	return cmd
+}
+
+func signConfig(file, dir, csr, fingerprint, cluster, life, out string) (ceremony.SignFile, error) {
+	if file != "" {
+		f, err := ceremony.ReadSignFile(file)
+		if err != nil {
+			return f, err
+		}
+		f.Request, err = ceremony.ReadRequestFile(f.RequestFile)
+		if err != nil {
+			err = refused(err)
+		}
+		return f, err
+	}
+	f := ceremony.SignFile{Dir: dir, Out: out}
+	switch {
+	case cluster == "":
+		return f, errors.New("root sign: give --cluster, the name of the cluster that the request is of, or a file with -f")
+	case csr == "":
+		return f, errors.New("root sign: give --csr, the request that `signet cluster init` wrote, or a file with -f")
+	case fingerprint == "":
+		return f, no("root sign: give --fingerprint, which `signet cluster init` printed; without it a request swapped on its way would get an intermediate")
+	}
+	f.Cluster, f.KeyFingerprint = cluster, fingerprint
+	var err error
+	if f.Life, err = ceremony.ParseLife(life); err != nil {
+		return f, err
+	}
+	if f.Request, err = ceremony.ReadRequestFile(csr); err != nil {
+		return f, refused(err)
+	}
+	return f, nil
+}
+
+// facts is a short text of names and values for people.
+type facts [][2]string
+
+func (f facts) print(w io.Writer) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, line := range f {
+		fmt.Fprintf(tw, "%s:\t%s\n", line[0], line[1])
+	}
+	return tw.Flush()
+}
+
+func planFacts(p ca.Plan, root *ceremony.Root) facts {
+	cert := root.Certificate()
+	return facts{
+		{"sign", p.Kind},
+		{"trust domain", p.TrustDomain.Name()},
+		{"cluster", p.Cluster},
+		{"subject", fmt.Sprintf("CN=%s, O=%s", p.CommonName, p.Organization())},
+		{"URI", p.TrustDomain.IDString()},
+		{"key", string(p.Algorithm)},
+		{"key fingerprint", ca.KeyFingerprint(p.SPKI)},
+		{"valid from", clock(p.NotBefore)},
+		{"valid until", fmt.Sprintf("%s (%s)", clock(p.NotAfter), days(p.NotAfter.Sub(p.NotBefore.Add(ca.PlanBackdate))+time.Second))},
+		{"path length", strconv.Itoa(p.PathLen)},
+		{"serial", hex.EncodeToString(p.Serial)},
+		{"signed by", cert.Subject.CommonName},
+		{"root fingerprint", ca.CertificateFingerprint(cert.Raw)},
+	}
+}
+
+func clock(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// days writes whole days as such.
+func days(d time.Duration) string {
+	const day = 24 * time.Hour
+	if d >= 2*day && d%day == 0 {
+		return fmt.Sprintf("%d days", d/day)
+	}
+	return d.String()
+}
+
+// rootShown is what `root show` shows.
+type rootShown struct {
+	TrustDomain    string       `json:"trust_domain"`
+	Fingerprint    string       `json:"fingerprint"`
+	Subject        string       `json:"subject"`
+	Serial         string       `json:"serial"`
+	NotBefore      time.Time    `json:"not_before"`
+	NotAfter       time.Time    `json:"not_after"`
+	PathLength     int          `json:"path_length"`
+	KeyFingerprint string       `json:"key_fingerprint"`
+	Log            rootLogShown `json:"log"`
+	Signed         []signedCA   `json:"signed"`
+}
+
+type rootLogShown struct {
+	Origin      string `json:"origin"`
+	Size        uint64 `json:"size"`
+	VerifierKey string `json:"verifier_key"`
+}
+
+type signedCA struct {
+	LogIndex       uint64    `json:"log_index"`
+	Time           time.Time `json:"time"`
+	Kind           string    `json:"kind"`
+	Subject        string    `json:"subject"`
+	Serial         string    `json:"serial"`
+	NotBefore      time.Time `json:"not_before"`
+	NotAfter       time.Time `json:"not_after"`
+	KeyFingerprint string    `json:"key_fingerprint"`
+	By             string    `json:"by"`
+}
+
+func (rootShown) columns() []string {
+	return []string{"LOG", "TIME", "KIND", "SUBJECT", "NOT AFTER", "SERIAL", "+NOT BEFORE", "+KEY FINGERPRINT", "+BY"}
+}
+
+func (s rootShown) rows() [][]string {
+	var rows [][]string
+	for _, m := range s.Signed {
+		rows = append(rows, []string{strconv.FormatUint(m.LogIndex, 10), clock(m.Time), m.Kind, m.Subject, clock(m.NotAfter), m.Serial,
+			clock(m.NotBefore), m.KeyFingerprint, m.By})
+	}
+	return rows
+}
+
+func (s rootShown) names() []string { return []string{"root/" + s.TrustDomain} }
+
+func (c *cli) rootShowCommand() *cobra.Command {
+	var dir, format string
+	cmd := &cobra.Command{
+		Use:   "show",
+		Short: "Show a root and what it has signed",
+		Long:  `Shows the root's certificate, its fingerprint, and what its log says it has signed. Needs no passphrase.`,
+		Example: `  signet root show --dir root
+  signet root show --dir root -o json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			root, err := ceremony.OpenRoot(dir, nil)
+			if err != nil {
+				return err
+			}
+			history, err := root.History(cmd.Context())
+			if err != nil {
+				return err
+			}
+			shown := showRoot(root, history)
+			if format == "table" || format == "wide" {
+				if err := shown.facts().print(c.out); err != nil {
+					return err
+				}
+				fmt.Fprintln(c.out)
+			}
+			return c.show(format, shown)
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", "root", "folder of the root")
+	outputFlag(cmd, &format)
+	return cmd
+}
+
+func showRoot(root *ceremony.Root, h ceremony.History) rootShown {
+	cert := root.Certificate()
+	s := rootShown{
+		TrustDomain: root.TrustDomain().Name(), Fingerprint: ca.CertificateFingerprint(cert.Raw), Subject: cert.Subject.String(),
+		Serial: serialOf(cert), NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), PathLength: cert.MaxPathLen,
+		KeyFingerprint: ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo),
+		Log:            rootLogShown{Origin: h.Origin, Size: h.Size, VerifierKey: h.VerifierKey},
+		Signed:         []signedCA{},
+	}
+	for _, m := range h.Made {
+		s.Signed = append(s.Signed, signedCA{
+			LogIndex: m.Index, Time: m.Time, Kind: m.Kind, Subject: m.Certificate.Subject.String(), Serial: serialOf(m.Certificate),
+			NotBefore: m.Certificate.NotBefore.UTC(), NotAfter: m.Certificate.NotAfter.UTC(),
+			KeyFingerprint: ca.KeyFingerprint(m.Certificate.RawSubjectPublicKeyInfo), By: m.By.GetCaller(),
+		})
+	}
+	return s
+}
+
+func (s rootShown) facts() facts {
+	return facts{
+		{"root of", s.TrustDomain},
+		{"fingerprint", s.Fingerprint},
+		{"subject", s.Subject},
+		{"serial", s.Serial},
+		{"valid", clock(s.NotBefore) + " to " + clock(s.NotAfter)},
+		{"path length", strconv.Itoa(s.PathLength)},
+		{"key fingerprint", s.KeyFingerprint},
+		{"log", fmt.Sprintf("%d entries, origin %s", s.Log.Size, s.Log.Origin)},
+		{"log verifier key", s.Log.VerifierKey},
+	}
+}
+
+func serialOf(cert *x509.Certificate) string { return hex.EncodeToString(cert.SerialNumber.Bytes()) }

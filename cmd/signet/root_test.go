@@ -1,0 +1,271 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/ca/ceremony"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
+)
+
+// ran is what a command left behind.
+type ran struct {
+	code     int
+	out, err string
+}
+
+// root runs `signet root …`.
+func root(t *testing.T, args ...string) ran {
+	t.Helper()
+	var out, talk bytes.Buffer
+	c := &cli{in: strings.NewReader(""), out: &out, err: &talk}
+	cmd := c.rootCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetArgs(args)
+	cmd.SetOut(&out)
+	cmd.SetErr(&talk)
+	r := ran{code: exitYes}
+	if err := cmd.ExecuteContext(t.Context()); err != nil {
+		fmt.Fprintf(&talk, "signet: %v\n", err)
+		r.code = exitCouldNotSay
+		if n := (noError{}); errors.As(err, &n) {
+			r.code = exitNo
+		}
+	}
+	r.out, r.err = out.String(), talk.String()
+	return r
+}
+
+func (r ran) expect(t *testing.T, code int, talk string) ran {
+	t.Helper()
+	if r.code != code || !strings.Contains(r.err, talk) {
+		t.Errorf("exit status %d and %q; want %d and %q", r.code, r.err, code, talk)
+	}
+	return r
+}
+
+// ceremonyDesk is a folder with a passphrase, a root, and the request of a cluster.
+type ceremonyDesk struct {
+	dir, pass, root string
+	rootFingerprint string
+	csr, key        string
+}
+
+func write(t *testing.T, path, text string) string {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func newDesk(t *testing.T) ceremonyDesk {
+	t.Helper()
+	dir := t.TempDir()
+	d := ceremonyDesk{dir: dir, pass: write(t, filepath.Join(dir, "pass"), "correct horse\n"), root: filepath.Join(dir, "root")}
+	r := root(t, "init", "--trust-domain", "example.org", "--dir", d.root, "--passphrase-file", d.pass).expect(t, exitYes, "The root is in")
+	d.rootFingerprint = strings.TrimSpace(r.out)
+	d.csr, d.key = d.request(t, "example.org", "east")
+	return d
+}
+
+func (d ceremonyDesk) request(t *testing.T, trustDomain, cluster string) (path, fingerprint string) {
+	t.Helper()
+	key, err := keystore.NewMemory().Create(t.Context(), "intermediate", keystore.ECDSAP256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	td, err := identity.ParseTrustDomain(trustDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan, err := ca.NewIntermediatePlan(td, cluster, key.Public(), time.Now(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := ceremony.Request(key, plan)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return write(t, filepath.Join(d.dir, trustDomain+"."+cluster+".csr.pem"), string(text)), ca.KeyFingerprint(plan.SPKI)
+}
+
+// sign runs root sign with what is right, then with the further arguments, which win.
+func (d ceremonyDesk) sign(t *testing.T, args ...string) ran {
+	t.Helper()
+	return root(t, append([]string{"sign", "--dir", d.root, "--csr", d.csr, "--fingerprint", d.key, "--cluster", "east", "--passphrase-file", d.pass}, args...)...)
+}
+
+func TestRootCeremonyFromInitToShow(t *testing.T) {
+	d := newDesk(t)
+	if f, err := ca.ParseFingerprint(d.rootFingerprint); err != nil || strings.Contains(d.rootFingerprint, "\n") {
+		t.Errorf("stdout of root init is not the fingerprint alone: %v, %v", f, err)
+	}
+	// The tool that an admin has beside ours says the same.
+	said, err := exec.Command("openssl", "x509", "-in", filepath.Join(d.root, "root.pem"), "-noout", "-fingerprint", "-sha256").Output()
+	if err != nil || !strings.HasSuffix(strings.TrimSpace(string(said)), strings.TrimPrefix(d.rootFingerprint, "SHA256:")) {
+		t.Errorf("openssl says %q (%v), we %q", said, err, d.rootFingerprint)
+	}
+
+	root(t, "init", "--trust-domain", "example.org", "--dir", d.root, "--passphrase-file", d.pass).
+		expect(t, exitNo, "a root is there already").expect(t, exitNo, d.rootFingerprint)
+
+	dry := d.sign(t, "--dry-run", "--passphrase-file", "").expect(t, exitYes, "")
+	for _, want := range []string{d.key, d.rootFingerprint, "cluster:", "east", "path length:", "(90 days)", "spiffe://example.org"} {
+		if !strings.Contains(dry.out, want) {
+			t.Errorf("the dry run does not say %q:\n%s", want, dry.out)
+		}
+	}
+
+	chainFile := filepath.Join(d.dir, "east.chain.pem")
+	signed := d.sign(t, "--out", chainFile).expect(t, exitYes, "Signed: entry 1 of the root's log").expect(t, exitYes, d.key)
+	if signed.out != "" {
+		t.Errorf("stdout has %q", signed.out)
+	}
+	text, err := os.ReadFile(chainFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := ca.ParseChain(text)
+	if err != nil || len(chain) != 2 || ca.CertificateFingerprint(chain[1].Raw) != d.rootFingerprint || ca.KeyFingerprint(chain[0].RawSubjectPublicKeyInfo) != d.key {
+		t.Fatalf("the chain is %v, %v", chain, err)
+	}
+	d.sign(t, "--out", chainFile).expect(t, exitNo, "already exists and is not overwritten")
+	toStdout := d.sign(t, "--fingerprint", strings.ToUpper(d.key)).expect(t, exitYes, "Signed: entry 2")
+	if chain, err := ca.ParseChain([]byte(toStdout.out)); err != nil || len(chain) != 2 {
+		t.Errorf("stdout is not the chain alone: %v", err)
+	}
+
+	var shown rootShown
+	if err := json.Unmarshal([]byte(root(t, "show", "--dir", d.root, "-o", "json").expect(t, exitYes, "").out), &shown); err != nil {
+		t.Fatal(err)
+	}
+	if shown.Fingerprint != d.rootFingerprint || shown.Log.Size != 3 || len(shown.Signed) != 3 || shown.Signed[1].KeyFingerprint != d.key ||
+		!strings.Contains(shown.Log.VerifierKey, shown.Log.Origin) || shown.Signed[1].By == "" {
+		t.Errorf("%+v", shown)
+	}
+	table := root(t, "show", "--dir", d.root).expect(t, exitYes, "").out
+	for _, want := range []string{d.rootFingerprint, "3 entries", "KIND", "intermediate", shown.Log.VerifierKey} {
+		if !strings.Contains(table, want) {
+			t.Errorf("root show does not say %q:\n%s", want, table)
+		}
+	}
+	if got := root(t, "show", "--dir", d.root, "-o", "name").out; got != "root/example.org\n" {
+		t.Errorf("-o name: %q", got)
+	}
+}
+
+func TestRootCeremonyFromReviewedFiles(t *testing.T) {
+	dir := t.TempDir()
+	d := ceremonyDesk{dir: dir, pass: write(t, filepath.Join(dir, "pass"), "correct horse\n"), root: filepath.Join(dir, "root")}
+	d.csr, d.key = d.request(t, "example.org", "east")
+	init := write(t, filepath.Join(dir, "root.yaml"), "trust_domain: example.org\ndir: root\nalgorithm: ecdsa-p384\nlife: 20y\npath_length: 2\n")
+	if out := root(t, "init", "-f", init, "--dry-run").expect(t, exitYes, "").out; !strings.Contains(out, "ecdsa-p384") || !strings.Contains(out, "7300 days") {
+		t.Errorf("dry run: %s", out)
+	}
+	if _, err := os.Stat(d.root); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("a dry run made something")
+	}
+	root(t, "init", "-f", init, "--life", "1y").expect(t, exitCouldNotSay, "--life and -f can't be used together")
+	root(t, "init", "-f", init, "--passphrase-file", d.pass).expect(t, exitYes, "The root is in")
+
+	text := "dir: root\ntrust_domain: example.org\ncluster: east\ncsr: example.org.east.csr.pem\nkey_fingerprint: " + d.key + "\nout: east.pem\nlife: 30d\n"
+	sign := write(t, filepath.Join(dir, "sign.yaml"), text)
+	if out := root(t, "sign", "-f", sign, "--dry-run").expect(t, exitYes, "").out; !strings.Contains(out, "(30 days)") {
+		t.Errorf("dry run: %s", out)
+	}
+	root(t, "sign", "-f", sign, "--cluster", "west").expect(t, exitCouldNotSay, "--cluster and -f can't be used together")
+	root(t, "sign", "-f", sign, "--passphrase-file", d.pass).expect(t, exitYes, "Signed")
+	if _, err := os.Stat(filepath.Join(dir, "east.pem")); err != nil {
+		t.Error(err)
+	}
+	for name, c := range map[string]struct {
+		text, want string
+		code       int
+	}{
+		"unknown key":      {text + "clster: east\n", `sign.yaml:8:1: unknown key "clster"; did you mean "cluster"?`, exitCouldNotSay},
+		"trust domain":     {strings.Replace(text, "example.org", "example.com", 1), "but the root in", exitNo},
+		"algorithm":        {text + "algorithm: rsa-2048\n", "asked for is rsa-2048", exitNo},
+		"path length":      {text + "path_length: 1\n", "signs leaves only", exitNo},
+		"no such request":  {strings.Replace(text, "csr: ", "csr: x", 1), "no such file", exitCouldNotSay},
+		"fingerprint lost": {strings.Replace(text, "key_fingerprint", "# key", 1), "key_fingerprint is missing", exitCouldNotSay},
+	} {
+		write(t, sign, c.text)
+		if r := root(t, "sign", "-f", sign, "--dry-run"); r.code != c.code || !strings.Contains(r.err, c.want) {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}
+
+func TestRootSaysInOneSentenceWhatIsWrong(t *testing.T) {
+	d := newDesk(t)
+	wrong := write(t, filepath.Join(d.dir, "wrong"), "battery staple\n")
+	open := write(t, filepath.Join(d.dir, "open"), "correct horse\n")
+	if err := os.Chmod(open, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	garbage := write(t, filepath.Join(d.dir, "garbage.pem"), "garbage")
+	huge := write(t, filepath.Join(d.dir, "huge.pem"), strings.Repeat("x", 10<<20))
+	theirs, theirKey := d.request(t, "example.com", "east")
+	swapped, _ := d.request(t, "example.org", "west")
+	for name, c := range map[string]struct {
+		args []string
+		code int
+		want string
+	}{
+		"wrong passphrase":         {[]string{"--passphrase-file", wrong}, exitCouldNotSay, "wrong passphrase"},
+		"passphrase for everybody": {[]string{"--passphrase-file", open}, exitCouldNotSay, "chmod 0600"},
+		"no passphrase file":       {[]string{"--passphrase-file", wrong + "x"}, exitCouldNotSay, "no such file"},
+		"garbage":                  {[]string{"--csr", garbage}, exitNo, "certificate request is not PEM"},
+		"10 MiB":                   {[]string{"--csr", huge}, exitNo, "10485760 bytes"},
+		"no request":               {[]string{"--csr", huge + "x"}, exitCouldNotSay, "no such file"},
+		"swapped request":          {[]string{"--csr", swapped}, exitNo, "it may have been swapped on its way"},
+		"another trust domain":     {[]string{"--csr", theirs, "--fingerprint", theirKey}, exitNo, `is for trust domain "example.com", planned is example.org`},
+		"another cluster":          {[]string{"--cluster", "west"}, exitNo, "is it the request of another cluster?"},
+		"no fingerprint":           {[]string{"--fingerprint", ""}, exitNo, "give --fingerprint"},
+		"garbled fingerprint":      {[]string{"--fingerprint", "SHA256:no"}, exitNo, "64 hexadecimal digits"},
+		"no cluster":               {[]string{"--cluster", ""}, exitCouldNotSay, "give --cluster"},
+		"no root":                  {[]string{"--dir", d.dir}, exitCouldNotSay, "make one with `signet root init`"},
+		"bad life":                 {[]string{"--life", "soon"}, exitCouldNotSay, `life "soon"`},
+		"unknown argument":         {[]string{"now"}, exitCouldNotSay, "unknown command"},
+	} {
+		r := d.sign(t, c.args...)
+		if r.code != c.code || !strings.Contains(r.err, c.want) || r.out != "" {
+			t.Errorf("%s: %+v; want %d and %q", name, r, c.code, c.want)
+		}
+		// One sentence; the summary of what would be signed may stand before it.
+		if _, sentence, ok := strings.Cut(r.err, "signet: "); !ok || strings.Count(sentence, "\n") != 1 {
+			t.Errorf("%s: %q", name, r.err)
+		}
+	}
+	for _, args := range [][]string{
+		{"init", "--dir", filepath.Join(d.dir, "new")},
+		{"init", "--dir", filepath.Join(d.dir, "new"), "--trust-domain", "https://example.org"},
+		{"init", "--dir", filepath.Join(d.dir, "new"), "--trust-domain", "example.org", "--algorithm", "ed25519"},
+		{"init", "--dir", filepath.Join(d.dir, "new"), "--trust-domain", "example.org", "--path-length", "0"},
+		{"init", "--dir", "/dev/null/new", "--trust-domain", "example.org"},
+		{"show", "--dir", d.dir},
+		{"show", "--dir", d.root, "-o", "xml"},
+	} {
+		if r := root(t, args...); r.code != exitCouldNotSay || r.out != "" && args[0] == "init" {
+			t.Errorf("%v: %+v", args, r)
+		}
+	}
+	root(t, "init", "--dir", d.dir, "--trust-domain", "example.org").expect(t, exitNo, "choose a folder that is empty or not there yet")
+	// What was refused is not in the log.
+	var shown rootShown
+	if err := json.Unmarshal([]byte(root(t, "show", "--dir", d.root, "-o", "json").out), &shown); err != nil || shown.Log.Size != 1 {
+		t.Errorf("the log has %d entries, %v", shown.Log.Size, err)
+	}
+}

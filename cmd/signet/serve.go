@@ -1,0 +1,119 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/server"
+)
+
+func (c *cli) serveCommand() *cobra.Command {
+	var file string
+	var dev devFlags
+	cmd := &cobra.Command{
+		Use:   "serve --config FILE",
+		Short: "Run a cluster's server",
+		Long: `Runs the server of a cluster that was made by cluster init and cluster install. It says on stderr when it is ready
+(and tells systemd), and stops in order on SIGTERM or SIGINT.
+
+With --dev it is the five-minute start: one process with a root, an intermediate, a server and an agent, on loopback and
+Unix sockets only, in a folder of its own. It gives your own user an identity that lives two minutes, so that you can see
+it renewed. Nothing that it makes is for anything else.`,
+		Example: `  signet serve --config east.yaml
+  signet serve --dev`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case dev.on && file != "":
+				return fmt.Errorf("--dev and --config can't be used together: --dev makes everything it needs itself")
+			case dev.on:
+				return c.serveDev(cmd.Context(), dev)
+			case file == "":
+				return fmt.Errorf("name the configuration with --config FILE, or try it out with --dev")
+			}
+			return c.serve(cmd.Context(), file)
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "the server's configuration file")
+	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
+	dev.add(cmd)
+	return cmd
+}
+
+func (c *cli) serve(ctx context.Context, file string) error {
+	cfg, err := config.LoadServer(file)
+	if err != nil {
+		return err
+	}
+	if err := harden(); err != nil {
+		return err
+	}
+	logger := c.logger(cfg.Logging)
+	keys, err := cfg.OpenKeys()
+	if err != nil {
+		return err
+	}
+	s, err := server.New(ctx, serverConfig(cfg, folderOf(cfg, keys, logger)))
+	if err != nil {
+		return err
+	}
+	doors := s.Doors()
+	fmt.Fprintf(c.err, "ready: cluster %s of %s: enrol %s, agents %s, http %s, admin %s\n",
+		cfg.Cluster, cfg.TrustDomain.Name(), doors.Enrol, doors.Agents, doors.HTTP, doors.Admin)
+	notify(logger, daemon.SdNotifyReady)
+	stopping := context.AfterFunc(ctx, func() { notify(logger, daemon.SdNotifyStopping) })
+	defer stopping()
+	return s.Run(ctx)
+}
+
+// serverConfig is a server as its configuration describes it.
+func serverConfig(cfg *config.Server, folder server.Folder) server.Config {
+	return server.Config{
+		Folder: folder,
+		Enrol:  cfg.Listen.Enrol, Agents: cfg.Listen.Agents, HTTP: cfg.Listen.HTTP,
+		AdvertiseEnrol: cfg.Listen.AdvertiseEnrol, AdvertiseAgents: cfg.Listen.AdvertiseAgents,
+		AdminSocket: cfg.AdminSocket,
+		TTL:         cfg.Leaf.TTL, MaxTTL: cfg.Leaf.MaxTTL, ControlTTL: cfg.Control.TTL,
+		MinUsefulLife: cfg.Leaf.MinUsefulLife, Backdate: cfg.Leaf.Backdate,
+	}
+}
+
+// notify tells systemd, if it is there.
+func notify(logger *slog.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		logger.Warn("could not notify systemd", "state", state, "err", err)
+	}
+}
+
+// harden keeps a process that holds keys to itself: no core dumps, no reading of its memory by others of the same user,
+// no file that others may read.
+func harden() error {
+	unix.Umask(0o077)
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switch core dumps off: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("make the process undumpable: %w", err)
+	}
+	return nil
+}
+
+// logger is the operational log, on stderr.
+func (c *cli) logger(l config.Logging) *slog.Logger {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(l.Level)) // checked by package config; zero is info
+	options := &slog.HandlerOptions{Level: level}
+	f, isFile := c.err.(*os.File)
+	if l.Format == "text" || l.Format != "json" && isFile && term.IsTerminal(int(f.Fd())) {
+		return slog.New(slog.NewTextHandler(c.err, options))
+	}
+	return slog.New(slog.NewJSONHandler(c.err, options))
+}
