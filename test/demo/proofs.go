@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/signet-ca/signet/test/lab"
+)
+
+// prove finds every serial that was seen on the wire in its cluster's log, and proves its inclusion.
+func (d *demo) prove(ctx context.Context) (string, error) {
+	for _, c := range d.clusters() {
+		for _, serial := range d.seen.serials(c) {
+			if err := lab.Until(ctx, "serial "+serial+" in "+c.Name+"'s log", lab.CheckpointLag, func() error {
+				_, err := d.Run(ctx, "log", "prove", "--config", c.Config(), "--serial", serial)
+				return err
+			}); err != nil {
+				return "", err
+			}
+			d.proven++
+		}
+		if _, err := d.Refuses(ctx, "log", "prove", "--config", c.Config(), "--serial", "00c0ffee"); err != nil {
+			return "", fmt.Errorf("a serial that was never issued: %w", err)
+		}
+	}
+	if d.proven == 0 {
+		return "", errors.New("no serial was seen")
+	}
+	return fmt.Sprintf("%d serials proven; one that was never issued is not", d.proven), nil
+}
+
+// tamper changes one byte in a copy of east's log.
+func (d *demo) tamper(ctx context.Context) (string, error) {
+	var show struct {
+		VerifierKey string `json:"verifier_key"`
+	}
+	if err := d.JSON(ctx, &show, "log", "show", "--config", d.east.Config()); err != nil {
+		return "", err
+	}
+	if show.VerifierKey == "" {
+		return "", errors.New("log show gives no verifier key")
+	}
+	copied := d.east.Path("log-copy")
+	if err := os.CopyFS(copied, os.DirFS(d.east.Path("state", "log"))); err != nil {
+		return "", err
+	}
+	verify := []string{"log", "verify", "--dir", copied, "--key", show.VerifierKey}
+	if _, err := d.Run(ctx, verify...); err != nil {
+		return "", fmt.Errorf("the copy as it was: %w", err)
+	}
+	bundle, err := firstEntries(copied)
+	if err != nil {
+		return "", err
+	}
+	data, err := os.ReadFile(bundle)
+	if err != nil {
+		return "", err
+	}
+	data[len(data)/2] ^= 1
+	if err := os.WriteFile(bundle, data, 0o600); err != nil {
+		return "", err
+	}
+	if _, err := d.Refuses(ctx, verify...); err != nil {
+		return "", err
+	}
+	d.refused++
+	return "the copy verified, then one bit of an entry was turned, and it did not", nil
+}
+
+// firstEntries is the file that holds a log's first entries (c2sp.org/tlog-tiles): tile/entries/000, or the widest of
+// tile/entries/000.p/<n> while there are fewer than 256.
+func firstEntries(dir string) (string, error) {
+	full := filepath.Join(dir, "tile", "entries", "000")
+	if _, err := os.Stat(full); err == nil {
+		return full, nil
+	}
+	partials, err := os.ReadDir(full + ".p")
+	if err != nil {
+		return "", fmt.Errorf("the log has no entries: %w", err)
+	}
+	widest := 0
+	for _, p := range partials {
+		if n, err := strconv.Atoi(p.Name()); err == nil {
+			widest = max(widest, n)
+		}
+	}
+	return filepath.Join(full+".p", strconv.Itoa(widest)), nil
+}
