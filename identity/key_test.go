@@ -55,7 +55,7 @@ func csrOf(t testing.TB, key crypto.Signer, change ...func(*x509.CertificateRequ
 }
 
 // forge builds a PKCS#10 request from its parts; sign nil leaves a signature of noise.
-func forge(t testing.TB, spki, attributes []byte, sign *ecdsa.PrivateKey) []byte {
+func forge(t testing.TB, spki, attributes []byte, sign crypto.Signer) []byte {
 	t.Helper()
 	var b cryptobyte.Builder
 	b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
@@ -70,7 +70,7 @@ func forge(t testing.TB, spki, attributes []byte, sign *ecdsa.PrivateKey) []byte
 		h := crypto.SHA256.New()
 		h.Write(info)
 		var err error
-		if signature, err = ecdsa.SignASN1(rand.Reader, sign, h.Sum(nil)); err != nil {
+		if signature, err = sign.Sign(rand.Reader, h.Sum(nil), crypto.SHA256); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -78,6 +78,11 @@ func forge(t testing.TB, spki, attributes []byte, sign *ecdsa.PrivateKey) []byte
 	out.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
 		b.AddBytes(info)
 		b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
+			if _, ok := sign.(*rsa.PrivateKey); ok {
+				b.AddASN1ObjectIdentifier(asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 11}) // sha256WithRSAEncryption
+				b.AddASN1NULL()
+				return
+			}
 			b.AddASN1ObjectIdentifier(asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}) // ecdsa-with-SHA256
 		})
 		b.AddASN1BitString(signature)
@@ -95,11 +100,12 @@ func spkiOf(t testing.TB, pub any) []byte {
 }
 
 // rsaSPKI encodes any numbers as an RSA key: what a stranger may send, not what a library would make.
-func rsaSPKI(n, e *big.Int) []byte {
+func rsaSPKI(numbers ...*big.Int) []byte {
 	var key cryptobyte.Builder
 	key.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
-		b.AddASN1BigInt(n)
-		b.AddASN1BigInt(e)
+		for _, n := range numbers {
+			b.AddASN1BigInt(n)
+		}
 	})
 	var b cryptobyte.Builder
 	b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
@@ -188,6 +194,7 @@ func TestRequestsThatWantMoreThanAKeyAreRefused(t *testing.T) {
 		"RSA-16384":          {forge(t, rsaSPKI(odd(16384), big.NewInt(65537)), nil, nil), "RSA of 16384 bits"},
 		"exponent 3":         {forge(t, rsaSPKI(odd(2048), big.NewInt(3)), nil, nil), "exponent 3"},
 		"exponent 2^64":      {forge(t, rsaSPKI(odd(2048), new(big.Int).Lsh(big.NewInt(1), 64)), nil, nil), "not PKCS#10"},
+		"more than a key":    {forge(t, rsaSPKI(rsaKey(t).N, big.NewInt(65537), odd(128)), nil, rsaKey(t)), "does not encode its public key"},
 		"off the curve":      {forge(t, offCurve, nil, key), "not PKCS#10"},
 		"victim's key":       {forge(t, p256, nil, key), "not signed by its own key"},
 		"signature":          {tampered, "not signed by its own key"},

@@ -141,7 +141,10 @@ const (
 	maxJoinToken = 1024
 )
 
-var errJoinToken = errors.New("join token: want " + joinTokenPrefix + "… as `signet join-token create` printed it; copy the whole line")
+var (
+	errJoinToken        = errors.New("join token: want " + joinTokenPrefix + "… as `signet join-token create` printed it")
+	errDamagedJoinToken = errors.New("join token is damaged or cut short: copy the whole line that `signet join-token create` printed")
+)
 
 // Encode returns the string to hand to the agent. It is a secret.
 func (t JoinToken) Encode() string {
@@ -163,33 +166,27 @@ func ParseJoinToken(s string) (JoinToken, error) {
 	if !ok || len(s) > maxJoinToken {
 		return JoinToken{}, errJoinToken
 	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(text)
-	if err != nil || len(raw) < 4 {
-		return JoinToken{}, errJoinToken
+	raw, err := base64.RawURLEncoding.DecodeString(text)
+	if err != nil {
+		return JoinToken{}, errDamagedJoinToken
 	}
-	in := cryptobyte.String(raw[:len(raw)-4])
-	var sum uint32
-	if last := cryptobyte.String(raw[len(raw)-4:]); !last.ReadUint32(&sum) || sum != crc32.ChecksumIEEE(in) {
-		return JoinToken{}, fmt.Errorf("the join token is damaged or cut short: %w", errJoinToken)
-	}
+	in := cryptobyte.String(raw)
 	var t JoinToken
 	var secret string
 	for _, field := range []*string{&t.Door, &t.TrustDomain, &t.Cluster, &t.Agent, &secret} {
 		var v cryptobyte.String
 		if !in.ReadUint16LengthPrefixed(&v) {
-			return JoinToken{}, errJoinToken
+			return JoinToken{}, errDamagedJoinToken
 		}
 		*field = string(v)
 	}
 	t.Secret = []byte(secret)
-	if !in.CopyBytes(t.ControlCA[:]) || !in.Empty() {
-		return JoinToken{}, errJoinToken
+	// The checksum, what may follow it, and base64 written in another way are all told by writing the token again.
+	if !in.CopyBytes(t.ControlCA[:]) || t.Encode() != s {
+		return JoinToken{}, errDamagedJoinToken
 	}
 	if err := t.Validate(); err != nil {
 		return JoinToken{}, err
-	}
-	if t.Encode() != s { // base64 skips line breaks
-		return JoinToken{}, errJoinToken
 	}
 	return t, nil
 }

@@ -141,6 +141,10 @@ func TestADamagedJoinTokenIsNamedAndNeverRepeated(t *testing.T) {
 	}
 	flipped := []byte(text)
 	flipped[len(flipped)-20] ^= 1
+	damaged := map[string]bool{}
+	for _, name := range []string{"prefix only", "cut", "flipped", "twice", "padded", "inner space", "line break", "short"} {
+		damaged[name] = true
+	}
 	for name, s := range map[string]string{
 		"nothing": "", "prefix only": joinTokenPrefix, "other version": strings.Replace(text, "-1.", "-2.", 1), "no prefix": text[len(joinTokenPrefix):],
 		"cut": text[:len(text)-7], "flipped": string(flipped), "twice": text + text, "padded": text + "=", "inner space": text[:40] + " " + text[40:], "line break": text[:40] + "\n" + text[40:],
@@ -156,6 +160,9 @@ func TestADamagedJoinTokenIsNamedAndNeverRepeated(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s was accepted", name)
 			continue
+		}
+		if damaged[name] != strings.Contains(err.Error(), "damaged or cut short") {
+			t.Errorf("%s: %v", name, err)
 		}
 		if strings.Contains(err.Error(), "\n") || len(err.Error()) > 400 || len(s) > 40 && strings.Contains(err.Error(), s[20:40]) {
 			t.Errorf("%s: %v", name, err)

@@ -290,20 +290,21 @@ func (h *held) read(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	buf := make([]byte, maxProcFile+1)
-	n := 0
-	for n < len(buf) {
-		m, err := unix.Read(fd, buf[n:])
-		if errors.Is(err, unix.EINTR) {
-			continue
+	buf := make([]byte, 0, 1024)
+	for len(buf) <= maxProcFile {
+		if len(buf) == cap(buf) {
+			buf = slices.Grow(buf, len(buf))
 		}
-		if err != nil {
+		n, err := unix.Read(fd, buf[len(buf):cap(buf)])
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
 			return nil, err
+		case n == 0:
+			return buf, nil
+		default:
+			buf = buf[:len(buf)+n]
 		}
-		if m == 0 {
-			return buf[:n], nil
-		}
-		n += m
 	}
 	return nil, fmt.Errorf("/proc/PID/%s is longer than %d bytes", name, maxProcFile)
 }

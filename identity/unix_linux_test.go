@@ -121,7 +121,8 @@ func (b *bench) start(t testing.TB, mode string, attr *syscall.SysProcAttr, chan
 	t.Helper()
 	// By this name the binary can be run by users who may not enter its folder.
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{helperEnv + "=" + mode, socketEnv + "=" + b.socket}
+	// The race detector would let every child wait a second before it ends.
+	cmd.Env = []string{helperEnv + "=" + mode, socketEnv + "=" + b.socket, "GORACE=atexit_sleep_ms=0"}
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = attr
 	for _, f := range change {
@@ -707,6 +708,32 @@ func TestAHashIsKnownByTheFilesVersion(t *testing.T) {
 	}
 	if _, err := h.sum(t.Context(), fd); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Error(err)
+	}
+}
+
+func TestFilesOfProcAreReadWholeOrNotAtAll(t *testing.T) {
+	dir := t.TempDir()
+	fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_RDONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	h := &held{dir: fd}
+	for _, n := range []int{0, 1, 1023, 1024, 1025, 5000, maxProcFile, maxProcFile + 1, maxProcFile * 3} {
+		want := bytes.Repeat([]byte("0123456789"), n/10+1)[:n]
+		if err := os.WriteFile(filepath.Join(dir, "cgroup"), want, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		have, err := h.read("cgroup")
+		if tooLong := n > maxProcFile; tooLong != (err != nil) || !tooLong && !bytes.Equal(have, want) {
+			t.Errorf("%d bytes: %d, %v", n, len(have), err)
+		}
+	}
+	if err := os.Symlink("/etc/hostname", filepath.Join(dir, "stat")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.read("stat"); err == nil {
+		t.Error("a symbolic link was followed")
 	}
 }
 

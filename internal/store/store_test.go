@@ -313,6 +313,9 @@ func TestApplyIsIdempotentAndCountsChanges(t *testing.T) {
 	if unsorted.Agents[0] != "node-2" {
 		t.Error("the caller's registration was changed")
 	}
+	if _, err := s.ApplyRegistrations(t.Context(), 0, []identity.Registration{registration("web")}, nil); !errors.Is(err, ErrConflict) {
+		t.Errorf("what stands was put on a revision that is past: %v", err)
+	}
 	apply(1, 2, []identity.Registration{registration("web"), registration("db", func(r *identity.Registration) { r.TTL = 0 })})
 	if d := cmp.Diff(map[string]uint64{"web": 1, "db": 2}, revisions()); d != "" {
 		t.Error(d)
@@ -557,24 +560,31 @@ func TestTokensThatAreNotUsableLookAlikeToThePeerButNotToTheLog(t *testing.T) {
 	}
 	_, expired := create()
 	_, good := create()
+	refused := func(reason string, secret []byte) {
+		t.Helper()
+		_, err := j.AttestNode(ctx, secret)
+		var u *identity.UnusableToken
+		if !errors.As(err, &u) || u.Reason != reason || err.Error() != identity.ErrTokenUnusable.Error() {
+			t.Errorf("%s: %v %+v", reason, err, u)
+			return
+		}
+		if known := reason == "used" || reason == "revoked" || reason == "expired"; known != (u.Agent == "node-1") {
+			t.Errorf("%s: the log would name agent %q", reason, u.Agent)
+		}
+	}
+	refused("used", used)
+	refused("revoked", revoked)
+	refused("unknown", make([]byte, 32))
+	refused("malformed", []byte("short"))
 	// The last moment counts, the next does not.
 	clock = now.Add(time.Minute - 1)
 	if _, err := j.AttestNode(ctx, good); err != nil {
 		t.Errorf("a token with a nanosecond to live: %v", err)
 	}
 	clock = now.Add(time.Minute)
-	for reason, secret := range map[string][]byte{
-		"used": used, "revoked": revoked, "expired": expired, "unknown": make([]byte, 32), "malformed": []byte("short"),
-	} {
-		_, err := j.AttestNode(ctx, secret)
-		var u *identity.UnusableToken
-		if !errors.As(err, &u) || u.Reason != reason || err.Error() != identity.ErrTokenUnusable.Error() {
-			t.Errorf("%s: %v %+v", reason, err, u)
-		}
-		if known := reason == "used" || reason == "revoked" || reason == "expired"; known != (u.Agent == "node-1") {
-			t.Errorf("%s: the log would name agent %q", reason, u.Agent)
-		}
-	}
+	refused("expired", expired)
+	refused("used", good)
+	refused("revoked", revoked)
 }
 
 func TestARevocationThatChangesNothingSaysSo(t *testing.T) {
