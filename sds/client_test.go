@@ -159,8 +159,10 @@ func (c *client) ack(r *discoveryv3.DiscoveryResponse, names ...string) {
 
 func (c *client) nack(r *discoveryv3.DiscoveryResponse, before, reason string, names ...string) {
 	c.t.Helper()
-	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: names, VersionInfo: before, ResponseNonce: r.Nonce,
-		ErrorDetail: &rpcstatus.Status{Code: 13, Message: reason}})
+	c.send(&discoveryv3.DiscoveryRequest{
+		TypeUrl: secretType, ResourceNames: names, VersionInfo: before, ResponseNonce: r.Nonce,
+		ErrorDetail: &rpcstatus.Status{Code: 13, Message: reason},
+	})
 }
 
 // take returns what came since it was last asked, once nothing more is under way. For use in a bubble.

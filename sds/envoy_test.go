@@ -184,37 +184,64 @@ func (s *side) renew(t *testing.T, ca *root) {
 	s.world.setSVID(ca.issue(t, leaf{id: s.world.Identities()[0]}))
 }
 
-// load asks at a steady rate until stopped, and returns the number of requests and the errors.
-func (m *mesh) load(every time.Duration) (stop func() (int, []error)) {
+// load is requests at a steady rate.
+type load struct {
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	mu     sync.Mutex
+	n      int
+	errs   []error
+}
+
+// load starts 4 clients that ask every so often.
+func (m *mesh) load(every time.Duration) *load {
 	ctx, cancel := context.WithCancel(context.Background())
-	var mu sync.Mutex
-	var errs []error
-	n := 0
-	var wg sync.WaitGroup
+	l := &load{cancel: cancel}
 	for range 4 {
-		wg.Go(func() {
-			for tick := time.NewTicker(every); ; {
+		l.wg.Go(func() {
+			tick := time.NewTicker(every)
+			defer tick.Stop()
+			for {
 				select {
 				case <-ctx.Done():
-					tick.Stop()
 					return
 				case <-tick.C:
 				}
 				_, err := m.get()
-				mu.Lock()
-				n++
+				l.mu.Lock()
+				l.n++
 				if err != nil {
-					errs = append(errs, err)
+					l.errs = append(l.errs, err)
 				}
-				mu.Unlock()
+				l.mu.Unlock()
 			}
 		})
 	}
-	return func() (int, []error) {
-		cancel()
-		wg.Wait()
-		http.DefaultClient.CloseIdleConnections()
-		return n, errs
+	return l
+}
+
+func (l *load) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.n
+}
+
+// more waits for that many further requests.
+func (l *load) more(t *testing.T, n int) {
+	t.Helper()
+	until := l.count() + n
+	eventually(t, "requests go on", func() bool { return l.count() >= until })
+}
+
+// stop ends the load, of which nothing may have failed.
+func (l *load) stop(t *testing.T) {
+	t.Helper()
+	l.cancel()
+	l.wg.Wait()
+	http.DefaultClient.CloseIdleConnections()
+	t.Logf("%d requests, %d failed", l.n, len(l.errs))
+	if len(l.errs) > 0 || l.n == 0 {
+		t.Errorf("%d of %d requests failed; first: %v", len(l.errs), l.n, l.errs[:min(1, len(l.errs))])
 	}
 }
 
@@ -235,29 +262,41 @@ func TestEnvoyGetsItsSecretsAndSpeaksMutualTLS(t *testing.T) {
 }
 
 func TestEnvoyRotatesUnderLoadWithoutALostRequest(t *testing.T) {
-	m := newMesh(t, meshOptions{})
-	m.until("before the load", m.client.serial(), m.server.serial())
-	stop := m.load(10 * time.Millisecond)
-	for i := range 4 {
-		m.client.renew(t, m.ca)
-		m.until(fmt.Sprint("the client's renewal ", i), m.client.serial(), m.server.serial())
-		m.server.renew(t, m.ca)
-		m.until(fmt.Sprint("the server's renewal ", i), m.client.serial(), m.server.serial())
-	}
-	n, errs := stop()
-	t.Logf("%d requests, %d failed", n, len(errs))
-	if len(errs) > 0 || n < 50 {
-		t.Errorf("%d of %d requests failed through 8 renewals; first: %v", len(errs), n, errs[:min(1, len(errs))])
-	}
-	if n := m.client.rig.metric(m.client.rig.sds.metrics.pushes.WithLabelValues(kindBundle)); n != 1 {
-		t.Errorf("the bundle was pushed %v times, want once: renewals of leaves don't touch it", n)
+	for name, perConnection := range map[string]struct{ client, server int }{
+		"the client ends connections": {5, 0}, "the server ends connections": {0, 3}, "both do": {5, 7},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMesh(t, meshOptions{sidecar: func(c *envoy.Sidecar) {
+				if c.Inbound != nil {
+					c.Inbound.RequestsPerConnection = perConnection.server
+				} else {
+					c.Outbound.RequestsPerConnection = perConnection.client
+				}
+			}})
+			m.until("before the load", m.client.serial(), m.server.serial())
+			l := m.load(8 * time.Millisecond)
+			for i := range 3 {
+				m.client.renew(t, m.ca)
+				m.until(fmt.Sprint("the client's renewal ", i), m.client.serial(), m.server.serial())
+				l.more(t, 100)
+				m.server.renew(t, m.ca)
+				m.until(fmt.Sprint("the server's renewal ", i), m.client.serial(), m.server.serial())
+				l.more(t, 100)
+			}
+			l.stop(t)
+			for _, s := range []*side{m.client, m.server} {
+				if n := s.rig.metric(s.rig.sds.metrics.pushes.WithLabelValues(kindBundle)); n != 1 {
+					t.Errorf("the bundle was pushed %v times, want once: renewals of leaves don't touch it", n)
+				}
+			}
+		})
 	}
 }
 
 func TestEnvoyRotatesTheRootUnderLoadWithoutALostRequest(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	m.until("before", m.client.serial(), m.server.serial())
-	stop := m.load(10 * time.Millisecond)
+	l := m.load(8 * time.Millisecond)
 	b := newRoot(t, "root B")
 	acked := func(bundle trust.Bundle) {
 		t.Helper()
@@ -267,6 +306,7 @@ func TestEnvoyRotatesTheRootUnderLoadWithoutALostRequest(t *testing.T) {
 		for _, s := range []*side{m.client, m.server} {
 			eventually(t, "the bundle is acknowledged", func() bool { d, ok := s.rig.sds.OldestBundle(exampleTD); return ok && d == bundle.Digest() })
 		}
+		l.more(t, 100)
 	}
 	acked(bundleOf(exampleTD, 2, m.ca, b))
 	m.client.renew(t, b)
@@ -274,9 +314,8 @@ func TestEnvoyRotatesTheRootUnderLoadWithoutALostRequest(t *testing.T) {
 	m.until("leaves of the new root", m.client.serial(), m.server.serial())
 	acked(bundleOf(exampleTD, 3, b))
 	m.until("without the old root", m.client.serial(), m.server.serial())
-	if n, errs := stop(); len(errs) > 0 || n < 10 {
-		t.Errorf("%d of %d requests failed; first: %v", len(errs), n, errs[:min(1, len(errs))])
-	}
+	l.more(t, 100)
+	l.stop(t)
 }
 
 func TestEnvoyRejectsABadCertificateAndKeepsTheOld(t *testing.T) {
@@ -350,7 +389,7 @@ func TestEnvoyWaitsForANameThatIsNotGrantedYet(t *testing.T) {
 func TestEnvoyComesBackToARestartedServerAndGetsSecretsAtOnce(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	m.until("before", m.client.serial(), m.server.serial())
-	stop := m.load(20 * time.Millisecond)
+	l := m.load(20 * time.Millisecond)
 	s := m.server
 
 	// An orderly stop with Envoy on it returns by itself (S18).
@@ -374,9 +413,7 @@ func TestEnvoyComesBackToARestartedServerAndGetsSecretsAtOnce(t *testing.T) {
 	eventually(t, "both are acknowledged", func() bool {
 		return again.metric(again.sds.metrics.acks.WithLabelValues(kindSVID)) == 1 && again.metric(again.sds.metrics.acks.WithLabelValues(kindBundle)) == 1
 	})
-	if n, errs := stop(); len(errs) > 0 {
-		t.Errorf("%d of %d requests failed over the restart; first: %v", len(errs), n, errs[0])
-	}
+	l.stop(t)
 }
 
 func TestEnvoyWorksWithPlainTrustedCA(t *testing.T) {
@@ -401,6 +438,7 @@ func TestEnvoyRefusesAnotherIdentityAndAnotherRoot(t *testing.T) {
 		if s, err := m.get(); err == nil {
 			t.Errorf("a request passed: %+v", s)
 		}
+		m.client.refused(t, "fail_verify_san")
 	})
 	t.Run("another root", func(t *testing.T) {
 		m := newMesh(t, meshOptions{})
@@ -410,6 +448,7 @@ func TestEnvoyRefusesAnotherIdentityAndAnotherRoot(t *testing.T) {
 			w.bundles[exampleTD], w.svids[web] = bundleOf(exampleTD, 2, m.ca, stranger), stranger.issue(t, leaf{id: web})
 		})
 		eventually(t, "requests are refused", func() bool { _, err := m.get(); return err != nil })
+		m.server.refused(t, "fail_verify_error")
 	})
 	t.Run("no certificate", func(t *testing.T) {
 		m := newMesh(t, meshOptions{})
@@ -423,5 +462,23 @@ func TestEnvoyRefusesAnotherIdentityAndAnotherRoot(t *testing.T) {
 		if resp, err := (&http.Client{Transport: bare}).Get("https://" + address); err == nil {
 			t.Errorf("a client without a certificate got %s", resp.Status)
 		}
+		m.server.refused(t, "fail_verify_no_cert")
+	})
+}
+
+// refused checks that Envoy counted a failed handshake for that reason.
+func (s *side) refused(t *testing.T, reason string) {
+	t.Helper()
+	eventually(t, "Envoy counts "+reason, func() bool {
+		text, err := s.envoy.Admin(t.Context(), "/stats?usedonly&filter=ssl.fail_verify")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(text) {
+			if name, value, ok := strings.Cut(strings.TrimSpace(line), ": "); ok && strings.HasSuffix(name, "ssl."+reason) && value != "0" {
+				return true
+			}
+		}
+		return false
 	})
 }

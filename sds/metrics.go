@@ -32,12 +32,14 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}
 	m := &metrics{
 		streams: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "signet_sds_streams", Help: "Open SDS streams."}, []string{"protocol"}),
+			Name: "signet_sds_streams", Help: "Open SDS streams.",
+		}, []string{"protocol"}),
 		pushes: byKind("signet_sds_pushes_total", "Secrets sent."),
 		acks:   byKind("signet_sds_acks_total", "Secrets acknowledged; not counted: one the same process had rejected before."),
 		nacks:  byKind("signet_sds_nacks_total", "Secrets rejected by Envoy."),
 		withheld: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "signet_sds_withheld_total", Help: "SVIDs not sent because they failed the check before sending."}, []string{"reason"}),
+			Name: "signet_sds_withheld_total", Help: "SVIDs not sent because they failed the check before sending.",
+		}, []string{"reason"}),
 		firstSecret: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "signet_sds_first_secret_duration_seconds",
 			Help:    "Time from the opening of a stream to its first secret.",

@@ -81,8 +81,10 @@ func TestAStreamIsToldWhatItWantsWhateverItSays(t *testing.T) {
 		universe := []string{"default", "ROOTCA", web.String(), api.String(), exampleTD.IDString(), "ALL", "spiffe://other.test/x"}
 
 		rapid.Check(struct{ rapid.TB }{t}, func(t *rapid.T) { // wrapped, because a bubble has no deadline to be asked for
-			w := &world{td: exampleTD, ids: []spiffeid.ID{web}, svids: map[spiffeid.ID]*SVID{web: pool[web][0]}, asked: map[spiffeid.ID]int{},
-				changed: make(chan struct{})}
+			w := &world{
+				td: exampleTD, ids: []spiffeid.ID{web}, svids: map[spiffeid.ID]*SVID{web: pool[web][0]}, asked: map[spiffeid.ID]int{},
+				changed: make(chan struct{}),
+			}
 			w.bundles = map[spiffeid.TrustDomain]trust.Bundle{exampleTD: bundleOf(exampleTD, 1, ca)}
 			s := must(New(Config{Workloads: w}))
 			wire := newFakeWire(context.Background())
@@ -92,7 +94,7 @@ func TestAStreamIsToldWhatItWantsWhateverItSays(t *testing.T) {
 				subscribed []string
 				holds      = map[string]string{} // by name: the content sent last
 				rejected   = map[string]bool{}   // contents
-				again      = map[string]bool{} // names asked for again and not served since
+				again      = map[string]bool{}   // names asked for again and not served since
 				inFlight   []*discoveryv3.DiscoveryResponse
 				nonces     = map[string]bool{}
 				sequence   = uint64(1)
@@ -240,8 +242,10 @@ func FuzzARequestGetsNothingThatIsNotGranted(f *testing.F) {
 	ca := newRoot(f, "A")
 	own, foreign := ca.issue(f, leaf{id: web}), ca.issue(f, leaf{id: api})
 	f.Fuzz(func(t *testing.T, first, second []byte) {
-		w := &world{td: exampleTD, ids: []spiffeid.ID{web}, svids: map[spiffeid.ID]*SVID{web: own, api: foreign}, asked: map[spiffeid.ID]int{},
-			changed: make(chan struct{}), bundles: map[spiffeid.TrustDomain]trust.Bundle{exampleTD: bundleOf(exampleTD, 1, ca)}}
+		w := &world{
+			td: exampleTD, ids: []spiffeid.ID{web}, svids: map[spiffeid.ID]*SVID{web: own, api: foreign}, asked: map[spiffeid.ID]int{},
+			changed: make(chan struct{}), bundles: map[spiffeid.TrustDomain]trust.Bundle{exampleTD: bundleOf(exampleTD, 1, ca)},
+		}
 		s := must(New(Config{Workloads: w}))
 		wire := newFakeWire(context.Background())
 		_ = wire.run(s, func() {

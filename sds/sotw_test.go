@@ -36,8 +36,10 @@ func TestS01TheCallerIsKnownByTheConnectionNeverByTheNode(t *testing.T) {
 	w, _ := newWorld(t)
 	r := onSocket(t, Config{Workloads: w}, filepath.Join(t.TempDir(), "s"))
 	c := r.open()
-	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default", api.String()},
-		Node: &corev3.Node{Id: api.String(), Cluster: "api"}})
+	c.send(&discoveryv3.DiscoveryRequest{
+		TypeUrl: secretType, ResourceNames: []string{"default", api.String()},
+		Node: &corev3.Node{Id: api.String(), Cluster: "api"},
+	})
 	if s := secretOf(t, c.next()); s.Name != "default" {
 		t.Fatalf("got %s", s.Name)
 	}
@@ -509,10 +511,17 @@ func TestS16PlainTrustedCAIsChosenOncePerStream(t *testing.T) {
 		metadata  *structpb.Struct
 		plain     bool
 	}{
-		{SPIFFE, nil, false}, {TrustedCA, nil, true},
-		{SPIFFE, metadata(true), true}, {SPIFFE, metadata("true"), true}, {SPIFFE, metadata("TRUE"), true},
-		{SPIFFE, metadata("yes"), false}, {SPIFFE, metadata(1), false}, {SPIFFE, metadata(nil), false},
-		{TrustedCA, metadata(false), false}, {TrustedCA, metadata("false"), false}, {TrustedCA, metadata("yes"), true},
+		{SPIFFE, nil, false},
+		{TrustedCA, nil, true},
+		{SPIFFE, metadata(true), true},
+		{SPIFFE, metadata("true"), true},
+		{SPIFFE, metadata("TRUE"), true},
+		{SPIFFE, metadata("yes"), false},
+		{SPIFFE, metadata(1), false},
+		{SPIFFE, metadata(nil), false},
+		{TrustedCA, metadata(false), false},
+		{TrustedCA, metadata("false"), false},
+		{TrustedCA, metadata("yes"), true},
 	} {
 		t.Run(fmt.Sprintf("%s %v", c.byDefault, c.metadata), func(t *testing.T) {
 			bubble(t, Config{Validator: c.byDefault}, func(t *testing.T, r *rig, w *world, a *root) {
