@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -47,6 +48,7 @@ type Authority struct {
 	now           func() time.Time
 	metrics       *metrics
 	logger        *slog.Logger
+	failing       atomic.Bool // the last that was reported; for logging only what changes
 }
 
 // New refuses a configuration that contradicts itself.
@@ -320,19 +322,22 @@ func (a *Authority) sign(d *draft) ([][]byte, error) {
 // sampled picks one in 256 signatures of in-process keys to be verified: a check costs twice what it checks.
 func sampled(serial []byte) bool { return serial[len(serial)-1] == 0 }
 
-// report logs once per call what an operator must see to; refusals of single grants are the door's to tell.
+// report tells the operator when log or key begin to fail and when issuing works again, not every call in between;
+// single refusals are the door's to tell.
 func (a *Authority) report(results []Result) {
-	var first *Error
-	failed := 0
+	var trouble *Error
+	issued := false
 	for _, r := range results {
 		var e *Error
 		if errors.As(r.Err, &e) && (e.Reason == ReasonLog || e.Reason == ReasonSign) {
-			if failed++; first == nil {
-				first = e
-			}
+			trouble = e
 		}
+		issued = issued || r.Leaf != nil
 	}
-	if first != nil {
-		a.logger.Error("issuing failed", "reason", string(first.Reason), "items", failed, "error", first)
+	switch {
+	case trouble != nil && a.failing.CompareAndSwap(false, true):
+		a.logger.Error("issuing fails", "reason", string(trouble.Reason), "error", trouble)
+	case trouble == nil && issued && a.failing.CompareAndSwap(true, false):
+		a.logger.Info("issuing works again")
 	}
 }

@@ -175,13 +175,12 @@ func (l *memoryLog) Append(_ context.Context, entries []*auditv1.Entry) ([]audit
 type worldOption func(*worldOptions)
 
 type worldOptions struct {
-	algorithm     keystore.Algorithm
-	ttl           time.Duration
-	root          func(*x509.Certificate)
-	intermediate  func(*x509.Certificate)
-	config        func(*Config)
-	remote        bool
-	registrations int
+	algorithm    keystore.Algorithm
+	ttl          time.Duration
+	root         func(*x509.Certificate)
+	intermediate func(*x509.Certificate)
+	config       func(*Config)
+	remote       bool
 }
 
 func newWorld(t testing.TB, options ...worldOption) *world {

@@ -35,7 +35,14 @@ import (
 	"github.com/signet-ca/signet/keystore"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if dir, err := oneFolder(); err == nil {
+			os.RemoveAll(dir)
+		}
+		os.Exit(code)
+	}))
+}
 
 var (
 	exampleOrg = spiffeid.RequireTrustDomainFromString("example.org")
@@ -177,7 +184,7 @@ func openssl(t *testing.T, root *x509.Certificate, chain []*x509.Certificate, le
 }
 
 func TestEveryAlgorithmMakesChainsThatOpenSSLAndSPIFFEAccept(t *testing.T) {
-	for _, alg := range []keystore.Algorithm{keystore.ECDSAP256, keystore.ECDSAP384, keystore.RSA2048, keystore.RSA3072} {
+	for _, alg := range []keystore.Algorithm{keystore.ECDSAP256, keystore.ECDSAP384, keystore.RSA2048} {
 		t.Run(string(alg), func(t *testing.T) {
 			t.Parallel()
 			root := newRoot(t, alg)

@@ -258,7 +258,7 @@ type SignConfig struct {
 	Algorithm keystore.Algorithm
 	// Request is the certificate request, PEM.
 	Request []byte
-	// KeyFingerprint is what `cluster init` printed, brought by another way than the request (design: a request swapped
+	// KeyFingerprint is what `cluster init` printed, brought by another way than the request (a request swapped
 	// on its way would get an intermediate).
 	KeyFingerprint string
 	// Life from now; 0 = ca.DefaultIntermediateLife.

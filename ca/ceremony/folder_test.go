@@ -5,9 +5,11 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -28,17 +30,23 @@ func (p fixed) Passphrase(context.Context) ([]byte, error) { return []byte(p), n
 
 const right = fixed("correct horse")
 
-func newFolder(t *testing.T, edit ...func(*RootConfig)) *Root {
-	t.Helper()
-	c := RootConfig{Dir: filepath.Join(t.TempDir(), "root"), TrustDomain: exampleOrg, Passphrase: right, By: by}
-	for _, e := range edit {
-		e(&c)
-	}
-	r, err := InitRoot(t.Context(), c)
+// oneFolder is made once and copied: each key of a folder costs a derivation of 600,000 rounds.
+var oneFolder = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "signet-root-")
 	if err != nil {
-		t.Fatal(err)
+		return "", err
 	}
-	return r
+	_, err = InitRoot(context.Background(), RootConfig{Dir: filepath.Join(dir, "root"), TrustDomain: exampleOrg, Passphrase: right, By: by})
+	return dir, err
+})
+
+func newFolder(t *testing.T) *Root {
+	t.Helper()
+	made, dir := must(oneFolder()), t.TempDir()
+	if out, err := exec.Command("cp", "-a", filepath.Join(made, "root"), dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return must(OpenRoot(filepath.Join(dir, "root"), nil))
 }
 
 // request is what a cluster sends: the request and, by another way, the fingerprint.
@@ -60,7 +68,7 @@ func TestARootFolderIsWholeAndPrivate(t *testing.T) {
 			t.Errorf("%s: %v, %v", path, info, err)
 		}
 	}
-	beside := must(os.ReadDir(filepath.Dir(r.dir)))
+	beside := must(os.ReadDir(must(oneFolder())))
 	if len(beside) != 1 {
 		t.Errorf("something is left beside the folder: %v", beside)
 	}
@@ -125,7 +133,6 @@ func TestAFailedInitLeavesNothing(t *testing.T) {
 
 func TestARootSignsClustersAndItsLogProvesIt(t *testing.T) {
 	r := newFolder(t)
-	var chains [][]byte
 	for _, cluster := range []string{"east", "west"} {
 		c, key := request(t, cluster)
 		p, err := r.Prepare(c)
@@ -136,7 +143,6 @@ func TestARootSignsClustersAndItsLogProvesIt(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		chains = append(chains, chain[0].Raw)
 		if len(chain) != 2 || !chain[1].Equal(r.cert) {
 			t.Errorf("the chain is %v", chain)
 		}
@@ -248,9 +254,12 @@ func TestAFolderThatIsNotRightSignsNothing(t *testing.T) {
 	if _, _, err := r.Sign(t.Context(), prepare(), right, by); !errors.Is(err, keystore.ErrNotFound) {
 		t.Errorf("without its key: %v", err)
 	}
-	// The key of another root.
-	other := newFolder(t)
-	if err := os.WriteFile(key, must(os.ReadFile(filepath.Join(other.dir, "keys", "root@1.pem"))), 0o600); err != nil {
+	// The key of another root, under the same passphrase.
+	elsewhere := t.TempDir()
+	if _, err := must(keystore.NewFile(keystore.FileConfig{Dir: elsewhere, Passphrase: right})).Create(t.Context(), "root", keystore.ECDSAP256); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(key, must(os.ReadFile(filepath.Join(elsewhere, "root@1.pem"))), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := r.Sign(t.Context(), prepare(), right, by); err == nil || !strings.Contains(err.Error(), "does not match the certificate") {
@@ -273,11 +282,14 @@ func TestAFolderThatIsNotRightSignsNothing(t *testing.T) {
 
 func TestAnExpiredRootSignsNothing(t *testing.T) {
 	start := time.Now().Add(-48 * time.Hour)
-	r := newFolder(t, func(c *RootConfig) {
-		c.Life = 36 * time.Hour
-		c.Now = func() time.Time { return start }
+	dir := filepath.Join(t.TempDir(), "root")
+	_, err := InitRoot(t.Context(), RootConfig{
+		Dir: dir, TrustDomain: exampleOrg, Passphrase: right, By: by, Life: 36 * time.Hour, Now: func() time.Time { return start },
 	})
-	r = must(OpenRoot(r.dir, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := must(OpenRoot(dir, nil))
 	c, _ := request(t, "east")
 	if _, err := r.Prepare(c); err == nil || !strings.Contains(err.Error(), "expired on") {
 		t.Errorf("got %v", err)
