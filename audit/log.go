@@ -86,12 +86,16 @@ type Log struct {
 	shutdown func(context.Context) error
 	cancel   context.CancelFunc
 	lock     *durable.DirLock
+	// Calls go from Append to feed, from there to settle; neither channel is ever full, since what is pending is bounded.
+	fed, added chan *call
 	// signing wakes the follower: a checkpoint of a size is about to be published.
 	signing  chan struct{}
 	followed chan struct{}
+	// checked is when the folder was last seen to be writable, in nanoseconds since the Unix epoch.
+	checked atomic.Int64
 
-	// covered is the size of the last checkpoint signed; next is beyond every index given out.
-	covered, next atomic.Uint64
+	// covered is the size of the last checkpoint signed.
+	covered atomic.Uint64
 	// damaged is set once the log was found to contradict itself: nothing is appended to it any more.
 	damaged atomic.Pointer[error]
 
@@ -156,6 +160,7 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	}()
 	l := &Log{
 		dir: c.Dir, vkey: vkey, folder: folder{os.DirFS(c.Dir)}, logger: c.Logger, lock: lock, cancel: cancel,
+		fed: make(chan *call, maxPending), added: make(chan *call, maxPending),
 		signing: make(chan struct{}, 1), followed: make(chan struct{}),
 		idle: make(chan struct{}), changed: make(chan struct{}),
 	}
@@ -208,7 +213,6 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	case !exists && size > 0:
 		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries and no checkpoint; restore the file %s from its newest backup", c.Dir, ErrDamaged, size, layout.CheckpointPath)
 	}
-	l.next.Store(size)
 	l.metrics.size.Set(float64(size))
 
 	go l.follow(running, verifier)
@@ -216,6 +220,8 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	if err := l.firstCheckpoint(ctx); err != nil {
 		return nil, err
 	}
+	go l.feed()
+	go l.settle()
 	return l, nil
 }
 
@@ -303,45 +309,75 @@ func (l *Log) Append(ctx context.Context, entries []*auditv1.Entry) ([]Receipt, 
 	return receipts, nil
 }
 
+// call is one Append on its way.
+type call struct {
+	leaves  []*tessera.Entry
+	futures []tessera.IndexFuture
+	size    int    // of all leaves, in bytes
+	covered uint64 // the size of the last checkpoint when they were added
+	done    chan result
+}
+
+type result struct {
+	receipts []Receipt
+	err      error
+}
+
 func (l *Log) append(ctx context.Context, entries []*auditv1.Entry) ([]Receipt, error) {
-	leaves := make([]*tessera.Entry, len(entries))
-	total := 0
+	c := &call{leaves: make([]*tessera.Entry, len(entries)), done: make(chan result, 1)}
 	for i, e := range entries {
 		raw, err := marshal(e)
 		if err != nil {
 			return nil, fmt.Errorf("entry %d: %w", i, err)
 		}
-		leaves[i] = tessera.NewEntry(raw)
-		total += len(raw)
+		c.leaves[i] = tessera.NewEntry(raw)
+		c.size += len(raw)
 	}
-	if err := l.Usable(); err != nil {
-		l.report(err)
+	// A batch takes longer than this to come about, so a folder that goes away later is not noticed here anyway.
+	if now := time.Now().UnixNano(); l.damaged.Load() != nil || now-l.checked.Load() > int64(batchAge/2) {
+		if err := l.Usable(); err != nil {
+			l.report(err)
+			return nil, err
+		}
+		l.checked.Store(now)
+	}
+	if err := l.enter(len(entries), c.size); err != nil {
 		return nil, err
 	}
-	if err := l.enter(len(entries), total); err != nil {
-		return nil, err
-	}
-
-	ctx, cancel := context.WithTimeout(ctx, appendTimeout)
-	defer cancel()
-	type result struct {
-		receipts []Receipt
-		err      error
-	}
-	done := make(chan result, 1)
-	// Tessera's Add and its futures know no context, so they wait apart. What they hold is given back when they end, not
-	// when the caller loses patience: that is what bounds what a stuck disk can pile up.
-	go func() {
-		defer l.leave(len(entries), total)
-		receipts, err := l.sequence(leaves)
-		l.report(err)
-		done <- result{receipts, err}
-	}()
+	l.fed <- c
+	timeout := time.NewTimer(appendTimeout)
+	defer timeout.Stop()
 	select {
-	case r := <-done:
+	case r := <-c.done:
 		return r.receipts, r.err
 	case <-ctx.Done():
-		return nil, fmt.Errorf("the entries are not durable after %v: %w", appendTimeout, context.Cause(ctx))
+		return nil, fmt.Errorf("the entries are not durable yet: %w", context.Cause(ctx))
+	case <-timeout.C:
+		return nil, fmt.Errorf("the entries are not durable after %v: the disk does not answer", appendTimeout)
+	}
+}
+
+// feed hands entries to Tessera, and settle waits for their places. Tessera's Add blocks while the disk does, and its
+// futures do, and neither knows a context: so callers, who do, wait beside them. What a call holds is given back when it
+// is settled, not when its caller loses patience: that is what bounds what a stuck disk can pile up.
+func (l *Log) feed() {
+	defer close(l.added)
+	for c := range l.fed {
+		c.covered = l.covered.Load()
+		c.futures = make([]tessera.IndexFuture, len(c.leaves))
+		for i, leaf := range c.leaves {
+			c.futures[i] = l.appender.Add(context.Background(), leaf)
+		}
+		l.added <- c
+	}
+}
+
+func (l *Log) settle() {
+	for c := range l.added {
+		receipts, err := l.places(c)
+		l.report(err)
+		l.leave(len(c.leaves), c.size)
+		c.done <- result{receipts, err}
 	}
 }
 
@@ -374,34 +410,25 @@ func (l *Log) Usable() error {
 	return nil
 }
 
-// sequence hands the leaves to Tessera and waits for their places.
-func (l *Log) sequence(leaves []*tessera.Entry) ([]Receipt, error) {
-	covered := l.covered.Load() // What is added from here on comes after it.
-	futures := make([]tessera.IndexFuture, len(leaves))
-	for i, leaf := range leaves {
-		futures[i] = l.appender.Add(context.Background(), leaf)
-	}
-	receipts := make([]Receipt, len(leaves))
+// places waits for all entries of a call.
+func (l *Log) places(c *call) ([]Receipt, error) {
+	receipts := make([]Receipt, len(c.futures))
 	var failed error
-	for i, future := range futures {
+	for i, future := range c.futures {
 		at, err := future()
 		if err != nil {
 			failed = cmp.Or(failed, fmt.Errorf("the log cannot be written: %w", err))
 			continue
 		}
-		if at.Index < covered {
+		if at.Index < c.covered {
 			// Somebody has set the tree back under our feet; what is there now was overwritten.
-			err := fmt.Errorf("%w: an entry got the index %d, below the last checkpoint's size %d", ErrDamaged, at.Index, covered)
+			err := fmt.Errorf("%w: an entry got the index %d, below the last checkpoint's size %d", ErrDamaged, at.Index, c.covered)
 			l.condemn(err)
 			failed = err
 			continue
 		}
 		receipts[i] = Receipt{Index: at.Index}
-		for n := l.next.Load(); n <= at.Index; n = l.next.Load() {
-			if l.next.CompareAndSwap(n, at.Index+1) {
-				l.metrics.size.Set(float64(at.Index + 1))
-			}
-		}
+		l.metrics.size.Set(float64(at.Index + 1)) // Calls are settled in the order of their places.
 	}
 	if failed != nil {
 		return nil, failed
@@ -450,8 +477,8 @@ func (l *Log) report(err error) {
 
 // condemn ends appending for good: the log contradicts what was signed.
 func (l *Log) condemn(err error) {
-	l.metrics.inconsistencies.Inc()
 	if l.damaged.CompareAndSwap(nil, &err) {
+		l.metrics.inconsistencies.Inc()
 		l.logger.Error("the audit log is damaged: nothing more is appended or signed", "dir", l.dir, "err", err)
 	}
 }
@@ -531,7 +558,7 @@ func (l *Log) Checkpoint(context.Context) ([]byte, error) {
 	return l.current.Note, nil
 }
 
-// Changed is closed when there is a newer checkpoint than there was at the call.
+// Changed is closed when there is a newer checkpoint than there was at the call: ask it first, then for Checkpoint.
 func (l *Log) Changed() <-chan struct{} {
 	l.cpMu.Lock()
 	defer l.cpMu.Unlock()
@@ -588,6 +615,7 @@ func (l *Log) close(ctx context.Context) error {
 		// Cancelling now would leave Tessera's futures without an answer for ever.
 		return fmt.Errorf("close the audit log in %s: entries still wait for the disk: %w", l.dir, ctx.Err())
 	}
+	close(l.fed)
 	var err error
 	if l.damaged.Load() == nil { // Else no checkpoint will come.
 		if err = l.shutdown(ctx); err != nil {

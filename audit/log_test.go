@@ -25,6 +25,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/transparency-dev/merkle/proof"
 	"github.com/transparency-dev/merkle/rfc6962"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
@@ -360,14 +361,13 @@ func TestNothingIsSignedOverADiskThatLies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "log")
 			c := testConfig(dir, testKey(t))
-			c.CheckpointInterval = 700 * time.Millisecond // time to lie in
-			registry := prometheus.NewRegistry()
-			c.Metrics = registry
 			l := open(t, c)
 			add(t, l, events(0, 4)...)
 			good := awaitSize(t, l, 4)
+			publish := holdPublishing(t, dir)
 			add(t, l, events(4, 5)...)
 			change(t, dir)
+			publish()
 			// No checkpoint comes, so there is nothing to wait for but the verdict.
 			deadline := time.Now().Add(20 * time.Second)
 			for l.damaged.Load() == nil {
@@ -387,6 +387,24 @@ func TestNothingIsSignedOverADiskThatLies(t *testing.T) {
 				t.Errorf("signet_log_inconsistencies_total = %v", n)
 			}
 		})
+	}
+}
+
+// holdPublishing keeps Tessera from looking at the log's state for a checkpoint until the function it returns is called.
+// An OFD lock holds even against this process's own fcntl locks (fcntl(2), "Open file description locks").
+func holdPublishing(t *testing.T, dir string) (release func()) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(dir, stateFolder, "publish.lock"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLKW, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

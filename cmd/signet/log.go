@@ -131,8 +131,10 @@ func (e logEntry) cells() []string {
 	if e.Proven {
 		proven = "yes"
 	}
-	return []string{strconv.FormatUint(e.Index, 10), stamp(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), stampOf(e.NotAfter),
-		stampOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven}
+	return []string{
+		strconv.FormatUint(e.Index, 10), stamp(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), stampOf(e.NotAfter),
+		stampOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
+	}
 }
 
 type logEntries []logEntry
@@ -345,8 +347,11 @@ type logFacts struct {
 func (f logFacts) columns() []string { return []string{"FACT", "VALUE"} }
 func (f logFacts) rows() [][]string {
 	return [][]string{
-		{"origin", printable(f.Origin)}, {"size", strconv.FormatUint(f.Size, 10)}, {"root hash", f.RootHash},
-		{"checkpoint published", stamp(f.Published)}, {"verifier key", printable(f.VerifierKey)},
+		{"origin", printable(f.Origin)},
+		{"size", strconv.FormatUint(f.Size, 10)},
+		{"root hash", f.RootHash},
+		{"checkpoint published", stamp(f.Published)},
+		{"verifier key", printable(f.VerifierKey)},
 	}
 }
 func (f logFacts) names() []string { return []string{"log/" + f.Origin} }
