@@ -1,28 +1,25 @@
 package ceremony
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"math"
-	"os"
-	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/internal/strictyaml"
 	"github.com/signet-ca/signet/keystore"
 )
 
 // maxFile bounds a ceremony file, in bytes.
 const maxFile = 64 << 10
 
-// ReadRootFile reads the reviewed file of `root init -f`. Relative paths are relative to the file:
+// ReadRootFile reads the reviewed file of `root init -f`, strictly: an error is strictyaml.Findings if the file could be
+// read. Relative paths are relative to the file:
 //
 //	trust_domain: example.org
 //	dir: ./root
@@ -30,18 +27,22 @@ const maxFile = 64 << 10
 //	life: 10y               # default; 90d and Go durations (2160h) are understood as well
 //	path_length: 1          # default
 func ReadRootFile(path string) (RootConfig, error) {
-	var c RootConfig
-	err := readKeys(path, []key{
-		{"trust_domain", true, func(s string) (err error) { c.TrustDomain, err = identity.ParseTrustDomain(s); return err }},
-		{"dir", true, setPath(path, &c.Dir)},
-		{"algorithm", false, func(s string) error { c.Algorithm = keystore.Algorithm(s); return nil }},
-		{"life", false, func(s string) (err error) { c.Life, err = ParseLife(s); return err }},
-		{"path_length", false, setNumber(&c.PathLen)},
+	var f struct {
+		TrustDomain spiffeid.TrustDomain `yaml:"trust_domain" required:"true"`
+		Dir         string               `yaml:"dir" kind:"path" required:"true"`
+		Algorithm   keystore.Algorithm   `yaml:"algorithm"`
+		Life        time.Duration        `yaml:"life"`
+		PathLen     int                  `yaml:"path_length"`
+	}
+	err := readFile(path, &f, func(at *strictyaml.File) {
+		if at.Given("path_length") && f.PathLen == 0 {
+			at.Find("path_length", "path_length 0: the root could sign no intermediate; use 1")
+		}
 	})
 	if err != nil {
 		return RootConfig{}, err
 	}
-	return c, nil
+	return RootConfig{Dir: f.Dir, TrustDomain: f.TrustDomain, Algorithm: f.Algorithm, Life: f.Life, PathLen: f.PathLen}, nil
 }
 
 // SignFile is the reviewed file of `root sign -f`.
@@ -53,7 +54,7 @@ type SignFile struct {
 	Dir, Out string
 }
 
-// ReadSignFile reads the reviewed file of `root sign -f`. Relative paths are relative to the file:
+// ReadSignFile reads the reviewed file of `root sign -f`, as ReadRootFile does:
 //
 //	dir: ./root
 //	trust_domain: example.org
@@ -65,27 +66,47 @@ type SignFile struct {
 //	life: 90d               # default
 //	path_length: 0          # default, and the only one
 func ReadSignFile(path string) (SignFile, error) {
-	var f SignFile
-	err := readKeys(path, []key{
-		{"dir", true, setPath(path, &f.Dir)},
-		{"trust_domain", true, func(s string) (err error) { f.TrustDomain, err = identity.ParseTrustDomain(s); return err }},
-		{"cluster", true, func(s string) error { f.Cluster = s; return identity.ParseName("cluster", s) }},
-		{"csr", true, setPath(path, &f.RequestFile)},
-		{"key_fingerprint", true, func(s string) error { f.KeyFingerprint = s; return nil }},
-		{"out", true, setPath(path, &f.Out)},
-		{"algorithm", false, func(s string) error { f.Algorithm = keystore.Algorithm(s); return nil }},
-		{"life", false, func(s string) (err error) { f.Life, err = ParseLife(s); return err }},
-		{"path_length", false, setNumber(&f.PathLen)},
+	var f struct {
+		Dir            string               `yaml:"dir" kind:"path" required:"true"`
+		TrustDomain    spiffeid.TrustDomain `yaml:"trust_domain" required:"true"`
+		Cluster        string               `yaml:"cluster" required:"true"`
+		CSR            string               `yaml:"csr" kind:"path" required:"true"`
+		KeyFingerprint string               `yaml:"key_fingerprint" required:"true"`
+		Out            string               `yaml:"out" kind:"path" required:"true"`
+		Algorithm      keystore.Algorithm   `yaml:"algorithm"`
+		Life           time.Duration        `yaml:"life"`
+		PathLen        int                  `yaml:"path_length"`
+	}
+	err := readFile(path, &f, func(at *strictyaml.File) {
+		at.FindError("cluster", identity.ParseName("cluster", f.Cluster))
 	})
 	if err != nil {
 		return SignFile{}, err
 	}
-	return f, nil
+	return SignFile{
+		SignConfig: SignConfig{
+			TrustDomain: f.TrustDomain, Cluster: f.Cluster, Algorithm: f.Algorithm, KeyFingerprint: f.KeyFingerprint,
+			Life: f.Life, PathLen: f.PathLen,
+		},
+		RequestFile: f.CSR, Dir: f.Dir, Out: f.Out,
+	}, nil
+}
+
+// readFile reads a ceremony file, in which a duration is a life.
+func readFile(path string, into any, check func(*strictyaml.File)) error {
+	text, err := durable.ReadFile(path, "ceremony file", maxFile)
+	if err != nil {
+		return err
+	}
+	_, err = strictyaml.Decode(path, text, into, strictyaml.Options{
+		What: "ceremony file", Parsers: []strictyaml.Parser{strictyaml.Parse(identity.ParseTrustDomain), strictyaml.Parse(ParseLife)}, Check: check,
+	})
+	return err
 }
 
 // ReadRequestFile reads a certificate request, of at most MaxRequest bytes.
 func ReadRequestFile(path string) ([]byte, error) {
-	return readFile(path, "certificate request", MaxRequest)
+	return durable.ReadFile(path, "certificate request", MaxRequest)
 }
 
 // ParseLife reads how long a CA lives: whole years of 365 days (10y), whole days (90d), or a Go duration (36h).
@@ -112,153 +133,4 @@ func times(number string, unit time.Duration) (time.Duration, error) {
 		err = strconv.ErrRange
 	}
 	return time.Duration(n) * unit, err
-}
-
-// key is one key of a ceremony file.
-type key struct {
-	name     string
-	required bool
-	set      func(value string) error
-}
-
-func setPath(file string, into *string) func(string) error {
-	return func(s string) error {
-		if s == "" {
-			return errors.New("the path is empty")
-		}
-		if !filepath.IsAbs(s) {
-			s = filepath.Join(filepath.Dir(file), s)
-		}
-		*into = s
-		return nil
-	}
-}
-
-func setNumber(into *int) func(string) error {
-	return func(s string) (err error) {
-		if *into, err = strconv.Atoi(s); err != nil {
-			return fmt.Errorf("%.32q is not a number", s)
-		}
-		return nil
-	}
-}
-
-// readKeys reads a file of plain keys and values, strictly: what is unknown, repeated, nested or missing is an error
-// with its line and column.
-func readKeys(path string, keys []key) error {
-	text, err := readFile(path, "ceremony file", maxFile)
-	if err != nil {
-		return err
-	}
-	at := func(n *yaml.Node, format string, args ...any) error {
-		return fmt.Errorf("%s:%d:%d: %w", path, n.Line, n.Column, fmt.Errorf(format, args...))
-	}
-	var doc, more yaml.Node
-	dec := yaml.NewDecoder(bytes.NewReader(text))
-	if err := dec.Decode(&doc); err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	if len(doc.Content) == 0 {
-		return fmt.Errorf("%s: the file is empty; it needs %s", path, strings.Join(names(keys, true), ", "))
-	}
-	root := doc.Content[0]
-	if root.Kind != yaml.MappingNode {
-		return at(root, "want lines of key: value")
-	}
-	if dec.Decode(&more) != io.EOF {
-		return fmt.Errorf("%s: a second document follows; one file is one ceremony", path)
-	}
-	seen := map[string]bool{}
-	for i := 0; i < len(root.Content); i += 2 {
-		k, v := root.Content[i], root.Content[i+1]
-		j := slices.IndexFunc(keys, func(known key) bool { return known.name == k.Value })
-		switch {
-		case j < 0:
-			return at(k, "unknown key %.64q%s", k.Value, didYouMean(k.Value, names(keys, false)))
-		case seen[k.Value]:
-			return at(k, "%s is given twice", k.Value)
-		case v.Kind != yaml.ScalarNode || v.Tag == "!!null":
-			return at(v, "%s: want one value", k.Value)
-		}
-		seen[k.Value] = true
-		if err := keys[j].set(v.Value); err != nil {
-			return at(v, "%s: %w", k.Value, err)
-		}
-	}
-	for _, k := range keys {
-		if k.required && !seen[k.name] {
-			return fmt.Errorf("%s: %s is missing", path, k.name)
-		}
-	}
-	return nil
-}
-
-func names(keys []key, requiredOnly bool) []string {
-	var out []string
-	for _, k := range keys {
-		if k.required || !requiredOnly {
-			out = append(out, k.name)
-		}
-	}
-	return out
-}
-
-// didYouMean suggests the known word that takes the fewest changes, if these are few.
-func didYouMean(word string, known []string) string {
-	best, least := "", len(word)/3+1
-	for _, k := range known {
-		if d := distance(word, k); len(word) <= 64 && d <= least {
-			best, least = k, d-1
-		}
-	}
-	if best == "" {
-		return "; known are " + strings.Join(known, ", ")
-	}
-	return fmt.Sprintf("; did you mean %q?", best)
-}
-
-// distance counts the insertions, removals and replacements between two words (Levenshtein).
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0]++
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			diagonal, row[j+1] = row[j+1], min(diagonal+cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
-}
-
-// readFile reads a file that is no secret, of at most most bytes. errors.Is(err, fs.ErrNotExist).
-func readFile(path, what string, most int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", what, err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("read %s: %w", what, err)
-	case info.IsDir():
-		return nil, fmt.Errorf("read %s %s: it is a folder", what, path)
-	case info.Size() > most:
-		return nil, fmt.Errorf("read %s %s: it has %d bytes, at most %d are allowed", what, path, info.Size(), most)
-	}
-	text, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", what, err)
-	}
-	if int64(len(text)) > most {
-		return nil, fmt.Errorf("read %s %s: it has more than the allowed %d bytes", what, path, most)
-	}
-	return text, nil
 }

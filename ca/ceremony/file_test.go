@@ -2,6 +2,7 @@ package ceremony
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,24 +62,39 @@ func TestACeremonyFileIsStrict(t *testing.T) {
 		"missing":          {"dir: root\n", "trust_domain is missing"},
 		"empty":            {"# nothing\n", "needs trust_domain, dir"},
 		"nested":           {good + "life:\n  years: 10\n", ":4:3: life: want one value"},
-		"no value":         {good + "life:\n", "life: want one value"},
-		"a list":           {"- a\n", ":1:1: want lines of key: value"},
+		"no value":         {good + "life:\n", ":3:6: life has no value: give it one or remove the key"},
+		"a list":           {"- a\n", ":1:1: the ceremony file: want keys with values, got a list"},
 		"two documents":    {good + "---\n" + good, "second document"},
-		"no YAML":          {"a: [b", "line 1"},
+		"no YAML":          {"a: [b", ":1: this is not YAML: "},
 		"bad life":         {good + "life: long\n", `:3:7: life: life "long": want years`},
-		"bad number":       {good + "path_length: one\n", `:3:14: path_length: "one" is not a number`},
+		"bad number":       {good + "path_length: one\n", `:3:14: path_length: want a whole number, got "one"`},
+		"no path length":   {good + "path_length: 0\n", ":3:1: path_length 0: the root could sign no intermediate"},
 		"bad trust domain": {"trust_domain: https://x\ndir: root\n", ":1:15: trust_domain:"},
-		"empty path":       {"trust_domain: example.org\ndir: ''\n", "path is empty"},
+		"empty path":       {"trust_domain: example.org\ndir: ''\n", ":2:1: dir has no value"},
 	} {
 		if _, err := ReadRootFile(ceremonyFile(t, c.text)); err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
 	}
+	// All that is wrong is said at once, and once.
+	path := ceremonyFile(t, "trust_domain: example.org\nclutser: East\nkey_fingerprint: x\ncsr: a\nlife: 1h30s5ms\n")
+	_, err := ReadSignFile(path)
+	want := []string{": dir is missing", ": out is missing", `:2:1: unknown key "clutser"; did you mean "cluster"?`, ":5:7: life: life "}
+	lines := strings.Split(fmt.Sprint(err), "\n")
+	for i := range want {
+		if len(lines) != len(want) || !strings.HasPrefix(lines[i], path+want[i]) {
+			t.Errorf("got\n%v\nwant %q", err, want)
+			break
+		}
+	}
+	if _, err := ReadSignFile(ceremonyFile(t, "cluster: East\n")); !strings.Contains(fmt.Sprint(err), `:1:1: cluster name "East"`) {
+		t.Error(err)
+	}
 	huge := filepath.Join(t.TempDir(), "huge")
 	if err := os.WriteFile(huge, bytes.Repeat([]byte("#"), 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for path, want := range map[string]string{huge: "at most 65536", t.TempDir(): "is a folder", huge + "x": "no such file"} {
+	for path, want := range map[string]string{huge: "larger than 64 KiB", t.TempDir(): "is a folder", huge + "x": "no such file"} {
 		if _, err := ReadSignFile(path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)
 		}

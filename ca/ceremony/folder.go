@@ -227,7 +227,7 @@ func OpenRoot(dir string, now func() time.Time) (*Root, error) {
 		return nil, fmt.Errorf("root folder %s: %w", dir, err)
 	}
 	path := filepath.Join(dir, certificateFile)
-	text, err := readFile(path, "root certificate", maxCertificate)
+	text, err := durable.ReadFile(path, "root certificate", maxCertificate)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("root folder %s: there is no root (%s is missing); make one with `signet root init`: %w", dir, certificateFile, fs.ErrNotExist)
 	}

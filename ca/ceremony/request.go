@@ -64,7 +64,8 @@ func ParseRequest(text []byte) (*x509.CertificateRequest, error) {
 	}
 	req, err := x509.ParseCertificateRequest(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("certificate request is damaged (%w); make it again", err)
+		// encoding/asn1 says why in terms of its own insides, at length.
+		return nil, errors.New("certificate request is damaged: it is not in DER (PKCS #10); make it again")
 	}
 	if err := identity.AllowedKey(req.PublicKey); err != nil {
 		return nil, fmt.Errorf("certificate request: %w", err)

@@ -92,7 +92,7 @@ func (u *Offline) Sign(_ context.Context, plan ca.Plan, request []byte) (ca.Answ
 	if err := checkClaims(csr, plan); err != nil {
 		return ca.Answer{}, err
 	}
-	text, err := readFile(u.answer, "signed chain", maxAnswer)
+	text, err := durable.ReadFile(u.answer, "signed chain", maxAnswer)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := durable.WriteFile(u.request, pemRequest(csr.Raw), 0o644); err != nil {
 			return ca.Answer{}, err

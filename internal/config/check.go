@@ -10,28 +10,29 @@ import (
 	"time"
 
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/strictyaml"
 	"github.com/signet-ca/signet/keystore"
 )
 
 // check finds what a server's values can't be, alone or together.
-func (s *Server) check(o *origin) {
+func (s *Server) check(o origin) {
 	if s.TrustDomain.IsZero() {
-		o.find("trust_domain", "trust_domain is missing: name the trust domain, for example trust_domain: example.org")
+		o.Find("trust_domain", "trust_domain is missing: name the trust domain, for example trust_domain: example.org")
 	} else if _, err := identity.ParseTrustDomain(s.TrustDomain.Name()); err != nil {
-		o.find("trust_domain", "%v", err)
+		o.Find("trust_domain", "%v", err)
 	}
 	if s.Cluster == "" {
-		o.find("cluster", "cluster is missing: name the cluster, for example cluster: east")
+		o.Find("cluster", "cluster is missing: name the cluster, for example cluster: east")
 	} else if err := identity.ParseName("cluster", s.Cluster); err != nil {
-		o.findErr("cluster", err)
+		o.FindError("cluster", err)
 	} else {
-		o.findErr("instance", identity.ParseName("instance", s.Instance))
+		o.FindError("instance", identity.ParseName("instance", s.Instance))
 	}
 	o.checkPassphrase("keystore", s.Keystore.PassphraseFile, s.Keystore.PassphraseCredential)
 	if alg, err := keystore.ParseAlgorithm(string(s.Keystore.Algorithm)); err != nil {
-		o.findErr("keystore.algorithm", err)
+		o.FindError("keystore.algorithm", err)
 	} else if alg == keystore.Ed25519 {
-		o.find("keystore.algorithm", "CA keys can't be ed25519, because Envoy takes no Ed25519 certificates: use ecdsa-p256")
+		o.Find("keystore.algorithm", "CA keys can't be ed25519, because Envoy takes no Ed25519 certificates: use ecdsa-p256")
 	}
 	s.checkListen(o)
 	o.checkSocket("admin_socket", s.AdminSocket)
@@ -42,39 +43,39 @@ func (s *Server) check(o *origin) {
 	o.wholeSeconds("control.ttl", s.Control.TTL)
 	switch l := s.Leaf; {
 	case l.TTL < identity.MinTTL:
-		o.find("leaf.ttl", "leaf.ttl %s is shorter than the least useful life of %s", l.TTL, identity.MinTTL)
+		o.Find("leaf.ttl", "leaf.ttl %s is shorter than the least useful life of %s", l.TTL, identity.MinTTL)
 	case l.TTL > l.MaxTTL:
-		o.find("leaf.ttl", "leaf.ttl %s is longer than leaf.max_ttl %s: lower the one or raise the other", l.TTL, l.MaxTTL)
+		o.Find("leaf.ttl", "leaf.ttl %s is longer than leaf.max_ttl %s: lower the one or raise the other", l.TTL, l.MaxTTL)
 	case l.MinUsefulLife < 0:
-		o.find("leaf.min_useful_life", "leaf.min_useful_life %s is negative: leave it out for the default", l.MinUsefulLife)
+		o.Find("leaf.min_useful_life", "leaf.min_useful_life %s is negative: leave it out for the default", l.MinUsefulLife)
 	case l.MinUsefulLife > l.TTL:
-		o.find("leaf.min_useful_life", "leaf.min_useful_life %s is longer than leaf.ttl %s, so that nothing could ever be issued: lower it", l.MinUsefulLife, l.TTL)
+		o.Find("leaf.min_useful_life", "leaf.min_useful_life %s is longer than leaf.ttl %s, so that nothing could ever be issued: lower it", l.MinUsefulLife, l.TTL)
 	}
-	o.within("leaf.backdate", s.Leaf.Backdate, 0, MaxBackdate)
+	o.within("leaf.backdate", s.Leaf.Backdate, time.Second, MaxBackdate)
 	if s.Control.TTL < MinControlTTL {
-		o.find("control.ttl", "control.ttl %s is shorter than the least useful %s", s.Control.TTL, MinControlTTL)
+		o.Find("control.ttl", "control.ttl %s is shorter than the least useful %s", s.Control.TTL, MinControlTTL)
 	}
 	o.within("log.checkpoint_interval", s.Log.CheckpointInterval, MinCheckpointInterval, MaxCheckpointInterval)
 	s.Logging.check(o)
 }
 
-func (s *Server) checkListen(o *origin) {
+func (s *Server) checkListen(o origin) {
 	l := s.Listen
 	doors := []struct{ key, addr string }{
 		{"listen.enrol", l.Enrol}, {"listen.agents", l.Agents}, {"listen.http", l.HTTP},
 	}
 	for i, d := range doors {
 		if err := checkAddress(d.addr); err != nil {
-			o.find(d.key, "%s: %v", d.key, err)
+			o.Find(d.key, "%s: %v", d.key, err)
 			continue
 		}
 		for _, e := range doors[:i] {
 			if collide(e.addr, d.addr) {
 				key := d.key
-				if !o.given(key) {
+				if !o.Given(key) {
 					key = e.key
 				}
-				o.find(key, "%s %s and %s %s are the same address: each door needs a port of its own", e.key, e.addr, d.key, d.addr)
+				o.Find(key, "%s %s and %s %s are the same address: each door needs a port of its own", e.key, e.addr, d.key, d.addr)
 			}
 		}
 	}
@@ -82,16 +83,16 @@ func (s *Server) checkListen(o *origin) {
 		{"listen.advertise_enrol", l.AdvertiseEnrol, "listen.enrol"},
 		{"listen.advertise_agents", l.AdvertiseAgents, "listen.agents"},
 	} {
-		if !o.given(a.key) {
+		if !o.Given(a.key) {
 			if checkAddress(a.addr) == nil && everywhere(a.addr) {
-				o.find(a.from, "%s %s is every address of this machine, which nobody can dial: add %s with the host:port that agents reach", a.from, a.addr, a.key)
+				o.Find(a.from, "%s %s is every address of this machine, which nobody can dial: add %s with the host:port that agents reach", a.from, a.addr, a.key)
 			}
 			continue
 		}
 		if err := checkAddress(a.addr); err != nil {
-			o.find(a.key, "%s: %v", a.key, err)
+			o.Find(a.key, "%s: %v", a.key, err)
 		} else if everywhere(a.addr) {
-			o.find(a.key, "%s %s names no host that could be dialled: give a name or an address", a.key, a.addr)
+			o.Find(a.key, "%s %s names no host that could be dialled: give a name or an address", a.key, a.addr)
 		}
 	}
 }
@@ -110,11 +111,11 @@ func (s *Server) CheckLoopback() error {
 	return nil
 }
 
-func (a *Agent) check(o *origin) {
+func (a *Agent) check(o origin) {
 	o.checkPassphrase("seal", a.Seal.PassphraseFile, a.Seal.PassphraseCredential)
 	o.checkSocket("socket", a.Socket)
 	if len(a.Sockets) > maxSockets {
-		o.find("sockets", "sockets lists %d sockets: at most %d are allowed", len(a.Sockets), maxSockets)
+		o.Find("sockets", "sockets lists %d sockets: at most %d are allowed", len(a.Sockets), maxSockets)
 		return
 	}
 	names, paths := map[string]bool{}, map[string]bool{a.Socket: true}
@@ -122,17 +123,17 @@ func (a *Agent) check(o *origin) {
 		key := fmt.Sprintf("sockets[%d]", i)
 		switch {
 		case s.Name == "":
-			o.find(key+".name", "%s has no name: give the one that the registration's selector socket:<name> uses", key)
+			o.Find(key+".name", "%s has no name: give the one that the registration's selector socket:<name> uses", key)
 		case names[s.Name]:
-			o.find(key+".name", "%s: the name %s is already another socket's: each needs its own", key, s.Name)
+			o.Find(key+".name", "%s: the name %s is already another socket's: each needs its own", key, s.Name)
 		default:
-			o.findErr(key+".name", identity.ParseName("socket", s.Name))
+			o.FindError(key+".name", identity.ParseName("socket", s.Name))
 		}
 		switch {
 		case s.Path == "":
-			o.find(key+".path", "%s has no path: say where the socket is to be", key)
+			o.Find(key+".path", "%s has no path: say where the socket is to be", key)
 		case paths[s.Path]:
-			o.find(key+".path", "%s: the path %s is already another socket's: each needs its own", key, s.Path)
+			o.Find(key+".path", "%s: the path %s is already another socket's: each needs its own", key, s.Path)
 		default:
 			o.checkSocket(key+".path", s.Path)
 		}
@@ -140,48 +141,48 @@ func (a *Agent) check(o *origin) {
 	}
 	o.oneOf("sds.validator", a.SDS.Validator, ValidatorSPIFFE, ValidatorTrustedCA)
 	if err := checkAddress(a.HTTP); err != nil {
-		o.find("http", "http: %v", err)
+		o.Find("http", "http: %v", err)
 	}
 	a.Logging.check(o)
 }
 
-func (l Logging) check(o *origin) {
+func (l Logging) check(o origin) {
 	o.oneOf("logging.level", l.Level, "debug", "info", "warn", "error")
 	o.oneOf("logging.format", l.Format, "auto", "json", "text")
 }
 
-func (o *origin) checkPassphrase(section, file, credential string) {
+func (o origin) checkPassphrase(section, file, credential string) {
 	if file != "" && credential != "" {
-		o.find(section+".passphrase_credential", "%s names both a passphrase_file and a passphrase_credential: keep one of them", section)
+		o.Find(section+".passphrase_credential", "%s names both a passphrase_file and a passphrase_credential: keep one of them", section)
 	}
 	if strings.ContainsAny(credential, "/\x00") || credential == "." || credential == ".." {
-		o.find(section+".passphrase_credential", "%s.passphrase_credential %.64q: give the bare name of a systemd credential", section, credential)
+		o.Find(section+".passphrase_credential", "%s.passphrase_credential %.64q: give the bare name of a systemd credential", section, credential)
 	}
 }
 
-func (o *origin) checkSocket(key, path string) {
+func (o origin) checkSocket(key, path string) {
 	if len(path) > maxSocketPath {
-		o.find(key, "%s: the path of a Unix socket has at most %d bytes, but %.256q has %d: choose a shorter one", key, maxSocketPath, path, len(path))
+		o.Find(key, "%s: the path of a Unix socket has at most %d bytes, but %.256q has %d: choose a shorter one", key, maxSocketPath, path, len(path))
 	}
 }
 
-func (o *origin) wholeSeconds(key string, d time.Duration) {
+func (o origin) wholeSeconds(key string, d time.Duration) {
 	if d%time.Second != 0 {
-		o.find(key, "%s %s: X.509 counts in whole seconds", key, d)
+		o.Find(key, "%s %s: X.509 counts in whole seconds", key, d)
 	}
 }
 
-func (o *origin) within(key string, d, low, high time.Duration) {
+func (o origin) within(key string, d, low, high time.Duration) {
 	if d < low || d > high {
-		o.find(key, "%s %s: want %s to %s", key, d, short(low), short(high))
+		o.Find(key, "%s %s: want %s to %s", key, d, short(low), short(high))
 	}
 }
 
-func (o *origin) oneOf(key, value string, allowed ...string) {
+func (o origin) oneOf(key, value string, allowed ...string) {
 	if slices.Contains(allowed, value) {
 		return
 	}
-	o.find(key, "%s %.64q is unknown: use %s%s", key, value, strings.Join(allowed, ", "), didYouMean(value, allowed))
+	o.Find(key, "%s %.64q is unknown: use %s%s", key, value, strings.Join(allowed, ", "), strictyaml.DidYouMean(value, allowed))
 }
 
 // checkAddress wants host:port with a real port; the host may be empty, an address or a name.

@@ -1,7 +1,7 @@
 // Package config reads the one YAML file of a server or an agent.
 //
-// Reading is strict: what is unknown, given twice, of the wrong type or contradicts something else is a Finding with its
-// place in the file, and a file with findings is not used. Every value knows where it comes from (Settings).
+// Reading is strict (strictyaml): what is unknown, given twice, of the wrong type or contradicts something else is a finding
+// with its place in the file, and a file with findings is not used. Every value knows where it comes from (Settings).
 package config
 
 import (
@@ -11,6 +11,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/internal/strictyaml"
 	"github.com/signet-ca/signet/keystore"
 )
 
@@ -124,11 +127,31 @@ const (
 	ValidatorTrustedCA = "trusted_ca"
 )
 
-// LoadServer reads and checks a server's file. The error is Findings if the file could be read but can't be used.
+// origin is the file that values come from, as far as they come from one.
+type origin struct{ *strictyaml.File }
+
+// load reads a file, which is no secret but bounded.
+func load(path string, into any, complete func(origin)) (origin, error) {
+	text, err := durable.ReadFile(path, "configuration", maxFile)
+	if err != nil {
+		return origin{}, err
+	}
+	return decode(path, text, into, complete)
+}
+
+func decode(file string, text []byte, into any, complete func(origin)) (origin, error) {
+	f, err := strictyaml.Decode(file, text, into, strictyaml.Options{
+		What: "configuration", Parsers: []strictyaml.Parser{strictyaml.Parse(identity.ParseTrustDomain)}, Elsewhere: otherRole,
+		Check: func(f *strictyaml.File) { complete(origin{f}) },
+	})
+	return origin{f}, err
+}
+
+// LoadServer reads and checks a server's file. The error is strictyaml.Findings if the file could be read but can't be used.
 func LoadServer(path string) (*Server, error) {
 	s := &Server{}
 	var err error
-	s.origin, err = load(path, s, func(o *origin) { s.complete(o) })
+	s.origin, err = load(path, s, s.complete)
 	if err != nil {
 		return nil, err
 	}
@@ -142,16 +165,16 @@ func NewServer(td spiffeid.TrustDomain, cluster, stateDir string) (*Server, erro
 		return nil, fmt.Errorf("state folder %s: %w", stateDir, err)
 	}
 	s := &Server{TrustDomain: td, Cluster: cluster, StateDir: dir}
-	s.origin = origin{dir: dir}
-	s.complete(&s.origin)
-	return s, s.origin.result()
+	s.origin = origin{&strictyaml.File{}}
+	s.complete(s.origin)
+	return s, s.origin.Err()
 }
 
-// LoadAgent reads and checks an agent's file. The error is Findings if the file could be read but can't be used.
+// LoadAgent reads and checks an agent's file. The error is strictyaml.Findings if the file could be read but can't be used.
 func LoadAgent(path string) (*Agent, error) {
 	a := &Agent{}
 	var err error
-	a.origin, err = load(path, a, func(o *origin) { a.complete(o) })
+	a.origin, err = load(path, a, a.complete)
 	if err != nil {
 		return nil, err
 	}
@@ -173,9 +196,9 @@ func orElse[T comparable](v *T, d T) {
 }
 
 // complete fills in the defaults and checks what the values say together.
-func (s *Server) complete(o *origin) {
+func (s *Server) complete(o origin) {
 	orElse(&s.Instance, s.Cluster+"-1")
-	orElse(&s.StateDir, o.abs(DefaultServerStateDir))
+	orElse(&s.StateDir, o.Abs(DefaultServerStateDir))
 	orElse(&s.Keystore.Algorithm, DefaultAlgorithm)
 	orElse(&s.Listen.Enrol, DefaultEnrol)
 	orElse(&s.Listen.Agents, DefaultAgents)
@@ -185,22 +208,19 @@ func (s *Server) complete(o *origin) {
 	orElse(&s.AdminSocket, filepath.Join(s.StateDir, serverSocketName))
 	orElse(&s.Control.TTL, DefaultControlTTL)
 	orElse(&s.Log.CheckpointInterval, DefaultCheckpointInterval)
-	// Zero is a life that nobody means, but a backdate that somebody may.
 	orElse(&s.Leaf.MaxTTL, DefaultMaxTTL)
-	if !o.given("leaf.ttl") {
+	if !o.Given("leaf.ttl") {
 		// A lowered maximum lowers the default with it.
 		s.Leaf.TTL = min(DefaultLeafTTL, s.Leaf.MaxTTL)
 	}
-	if !o.given("leaf.backdate") {
-		s.Leaf.Backdate = DefaultBackdate
-	}
+	orElse(&s.Leaf.Backdate, DefaultBackdate)
 	orElse(&s.Leaf.MinUsefulLife, defaultMinUsefulLife(s.Leaf.TTL))
 	s.Logging.complete()
 	s.check(o)
 }
 
-func (a *Agent) complete(o *origin) {
-	orElse(&a.StateDir, o.abs(DefaultAgentStateDir))
+func (a *Agent) complete(o origin) {
+	orElse(&a.StateDir, o.Abs(DefaultAgentStateDir))
 	orElse(&a.Socket, filepath.Join(a.StateDir, agentSocketName))
 	orElse(&a.SDS.Validator, DefaultValidator)
 	orElse(&a.HTTP, DefaultAgentHTTP)

@@ -2,8 +2,10 @@ package config
 
 import (
 	"fmt"
-	"reflect"
 	"slices"
+
+	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/internal/strictyaml"
 )
 
 // Role is whose configuration a file is.
@@ -15,29 +17,34 @@ const (
 	RoleAgent  Role = "agent"
 )
 
-var roots = map[Role]reflect.Type{
-	RoleServer: reflect.TypeFor[Server](),
-	RoleAgent:  reflect.TypeFor[Agent](),
+var roots = map[Role]any{RoleServer: Server{}, RoleAgent: Agent{}}
+
+// otherRole says where a key belongs that the file's own role doesn't know.
+func otherRole(key string) string {
+	for role, v := range roots {
+		if slices.Contains(strictyaml.KeysOf(v), key) {
+			return fmt.Sprintf("it belongs into the configuration of the %s", role)
+		}
+	}
+	return ""
 }
 
 // RoleOf tells from a file's keys whose configuration it is: the one that knows more of them.
 func RoleOf(path string) (Role, error) {
-	data, err := read(path)
+	text, err := durable.ReadFile(path, "configuration", maxFile)
 	if err != nil {
 		return "", err
 	}
-	o := origin{file: path}
-	doc, ok := o.document(data)
-	if !ok {
-		return "", o.result()
+	keys, err := strictyaml.Keys(path, text)
+	if err != nil {
+		return "", err
 	}
 	known := map[Role]int{}
-	if doc != nil {
-		for i := 0; i+1 < len(doc.Content); i += 2 {
-			for role, t := range roots {
-				if slices.Contains(keysOf(t), doc.Content[i].Value) {
-					known[role]++
-				}
+	for role, v := range roots {
+		of := strictyaml.KeysOf(v)
+		for _, key := range keys {
+			if slices.Contains(of, key) {
+				known[role]++
 			}
 		}
 	}

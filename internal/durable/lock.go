@@ -17,6 +17,9 @@ import (
 // processes hold two different files of the same name.
 const lockName = "LOCK"
 
+// ErrInUse is a folder that another process holds.
+var ErrInUse = errors.New("in use")
+
 // DirLock is a folder held by this process.
 type DirLock struct {
 	close func() error
@@ -56,9 +59,9 @@ func heldBy(dir string, f io.Reader) error {
 	// The other process may be between taking the lock and writing its number.
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil || pid <= 0 {
-		return fmt.Errorf("folder %s is in use by another process: stop it, or use another folder", dir)
+		return fmt.Errorf("folder %s is %w by another process: stop it, or use another folder", dir, ErrInUse)
 	}
-	return fmt.Errorf("folder %s is in use by process %d: stop that process, or use another folder", dir, pid)
+	return fmt.Errorf("folder %s is %w by process %d: stop that process, or use another folder", dir, ErrInUse, pid)
 }
 
 // Close gives the folder back. Further calls do nothing.

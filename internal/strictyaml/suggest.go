@@ -1,42 +1,32 @@
-package config
+package strictyaml
 
 import (
 	"fmt"
 	"reflect"
-	"slices"
 	"strings"
 )
 
-func didYouMean(got string, known []string) string {
+// DidYouMean is "; did you mean …?" with the word that was probably meant, or "".
+func DidYouMean(got string, known []string) string {
 	if name, ok := nearest(got, known); ok {
 		return fmt.Sprintf("; did you mean %q?", name)
 	}
 	return ""
 }
 
-// elsewhere says where a key that is unknown here is known: in another section, or in the other role's file.
-func elsewhere(name string, root reflect.Type) string {
-	if paths := pathsTo(name, "", root); len(paths) > 0 {
-		return fmt.Sprintf("; did you mean %s?", strings.Join(paths, " or "))
-	}
-	for role, t := range roots {
-		if t != root && slices.Contains(keysOf(t), name) {
-			return fmt.Sprintf("; it belongs into the configuration of the %s", role)
-		}
-	}
-	return ""
-}
-
+// pathsTo lists where else in a file a key is known.
 func pathsTo(name, key string, t reflect.Type) []string {
 	var paths []string
-	for _, i := range fieldIndexes(t) {
-		f := t.Field(i)
-		path := join(key, f.Tag.Get("yaml"))
-		if f.Tag.Get("yaml") == name {
+	for _, f := range fieldsOf(t) {
+		path, of := join(key, f.key), f.Type
+		if f.key == name {
 			paths = append(paths, path)
 		}
-		if f.Type.Kind() == reflect.Struct && f.Type != trustDomainType {
-			paths = append(paths, pathsTo(name, path, f.Type)...)
+		if of.Kind() == reflect.Slice {
+			path, of = path+"[]", of.Elem()
+		}
+		if isSection(of) {
+			paths = append(paths, pathsTo(name, path, of)...)
 		}
 	}
 	return paths
