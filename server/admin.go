@@ -27,6 +27,8 @@ const (
 	maxRegistrations = 50_000
 	// maxSet is what one agent may be told, in bytes: it goes out as one message, and gRPC clients take 4 MiB.
 	maxSet = 3 << 20
+	// maxLogged is what one change may take in the log, in bytes; an entry has at most 64 KiB.
+	maxLogged = 60 << 10
 )
 
 // adminService is the admin door. Its callers are this user and root, so refusals say all there is to say.
@@ -294,6 +296,12 @@ func changeName(c *adminv1.RegistrationChange) string {
 func (p registrationPlan) fits() error {
 	if len(p.after) > maxRegistrations {
 		return fmt.Errorf("the cluster would have %d registrations: at most %d are allowed", len(p.after), maxRegistrations)
+	}
+	for _, e := range p.entries(1, nil) {
+		if n := proto.Size(e); n > maxLogged {
+			r := e.GetRegistrationChanged()
+			return fmt.Errorf("a registration takes %d bytes in the log, before and after together, and at most %d fit (%s): name fewer agents or selectors", n, maxLogged, clip(r.After+r.Before))
+		}
 	}
 	sizes := map[string]int{}
 	for _, r := range p.after {

@@ -38,10 +38,11 @@ type agentsService struct {
 
 // Issue answers each item by itself: each is authorised by itself, and all that are granted go to the log in one batch.
 func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*signetv1.IssueResponse, error) {
-	agent, err := s.caller(ctx)
+	who, err := s.caller(ctx)
 	if err != nil {
 		return nil, err
 	}
+	agent := who.name
 	if n := len(req.GetItems()); n == 0 || n > maxItems {
 		return nil, refuse(codes.InvalidArgument, "invalid", fmt.Sprintf("want 1 to %d items", maxItems), fmt.Errorf("agent %s asks for %d items in one call", agent, n))
 	}
@@ -110,10 +111,11 @@ func (s agentsService) itemRefused(ctx context.Context, agent string, err error)
 
 // Renew renews the agent's own control certificate.
 func (s agentsService) Renew(ctx context.Context, req *signetv1.RenewRequest) (*signetv1.RenewResponse, error) {
-	agent, err := s.caller(ctx)
+	who, err := s.caller(ctx)
 	if err != nil {
 		return nil, err
 	}
+	agent := who.name
 	key, err := identity.ParseCSR(req.GetCsr())
 	if err != nil {
 		return nil, refuse(codes.InvalidArgument, "invalid", "certificate request refused", err)
@@ -191,29 +193,22 @@ func (ss *sessions) count(b trust.Bundle) (open, acked int) {
 // is true at that moment, so a slow reader misses steps but never falls behind, and delays nobody else.
 func (s agentsService) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, signetv1.SyncResponse]) error {
 	ctx := stream.Context()
-	agent, err := s.caller(ctx)
+	who, err := s.caller(ctx)
 	if err != nil {
 		return err
 	}
-	n := &session{agent: agent, poke: make(chan struct{}, 1)}
+	n := &session{agent: who.name, poke: make(chan struct{}, 1)}
 	if !s.sessions.enter(n) {
-		return refuse(codes.ResourceExhausted, "too_many", "too many streams", fmt.Errorf("agent %s has %d Sync streams open", agent, maxSyncs))
+		return refuse(codes.ResourceExhausted, "too_many", "too many streams", fmt.Errorf("agent %s has %d Sync streams open", who.name, maxSyncs))
 	}
 	defer s.sessions.leave(n)
-	s.log.Info("agent connected", "agent", agent)
-	defer s.log.Info("agent disconnected", "agent", agent)
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
-		defer cancel()
-		if err := s.directory.heard(ctx, agent, s.now()); err != nil {
-			s.log.Warn("could not note when an agent was last heard of", "agent", agent, "err", err)
-		}
-	}()
+	s.log.Info("agent connected", "agent", who.name)
+	defer s.log.Info("agent disconnected", "agent", who.name)
 
 	// The receiver ends with the stream, which ends when this function returns.
 	heard := make(chan error, 1)
 	go func() { heard <- s.hear(stream, n) }()
-	return s.tell(stream, n, heard)
+	return s.tell(stream, who, n, heard)
 }
 
 // hear takes what the agent says until the stream ends.
@@ -250,7 +245,7 @@ func (s agentsService) hear(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 }
 
 // tell sends whatever is newer than what was sent.
-func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest, signetv1.SyncResponse], n *session, heard <-chan error) error {
+func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest, signetv1.SyncResponse], who agentInfo, n *session, heard <-chan error) error {
 	ctx := stream.Context()
 	var sequence, told uint64
 	var set *signetv1.RegistrationSet
@@ -260,7 +255,7 @@ func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 	for {
 		// Bells before values, so that no change is missed between.
 		bundles, registrations := s.bundles.Changed(), s.directory.bell()
-		if err := s.standing(n.agent); err != nil {
+		if err := s.standing(who); err != nil {
 			return err
 		}
 		if b, ok := s.bundles.Get(s.config.TrustDomain); ok && b.Sequence() > sequence {

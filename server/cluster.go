@@ -166,10 +166,10 @@ func (f *Folder) key(ctx context.Context, ref string) (keystore.Key, error) {
 	return f.Keys.Open(ctx, r)
 }
 
-// firstKey opens the newest version of a key, or makes the first: a crash may have come after the key was made and
+// FirstKey opens the newest version of a key, or makes the first: a crash may have come after the key was made and
 // before anything pointed to it, and then that key is the one.
-func (f *Folder) firstKey(ctx context.Context, name string, alg keystore.Algorithm) (keystore.Key, error) {
-	all, err := f.Keys.List(ctx)
+func FirstKey(ctx context.Context, keys keystore.Store, name string, alg keystore.Algorithm) (keystore.Key, error) {
+	all, err := keys.List(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -180,9 +180,9 @@ func (f *Folder) firstKey(ctx context.Context, name string, alg keystore.Algorit
 		}
 	}
 	if !newest.IsZero() {
-		return f.Keys.Open(ctx, newest)
+		return keys.Open(ctx, newest)
 	}
-	return f.Keys.Create(ctx, name, alg)
+	return keys.Create(ctx, name, alg)
 }
 
 // Ceremony makes CA certificates and requests for them (package ca/ceremony, which a server at work does without).
@@ -234,7 +234,7 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	defer func() { err = errors.Join(err, o.close()) }()
 
 	// The log first: everything after this is in it. A crash before the fact is written leaves a key that the next run finds.
-	key, err := c.firstKey(ctx, logKey, keystore.Ed25519)
+	key, err := FirstKey(ctx, c.Keys, logKey, keystore.Ed25519)
 	if err != nil {
 		return InitResult{}, err
 	}
@@ -287,7 +287,7 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 // makeControlCA: a crash after the log's entry and before the row leaves an entry of a control CA that never was; the
 // next run makes another certificate for the same key, and only that one is ever shown to anybody.
 func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (*store.Authority, error) {
-	key, err := c.firstKey(ctx, controlKey, c.Algorithm)
+	key, err := FirstKey(ctx, c.Keys, controlKey, c.Algorithm)
 	if err != nil {
 		return nil, err
 	}
@@ -310,7 +310,7 @@ func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (*store.Autho
 
 // makeRequest: until the row is stored nobody has seen the request, so a new one for the same key harms nobody.
 func (c *InitConfig) makeRequest(ctx context.Context, o *opened) (*store.Authority, error) {
-	key, err := c.firstKey(ctx, intermediateKey, c.Algorithm)
+	key, err := FirstKey(ctx, c.Keys, intermediateKey, c.Algorithm)
 	if err != nil {
 		return nil, err
 	}
@@ -379,7 +379,7 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 	}
 	root := chain[len(chain)-1]
 	if !bytes.Equal(root.RawIssuer, root.RawSubject) {
-		return InstallResult{}, fmt.Errorf("chain ends with %q, which is not a root: give the whole file that `signet root sign` wrote", root.Subject)
+		return InstallResult{}, fmt.Errorf("chain ends with %q, which is not a root: give the whole file that `signet root sign` wrote, in its order: our certificate first, the root last", root.Subject)
 	}
 	if !pinned.Of(root.Raw) {
 		return InstallResult{}, fmt.Errorf("the root in the chain is %s, but the fingerprint given is %s: ask the root's holder which one is right before you install anything",

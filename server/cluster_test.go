@@ -103,7 +103,7 @@ func initAt(ctx context.Context, dir string, steps int) (InitResult, error) {
 	left := steps
 	d := dying{plainKeys(filepath.Join(dir, "keys")), &left}
 	return Init(ctx, InitConfig{
-		Folder:   Folder{Dir: filepath.Join(dir, "state"), TrustDomain: td, Cluster: "east", Instance: "east-1", Keys: d},
+		Folder:   Folder{Dir: filepath.Join(dir, "state"), TrustDomain: td, Cluster: "east", Instance: "east-1", Keys: d, CheckpointInterval: 100 * time.Millisecond},
 		Ceremony: d,
 	})
 }

@@ -28,7 +28,7 @@ type directory struct {
 	mu sync.Mutex
 	// changed is closed at the next change of the view; nil while nobody waits.
 	changed chan struct{}
-	// seen is when each agent was last heard of.
+	// seen is when each agent last had a certificate, where that is newer than the view.
 	seen map[string]time.Time
 }
 
@@ -99,7 +99,7 @@ func (d *directory) Agent(name string) (identity.AgentRow, bool) {
 	return a.AgentRow, ok
 }
 
-// agent returns the whole row, with when the agent was last heard of.
+// agent returns the whole row, with when the agent last had a certificate.
 func (d *directory) agent(name string) (store.Agent, bool) {
 	a, ok := d.current.Load().agents[name]
 	d.mu.Lock()
@@ -163,7 +163,7 @@ func (d *directory) putAgent(ctx context.Context, a store.Agent) error {
 	return nil
 }
 
-// heard notes that an agent was here. It is in memory at once and in the store when the store can be reached.
+// heard notes that an agent is getting a certificate. It is in memory at once and in the store when that can be reached.
 func (d *directory) heard(ctx context.Context, agent string, now time.Time) error {
 	d.mu.Lock()
 	d.seen[agent] = now

@@ -100,8 +100,9 @@ func (s *Server) edge(ctx context.Context, d door, err *error) {
 		return
 	}
 	var r *refusal
-	if errors.Is(*err, context.Canceled) || errors.Is(*err, context.DeadlineExceeded) && ctx.Err() != nil {
-		*err = status.FromContextError(ctx.Err()).Err()
+	// Whoever asked has given up; there is nobody to refuse anything to.
+	if gone := ctx.Err(); gone != nil && errors.Is(*err, gone) {
+		*err = status.FromContextError(gone).Err()
 		return
 	}
 	if !errors.As(*err, &r) {
@@ -336,6 +337,7 @@ func mayAdminister(uid uint32) bool { return uid == 0 || uid == uint32(os.Geteui
 func (localPeers) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, errors.New("for servers only")
 }
+
 func (localPeers) Info() credentials.ProtocolInfo {
 	return credentials.ProtocolInfo{SecurityProtocol: "unix-peer"}
 }

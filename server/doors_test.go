@@ -125,6 +125,7 @@ func TestOnlyAnAgentOfThisClusterPassesTheAgentDoor(t *testing.T) {
 		{"our control CA, not for clients", s.controlLeaf(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), codes.Unavailable},
 		{"our control CA, a CA", s.controlLeaf(func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true }), codes.Unavailable},
 		{"too many certificates", many, codes.Unavailable},
+		{"our control CA, an enrolled agent's name with another key", s.controlLeaf(nil), codes.PermissionDenied},
 		{"our control CA, an agent that never enrolled", s.controlLeaf(named("spiffe://example.org/signet/cluster/east/agent/node-9")), codes.PermissionDenied},
 	} {
 		t.Run(who.what, func(t *testing.T) {
@@ -965,41 +966,42 @@ func TestTheAdminDoorIsForThisUserAndRoot(t *testing.T) {
 	s.token("node-1")
 }
 
-func TestTheServersOwnCertificateIsRenewedForYears(t *testing.T) {
+func TestTheServersOwnCertificateIsRenewedInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const life = 7 * 24 * time.Hour
 		ctx, cancel := context.WithCancel(t.Context())
-		issued, outage := 0, false
-		var failures int
-		o := &ownCertificate{now: time.Now, failed: func(error) { failures++ }}
+		var issued, failures atomic.Int32
+		var outage atomic.Bool
+		o := &ownCertificate{now: time.Now, failed: func(error) { failures.Add(1) }}
 		o.issue = func(context.Context, identity.PublicKey) (*ca.Leaf, error) {
-			if outage {
+			if outage.Load() {
 				return nil, errors.New("no log")
 			}
-			issued++
+			n := issued.Add(1)
 			now := time.Now()
-			return &ca.Leaf{Serial: []byte{byte(issued), byte(issued >> 8)}, NotBefore: now, NotAfter: now.Add(life), Chain: [][]byte{{}}}, nil
+			return &ca.Leaf{Serial: []byte{byte(n), byte(n >> 8)}, NotBefore: now, NotAfter: now.Add(life), Chain: [][]byte{{}}}, nil
 		}
 		must(t, o.renew(ctx))
 		done := make(chan struct{})
 		go func() { defer close(done); o.keep(ctx) }()
-		for day := range 365 {
+		const days = 90
+		for day := range days {
 			// Two days without a log in each month.
-			outage = day%30 < 2
+			outage.Store(day%30 < 2)
 			time.Sleep(24 * time.Hour)
 			if err := o.usable(); err != nil {
 				t.Fatalf("day %d: %v", day, err)
 			}
 		}
-		if low, high := 365/5, 365/2; issued < low || issued > high || failures == 0 {
-			t.Errorf("%d certificates and %d failures in a year of 7-day certificates, want %d to %d, and some", issued, failures, low, high)
+		if low, high := int32(days/5), int32(days/2); issued.Load() < low || issued.Load() > high || failures.Load() == 0 {
+			t.Errorf("%d certificates and %d failures in %d days of 7-day certificates, want %d to %d, and some", issued.Load(), failures.Load(), days, low, high)
 		}
-		outage = true
+		outage.Store(true)
 		time.Sleep(life + time.Hour)
 		if o.usable() == nil {
 			t.Error("it is called usable after its end")
 		}
-		outage = false
+		outage.Store(false)
 		time.Sleep(time.Minute)
 		must(t, o.usable())
 		cancel()
@@ -1020,7 +1022,7 @@ func (h handshaken) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo,
 func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		here, there := net.Pipe()
-		m := mortalTLS{handshaken{leaf: &x509.Certificate{NotAfter: time.Now().Add(time.Hour)}}, time.Now}
+		m := mortalTLS{handshaken{leaf: leafTemplate("spiffe://example.org/signet/cluster/east/agent/node-1")}, time.Now}
 		_, _, err := m.ServerHandshake(here)
 		must(t, err)
 		ended := make(chan time.Time, 1)
@@ -1115,5 +1117,43 @@ func TestASetThatDoesNotFitIntoOneMessageIsRefused(t *testing.T) {
 	v := (&view{}).withRegistrations(want[:800], 1)
 	if n := proto.Size(v.sets["node-1"]); n > maxSet {
 		t.Errorf("what fits takes %d bytes, more than %d", n, maxSet)
+	}
+}
+
+func TestAThousandRegistrationsAreOneChange(t *testing.T) {
+	s := newCluster(t, "east").start(t, nil)
+	var list []*signetv1.Registration
+	for i := range 3 * logPart {
+		list = append(list, registration(fmt.Sprintf("r%d", i), "node-1"))
+	}
+	s.apply(true, list...)
+	if have, revision := s.directory.registrations(); len(have) != len(list) || revision != 1 {
+		t.Errorf("%d registrations at revision %d", len(have), revision)
+	}
+	large := registration("large", "node-1")
+	for i := range identity.MaxSelectors {
+		large.Selectors = append(large.Selectors[:i], fmt.Sprintf("cgroup:/%d/%s", i, strings.Repeat("y", 1000)))
+	}
+	for i := range identity.MaxAgents {
+		large.Agents = append(large.Agents[:i], fmt.Sprintf("node-%d.%s", i, strings.Repeat("z", 50)))
+	}
+	_, err := s.admin().ApplyRegistrations(t.Context(), &adminv1.ApplyRegistrationsRequest{Registrations: []*signetv1.Registration{large}})
+	wantError(t, err, "name fewer agents or selectors")
+}
+
+func TestEnrolmentsWaitForEachOther(t *testing.T) {
+	s := newCluster(t, "east").start(t, nil)
+	for range enrolments {
+		s.enrolling <- struct{}{}
+	}
+	waiting := s.token("node-1").Token
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := doors.Enrol(ctx, waiting); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("with no place left: %v", err)
+	}
+	<-s.enrolling
+	if _, err := doors.Enrol(t.Context(), s.token("node-2").Token); err != nil {
+		t.Errorf("with a place: %v", err)
 	}
 }

@@ -19,6 +19,9 @@ import (
 // an outage never ends in a deadlock.
 const renewalGrace = 30 * 24 * time.Hour
 
+// noteTimeout is how long a renewal waits for the store, which it can do without.
+const noteTimeout = 2 * time.Second
+
 // enrolment is the enrol door. Whoever comes here has no certificate yet, or one that has expired.
 type enrolment struct {
 	signetv1.UnimplementedEnrolmentServer
@@ -27,6 +30,12 @@ type enrolment struct {
 
 // Enrol gives a node its control certificate, by a join token or by the key it enrolled with.
 func (s enrolment) Enrol(ctx context.Context, req *signetv1.EnrolRequest) (*signetv1.EnrolResponse, error) {
+	select {
+	case s.enrolling <- struct{}{}:
+		defer func() { <-s.enrolling }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	// Everything that can be refused is refused before the token is spent.
 	key, err := identity.ParseCSR(req.GetCsr())
 	if err != nil {
@@ -105,7 +114,7 @@ func (s enrolment) byEnrolledKey(ctx context.Context, agent string, key identity
 	if err := identity.ParseName("agent", agent); err != nil {
 		return nil, refuse(codes.InvalidArgument, "invalid", "no evidence", err)
 	}
-	grant, err := s.authorizer.Authorize(ctx, identity.AsAgent(agent), identity.ControlAsk{Key: key})
+	grant, err := s.authorizer.Authorize(ctx, identity.AsReturningAgent(agent), identity.ControlAsk{Key: key})
 	if err != nil {
 		return nil, denied(err)
 	}
@@ -123,7 +132,9 @@ func (s enrolment) byEnrolledKey(ctx context.Context, agent string, key identity
 
 // renewed notes, durably, that the agent has a new certificate, and makes it.
 func (s *Server) renewed(ctx context.Context, agent string, grant *identity.Grant) (*ca.Leaf, error) {
-	if err := s.directory.heard(ctx, agent, s.now()); err != nil {
+	note, cancel := context.WithTimeout(ctx, noteTimeout)
+	defer cancel()
+	if err := s.directory.heard(note, agent, s.now()); err != nil {
 		// The certificate matters more than the note: without a store an agent must still be able to renew.
 		s.log.Warn("could not note when an agent was last heard of", "agent", agent, "err", err)
 	}

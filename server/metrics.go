@@ -6,13 +6,12 @@ import (
 	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 )
 
 // reasons is the closed set of what labels a refusal.
 var reasons = []string{
 	// What identity.Authorize says.
-	"no_key", "not_allowed", "unknown_agent", "banned_agent", "evidence_too_long", "not_registered", "selectors_differ", "other_key",
+	"no_key", "not_allowed", "unknown_agent", "banned_agent", "evidence_too_long", "evidence_malformed", "not_registered", "selectors_differ", "other_key",
 	// What package ca says.
 	"spent_grant", "bad_grant", "issuer_unavailable", "canceled", "log_unavailable", "sign_failed",
 	// What the doors say.
@@ -72,8 +71,6 @@ func newMetrics(s *Server) (*metrics, error) {
 			}
 			return 1
 		}),
-		collectors.NewGoCollector(),
-		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	} {
 		errs = append(errs, s.config.Metrics.Register(c))
 	}

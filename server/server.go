@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,7 +31,7 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/health"
+	grpchealth "google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
@@ -39,6 +40,7 @@ import (
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/health"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/trust"
 )
@@ -46,6 +48,11 @@ import (
 const (
 	// workTimeout bounds work that is finished although its caller has gone.
 	workTimeout = 15 * time.Second
+	// logPart is how many entries go into the log in one call.
+	logPart = 1024
+	// enrolments is how many nodes are let in at the same time; the others wait. Nobody has proved anything yet at this
+	// door, and each try costs a signature check and a look into the store.
+	enrolments = 16
 	// stopTimeout is how long calls under way may take when the server stops.
 	stopTimeout = 5 * time.Second
 )
@@ -86,7 +93,9 @@ type Server struct {
 	bundles    trust.Bundles
 	own        *ownCertificate
 	sessions   sessions
-	health     *health.Server
+	health     *grpchealth.Server
+	// enrolling has a place for each enrolment under way.
+	enrolling chan struct{}
 	// applying is held while a set of registrations is logged and stored.
 	applying sync.Mutex
 
@@ -132,8 +141,8 @@ func (s *Server) Doors() Doors {
 	return d
 }
 
-// New takes the folder, checks every issuer, loads what decisions need into memory, makes the server's own certificate,
-// and only then opens the doors. Nobody is answered before Run; after an error nothing is left open.
+// New takes the folder, checks every issuer, loads what decisions need into memory, opens the doors, and makes the
+// server's own certificate. Nobody is answered before Run; after an error nothing is left open.
 func New(ctx context.Context, c Config) (_ *Server, err error) {
 	if err := c.complete(); err != nil {
 		return nil, fmt.Errorf("server: %w", err)
@@ -143,7 +152,8 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	}
 	s := &Server{
 		config: c, now: c.Now, log: c.Logger, stopping: make(chan struct{}), checkpointEvery: checkpointEvery,
-		refusals: rate.NewLimiter(10, 50), health: health.NewServer(),
+		refusals: rate.NewLimiter(10, 50), health: grpchealth.NewServer(),
+		enrolling: make(chan struct{}, enrolments),
 	}
 	defer func() {
 		if err != nil {
@@ -193,10 +203,11 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	s.own = &ownCertificate{issue: s.issueOwn, now: c.Now, failed: func(err error) {
 		s.log.Error("could not renew the server's own certificate", "err", err)
 	}}
-	if err := s.own.renew(ctx); err != nil {
+	// The doors first: a start that fails at an address in use must not leave a certificate in the log each time.
+	if err := s.openDoors(); err != nil {
 		return nil, err
 	}
-	if err := s.openDoors(); err != nil {
+	if err := s.own.renew(ctx); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -262,7 +273,7 @@ func (s *Server) loadIssuers(ctx context.Context) error {
 		// Refused at start, where somebody is looking; later it is a refusal of what is asked and a red readyz.
 		if a.State == ca.Active {
 			if err := issuer.Usable(s.now()); err != nil {
-				return fmt.Errorf("issuer %s: %w", a.ID, err)
+				return err
 			}
 		}
 		list = append(list, issuer)
@@ -330,7 +341,7 @@ func (s *Server) openDoors() error {
 		if r, err = add(httpDoor, l, err); err != nil {
 			return err
 		}
-		r.http = s.httpServer()
+		r.http = health.NewServer(health.Config{Checks: s.checks, Metrics: c.Metrics, Logger: s.log})
 	}
 	return nil
 }
@@ -432,8 +443,12 @@ func (s *Server) record(ctx context.Context, entries ...*auditv1.Entry) error {
 	for _, e := range entries {
 		e.Time = now
 	}
-	if _, err := s.audit.Append(ctx, entries); err != nil {
-		return fmt.Errorf("%w, so nothing was changed: %w", errNotLogged, err)
+	// The log takes so many at once that a large set of registrations goes in parts; an entry of a part that is in the log
+	// when a later one fails tells of a change that was asked for and did not happen.
+	for part := range slices.Chunk(entries, logPart) {
+		if _, err := s.audit.Append(ctx, part); err != nil {
+			return fmt.Errorf("%w, so nothing was changed: %w", errNotLogged, err)
+		}
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -45,7 +46,7 @@ func (s *Server) agentTLS() *tls.Config {
 	// Any, because the check is ours and is made in VerifyConnection, which runs on every handshake.
 	c.ClientAuth = tls.RequireAnyClientCert
 	c.VerifyConnection = func(cs tls.ConnectionState) error {
-		if _, err := s.verifyAgent(cs.PeerCertificates); err != nil {
+		if err := s.verifyAgent(cs.PeerCertificates); err != nil {
 			s.rejected(context.Background(), agentDoor, refuse(codes.Unauthenticated, "bad_certificate", "", err))
 			return errors.New("certificate refused")
 		}
@@ -54,16 +55,16 @@ func (s *Server) agentTLS() *tls.Config {
 	return c
 }
 
-// verifyAgent returns the name of the agent that the certificates prove.
-func (s *Server) verifyAgent(certs []*x509.Certificate) (string, error) {
+// verifyAgent checks that the certificates are an agent's of this cluster.
+func (s *Server) verifyAgent(certs []*x509.Certificate) error {
 	c, err := verifyControl(certs, s.control, s.now(), x509.ExtKeyUsageClientAuth)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if c.TrustDomain != s.config.TrustDomain || c.Cluster != s.config.Cluster || c.Role != identity.RoleAgent {
-		return "", fmt.Errorf("%s %s of cluster %s in %s is not an agent of this cluster", c.Role, c.Name, c.Cluster, c.TrustDomain)
+		return fmt.Errorf("%s %s of cluster %s in %s is not an agent of this cluster", c.Role, c.Name, c.Cluster, c.TrustDomain)
 	}
-	return c.Name, nil
+	return nil
 }
 
 // verifyControl checks a chain against one control CA and nothing else, and reads the name of the part of Signet in its leaf.
@@ -81,7 +82,11 @@ func verifyControl(certs []*x509.Certificate, control *x509.Certificate, now tim
 	if _, err := certs[0].Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
 		return identity.Control{}, err
 	}
-	leaf := certs[0]
+	return controlName(certs[0])
+}
+
+// controlName reads the name of a part of Signet from its certificate.
+func controlName(leaf *x509.Certificate) (identity.Control, error) {
 	if leaf.IsCA {
 		return identity.Control{}, errors.New("a CA certificate names no part of Signet")
 	}
@@ -97,10 +102,18 @@ func verifyControl(certs []*x509.Certificate, control *x509.Certificate, now tim
 }
 
 // mortalTLS is TLS whose connections live no longer than the client certificate that opened them: an agent that has
-// renewed comes back with the new one.
+// renewed comes back with the new one. What the certificate says is read once for all calls of the connection.
 type mortalTLS struct {
 	credentials.TransportCredentials
 	now func() time.Time
+}
+
+// agentInfo is what the handshake has proved.
+type agentInfo struct {
+	credentials.TLSInfo
+	name     string
+	spki     []byte
+	notAfter time.Time
 }
 
 func (m mortalTLS) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -108,11 +121,21 @@ func (m mortalTLS) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	if err != nil {
 		return nil, nil, err
 	}
-	if t, ok := info.(credentials.TLSInfo); ok && len(t.State.PeerCertificates) > 0 {
-		timer := time.AfterFunc(t.State.PeerCertificates[0].NotAfter.Sub(m.now()), func() { raw.Close() })
-		c = &timedConn{Conn: c, timer: timer}
+	fail := func(err error) (net.Conn, credentials.AuthInfo, error) {
+		c.Close()
+		return nil, nil, err
 	}
-	return c, info, nil
+	t, ok := info.(credentials.TLSInfo)
+	if !ok || len(t.State.PeerCertificates) == 0 {
+		return fail(errors.New("no client certificate"))
+	}
+	leaf := t.State.PeerCertificates[0]
+	name, err := controlName(leaf)
+	if err != nil {
+		return fail(err)
+	}
+	timer := time.AfterFunc(leaf.NotAfter.Sub(m.now()), func() { raw.Close() })
+	return &timedConn{Conn: c, timer: timer}, agentInfo{TLSInfo: t, name: name.Name, spki: leaf.RawSubjectPublicKeyInfo, notAfter: leaf.NotAfter}, nil
 }
 
 func (m mortalTLS) Clone() credentials.TransportCredentials {
@@ -129,31 +152,33 @@ func (c *timedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// caller is the agent behind a call on the agent door: by its verified certificate, again by the clock, and by its row.
-func (s *Server) caller(ctx context.Context) (string, error) {
+// caller is the agent behind a call on the agent door: by the certificate that the handshake verified, again by the
+// clock, and by its row.
+func (s *Server) caller(ctx context.Context) (agentInfo, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return "", refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
+		return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	info, ok := p.AuthInfo.(agentInfo)
 	if !ok {
-		return "", refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
+		return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
 	}
-	name, err := s.verifyAgent(info.State.PeerCertificates)
-	if err != nil {
-		return "", refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", err)
+	if now := s.now(); now.After(info.notAfter) {
+		return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", fmt.Errorf("the certificate of agent %s expired at %s", info.name, stamp(info.notAfter)))
 	}
-	return name, s.standing(name)
+	return info, s.standing(info)
 }
 
-// standing refuses an agent that is not enrolled (any more) or is banned.
-func (s *Server) standing(agent string) error {
-	row, ok := s.directory.Agent(agent)
+// standing refuses an agent that is not enrolled (any more), is banned, or has enrolled anew with another key since.
+func (s *Server) standing(who agentInfo) error {
+	row, ok := s.directory.Agent(who.name)
 	switch {
 	case !ok:
-		return refuse(codes.PermissionDenied, "unknown_agent", "not enrolled", fmt.Errorf("agent %s has no row in the store: enrol it with a join token", agent))
+		return refuse(codes.PermissionDenied, "unknown_agent", "not enrolled", fmt.Errorf("agent %s has no row in the store: enrol it with a join token", who.name))
 	case row.Banned:
-		return refuse(codes.PermissionDenied, "banned_agent", "not enrolled", fmt.Errorf("agent %s is banned", agent))
+		return refuse(codes.PermissionDenied, "banned_agent", "not enrolled", fmt.Errorf("agent %s is banned", who.name))
+	case !bytes.Equal(row.SPKI, who.spki):
+		return refuse(codes.PermissionDenied, "other_key", "not enrolled", fmt.Errorf("agent %s comes with another key than it is enrolled with", who.name))
 	}
 	return nil
 }
