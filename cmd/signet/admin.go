@@ -34,7 +34,9 @@ func (c *cli) admin(ctx context.Context, configFile string, call func(context.Co
 		return err
 	}
 	var dialer net.Dialer
-	dial := func(ctx context.Context, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", cfg.AdminSocket) }
+	dial := func(ctx context.Context, _ string) (net.Conn, error) {
+		return dialer.DialContext(ctx, "unix", cfg.AdminSocket)
+	}
 	// Tried once by hand, because the reason for which gRPC could not connect is hard to read.
 	probe, err := dial(ctx, "")
 	if err != nil {

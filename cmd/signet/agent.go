@@ -51,10 +51,11 @@ func (c *cli) agent(ctx context.Context, file, tokenFile string) error {
 	if err := harden(); err != nil {
 		return err
 	}
+	collectLess()
 	logger := c.logger(cfg.Logging)
 	ac := agent.Config{
 		StateDir: cfg.StateDir, Socket: cfg.Socket, HTTP: cfg.HTTP,
-		Validator: sds.Validator(cfg.SDS.Validator), Logger: logger,
+		Validator: sds.Validator(cfg.SDS.Validator), Metrics: newRegistry(), Logger: logger,
 	}
 	for _, s := range cfg.Sockets {
 		ac.Sockets = append(ac.Sockets, agent.Socket{Name: s.Name, Path: s.Path})

@@ -5,9 +5,7 @@ import (
 	"crypto"
 	"crypto/x509"
 	"fmt"
-	"io"
 	"log/slog"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -174,23 +172,10 @@ const maxChainFile = 64 << 10
 
 // readInput reads a file, or stdin for "-", of at most so many bytes.
 func (c *cli) readInput(path, what string, most int64) ([]byte, error) {
-	in := c.in
-	if path != "-" {
-		f, err := os.Open(path)
-		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", what, err)
-		}
-		defer f.Close()
-		in = f
+	if path == "-" {
+		return durable.Read(c.in, "stdin", what, most)
 	}
-	data, err := io.ReadAll(io.LimitReader(in, most+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s %s: %w", what, path, err)
-	}
-	if int64(len(data)) > most {
-		return nil, fmt.Errorf("read %s %s: it is longer than %d bytes", what, path, most)
-	}
-	return data, nil
+	return durable.ReadFile(path, what, most)
 }
 
 // clusterShown is a cluster with a row for each authority.
@@ -203,11 +188,7 @@ func (clusterShown) columns() []string {
 func (s clusterShown) rows() [][]string {
 	var rows [][]string
 	for _, a := range s.Authorities {
-		expires := ""
-		if a.NotAfter != nil {
-			expires = clock(*a.NotAfter)
-		}
-		rows = append(rows, []string{a.ID, a.Hierarchy, string(a.State), expires, a.Key, a.Subject, a.KeyFingerprint, a.Fingerprint})
+		rows = append(rows, []string{a.ID, a.Hierarchy, string(a.State), clockOf(a.NotAfter), a.Key, a.Subject, a.KeyFingerprint, a.Fingerprint})
 	}
 	return rows
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/internal/strictyaml"
 )
 
 func (c *cli) configCommand() *cobra.Command {
@@ -35,7 +36,7 @@ Secrets are not shown: a configuration only names the files they are in.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			_, list, err := loadConfig(file, role)
-			if found := (config.Findings)(nil); errors.As(err, &found) {
+			if found := strictyaml.Findings(nil); errors.As(err, &found) {
 				return no("%w", err)
 			}
 			if err != nil {
@@ -61,7 +62,7 @@ Exit status: 0 it is valid, 1 something is wrong, 2 it could not be read.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			as, _, err := loadConfig(file, role)
-			found := config.Findings{}
+			found := strictyaml.Findings{}
 			if err != nil && !errors.As(err, &found) {
 				return err
 			}
@@ -140,7 +141,7 @@ func (l settingList) names() []string {
 	return names
 }
 
-type findingList config.Findings
+type findingList strictyaml.Findings
 
 func (l findingList) columns() []string { return []string{"PLACE", "FINDING", "+KEY"} }
 

@@ -33,7 +33,7 @@ func (c *cli) joinTokenCreateCommand() *cobra.Command {
 		Short: "Make a join token",
 		Long: `Makes a join token and writes it, alone, to stdout; what is to be known about it goes to stderr.
 The token is a secret until it is used. If an agent spends it and gets no answer, make another.`,
-		Example: `  signet join-token create --config east.yaml --agent node-1 > node-1.token
+		Example: `  (umask 077; signet join-token create --config east.yaml --agent node-1 > node-1.token)
   signet join-token create --config east.yaml --agent node-1 --ttl 1h | ssh node-1 'umask 077; cat > /etc/signet/join.token'`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -80,15 +80,9 @@ func (tokenList) columns() []string {
 
 func (l tokenList) rows() [][]string {
 	now := time.Now()
-	at := func(t *time.Time) string {
-		if t == nil {
-			return ""
-		}
-		return clock(*t)
-	}
 	var rows [][]string
 	for _, t := range l {
-		rows = append(rows, []string{t.ID, t.Agent, t.State, since(t.Created, now), since(t.Expires, now), at(t.Used), at(t.Revoked)})
+		rows = append(rows, []string{t.ID, t.Agent, t.State, since(t.Created, now), since(t.Expires, now), clockOf(t.Used), clockOf(t.Revoked)})
 	}
 	return rows
 }

@@ -132,8 +132,8 @@ func (e logEntry) cells() []string {
 		proven = "yes"
 	}
 	return []string{
-		strconv.FormatUint(e.Index, 10), stamp(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), stampOf(e.NotAfter),
-		stampOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
+		strconv.FormatUint(e.Index, 10), clock(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), clockOf(e.NotAfter),
+		clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
 	}
 }
 
@@ -157,15 +157,6 @@ func (l logEntries) names() []string {
 		names[i] = "entry/" + strconv.FormatUint(e.Index, 10)
 	}
 	return names
-}
-
-func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-
-func stampOf(t *time.Time) string {
-	if t == nil {
-		return ""
-	}
-	return stamp(*t)
 }
 
 // printable keeps what a log says, which others have chosen, from speaking to the terminal.
@@ -350,7 +341,7 @@ func (f logFacts) rows() [][]string {
 		{"origin", printable(f.Origin)},
 		{"size", strconv.FormatUint(f.Size, 10)},
 		{"root hash", f.RootHash},
-		{"checkpoint published", stamp(f.Published)},
+		{"checkpoint published", clock(f.Published)},
 		{"verifier key", printable(f.VerifierKey)},
 	}
 }
@@ -425,8 +416,8 @@ func (v entryView) rows() [][]string {
 	add("kind", v.Kind)
 	add("SPIFFE ID", v.SPIFFEID)
 	add("serial", v.Serial)
-	add("not before", stampOf(v.NotBefore))
-	add("not after", stampOf(v.NotAfter))
+	add("not before", clockOf(v.NotBefore))
+	add("not after", clockOf(v.NotAfter))
 	if x := v.Certificate; x != nil {
 		add("subject", x.Subject)
 		add("issuer", x.Issuer)

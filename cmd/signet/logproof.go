@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"strconv"
@@ -125,25 +124,9 @@ func which(ctx context.Context, r *audit.Reader, index, serial, file string) (ui
 // maxInput bounds the files that people hand to log commands, in bytes.
 const maxInput = 1 << 20
 
-func readInput(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxInput+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxInput {
-		return nil, fmt.Errorf("read %s: it has more than %d bytes", path, maxInput)
-	}
-	return data, nil
-}
-
 // readCertificate reads the first certificate of a PEM file, which is the leaf where there is a chain.
 func readCertificate(path string) (*x509.Certificate, error) {
-	data, err := readInput(path)
+	data, err := durable.ReadFile(path, "certificate", maxInput)
 	if err != nil {
 		return nil, err
 	}
@@ -201,7 +184,7 @@ func (c *cli) verifyProof(file, certFile, key, format string) error {
 	if key == "" {
 		return errors.New("whose proof? Name the log's verifier key with --key; a key that came with the proof would prove nothing")
 	}
-	text, err := readInput(file)
+	text, err := durable.ReadFile(file, "proof", maxInput)
 	if err != nil {
 		return err
 	}

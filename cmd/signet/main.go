@@ -2,6 +2,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,7 +81,25 @@ one shared root, renews everything ahead of expiry, and can prove afterwards wha
 		c.versionCommand(),
 		exitCodesTopic(),
 	)
+	for _, group := range root.Commands() {
+		if group.HasSubCommands() {
+			group.Args, group.RunE = onlySubcommands, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		}
+	}
 	return root
+}
+
+// onlySubcommands refuses what is none: cobra would show the help and say that all is well.
+func onlySubcommands(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	cmd.SuggestionsMinimumDistance = 2
+	hint := ""
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		hint = fmt.Sprintf("; did you mean %q?", near[0])
+	}
+	return fmt.Errorf("unknown command %q for %q%s See: %s --help", args[0], cmd.CommandPath(), cmp.Or(hint, "."), cmd.CommandPath())
 }
 
 // exitCodesTopic is a page of help, not a command: `signet help exit-codes`.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
@@ -80,4 +81,15 @@ func (c *cli) show(format string, l listing) error {
 		return w.Flush()
 	}
 	return fmt.Errorf("output format %q is unknown: use %s", format, strings.ReplaceAll(outputFormats, "|", ", "))
+}
+
+// clock writes a time as everything here does.
+func clock(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// clockOf is clock, or nothing for none.
+func clockOf(t *time.Time) string {
+	if t == nil {
+		return ""
+	}
+	return clock(*t)
 }

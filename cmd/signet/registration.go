@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -12,10 +10,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"go.yaml.in/yaml/v3"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/internal/strictyaml"
 )
 
 func (c *cli) registrationCommand() *cobra.Command {
@@ -148,169 +146,41 @@ func ttlText(seconds int64) string {
 	return (time.Duration(seconds) * time.Second).String()
 }
 
-// parseRegistrations reads a file of registrations, strictly: whatever is unknown, repeated, missing or of the wrong kind
-// is an error with its line and column. What the values mean is the server's to judge.
-func parseRegistrations(file string, text []byte) ([]*signetv1.Registration, error) {
-	p := registrationFile(file)
-	dec := yaml.NewDecoder(bytes.NewReader(text))
-	var doc, more yaml.Node
-	if err := dec.Decode(&doc); err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	if len(doc.Content) == 0 {
-		return nil, fmt.Errorf("%s: the file is empty; it needs `registrations:` with a list, which may be [] to name none", file)
-	}
-	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%s: something follows the first document; put all registrations into one list", file)
+// registrationsFile is what registration apply reads.
+type registrationsFile struct {
+	Registrations []struct {
+		Name      string        `yaml:"name" required:"true"`
+		SPIFFEID  string        `yaml:"spiffe_id" required:"true"`
+		Agents    []string      `yaml:"agents" required:"true"`
+		Selectors []string      `yaml:"selectors" required:"true"`
+		TTL       time.Duration `yaml:"ttl"`
+		Priority  int32         `yaml:"priority"`
+	} `yaml:"registrations" required:"true"`
+}
+
+// parseRegistrations reads a file of registrations, strictly: an error is strictyaml.Findings. What the values mean is the
+// server's to judge.
+func parseRegistrations(name string, text []byte) ([]*signetv1.Registration, error) {
+	var file registrationsFile
+	if _, err := strictyaml.Decode(name, text, &file, strictyaml.Options{Parsers: []strictyaml.Parser{strictyaml.Parse(parseTTL)}}); err != nil {
+		return nil, err
 	}
 	var list []*signetv1.Registration
-	err := p.mapping(doc.Content[0], map[string]func(*yaml.Node) error{
-		"registrations": func(n *yaml.Node) error {
-			return p.sequence(n, func(item *yaml.Node) error {
-				r, err := p.registration(item)
-				list = append(list, r)
-				return err
-			})
-		},
-	}, "registrations")
-	if err != nil {
-		return nil, err
+	for _, r := range file.Registrations {
+		list = append(list, &signetv1.Registration{
+			Name: r.Name, SpiffeId: r.SPIFFEID, Agents: r.Agents, Selectors: r.Selectors,
+			TtlSeconds: int64(r.TTL / time.Second), Priority: r.Priority,
+		})
 	}
 	return list, nil
 }
 
-// registrationFile is a file's name, for errors with a place.
-type registrationFile string
-
-func (p registrationFile) at(n *yaml.Node, format string, args ...any) error {
-	return fmt.Errorf("%s:%d:%d: %w", string(p), n.Line, n.Column, fmt.Errorf(format, args...))
-}
-
-func (p registrationFile) registration(n *yaml.Node) (*signetv1.Registration, error) {
-	r := &signetv1.Registration{}
-	text := func(into *string) func(*yaml.Node) error {
-		return func(n *yaml.Node) (err error) {
-			*into, err = p.text(n)
-			return err
-		}
+func parseTTL(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 || d%time.Second != 0 {
+		return 0, fmt.Errorf("want whole seconds, for example 10s or 24h, got %.64q", s)
 	}
-	texts := func(into *[]string) func(*yaml.Node) error {
-		return func(n *yaml.Node) error {
-			return p.sequence(n, func(item *yaml.Node) error {
-				s, err := p.text(item)
-				*into = append(*into, s)
-				return err
-			})
-		}
-	}
-	return r, p.mapping(n, map[string]func(*yaml.Node) error{
-		"name": text(&r.Name), "spiffe_id": text(&r.SpiffeId), "agents": texts(&r.Agents), "selectors": texts(&r.Selectors),
-		"ttl": func(n *yaml.Node) error {
-			s, err := p.text(n)
-			if err != nil {
-				return err
-			}
-			d, err := time.ParseDuration(s)
-			if err != nil || d <= 0 || d%time.Second != 0 {
-				return p.at(n, "ttl %.64q: want whole seconds, for example 10s or 24h", s)
-			}
-			r.TtlSeconds = int64(d / time.Second)
-			return nil
-		},
-		"priority": func(n *yaml.Node) error {
-			v, err := strconv.ParseInt(n.Value, 10, 32)
-			if n.Kind != yaml.ScalarNode || err != nil {
-				return p.at(n, "priority %.64q: want a whole number", n.Value)
-			}
-			r.Priority = int32(v)
-			return nil
-		},
-	}, "name", "spiffe_id", "agents", "selectors")
-}
-
-// mapping reads keys, each at most once and the required ones at least once.
-func (p registrationFile) mapping(n *yaml.Node, keys map[string]func(*yaml.Node) error, required ...string) error {
-	if n.Kind != yaml.MappingNode {
-		return p.at(n, "want keys with values (%s)", strings.Join(required, ", "))
-	}
-	seen := map[string]bool{}
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		k, v := n.Content[i], n.Content[i+1]
-		read, known := keys[k.Value]
-		switch {
-		case !known:
-			return p.at(k, "unknown key %.64q%s", k.Value, near(k.Value, keys))
-		case seen[k.Value]:
-			return p.at(k, "%s is given twice", k.Value)
-		}
-		seen[k.Value] = true
-		if err := read(v); err != nil {
-			return err
-		}
-	}
-	for _, name := range required {
-		if !seen[name] {
-			return p.at(n, "%s is missing", name)
-		}
-	}
-	return nil
-}
-
-func (p registrationFile) sequence(n *yaml.Node, each func(*yaml.Node) error) error {
-	if n.Kind != yaml.SequenceNode {
-		return p.at(n, "want a list")
-	}
-	for _, item := range n.Content {
-		if err := each(item); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// text takes any plain value as it stands: a name may look like a number.
-func (p registrationFile) text(n *yaml.Node) (string, error) {
-	if n.Kind != yaml.ScalarNode || n.Tag == "!!null" {
-		return "", p.at(n, "want a value; anchors, lists and empty values are not used here")
-	}
-	return n.Value, nil
-}
-
-// near suggests the known key that differs in the fewest letters, if these are few.
-func near(word string, keys map[string]func(*yaml.Node) error) string {
-	best, least := "", 3
-	for k := range keys {
-		if d := letters(word, k); d < least || d == least && k < best {
-			best, least = k, d
-		}
-	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf("; did you mean %q?", best)
-}
-
-// letters is the Levenshtein distance of two words; long ones are simply far apart.
-func letters(a, b string) int {
-	if len(a) > 64 || len(b) > 64 {
-		return 64
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			diagonal, row[j+1] = row[j+1], min(diagonal+cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
+	return d, nil
 }
 
 // registrationShown is a registration as a file would have it.

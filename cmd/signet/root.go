@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -61,9 +62,10 @@ func onlyWithoutFile(cmd *cobra.Command, file string, flags ...string) error {
 	return nil
 }
 
-// refused makes an answer of an error that says what is wrong with what was asked. What can't be read is no answer.
+// refused makes an answer of an error that says what is wrong with what was asked. What can't be read, opened or had for
+// oneself is no answer.
 func refused(err error) error {
-	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+	if errno := syscall.Errno(0); errors.As(err, &errno) || errors.Is(err, keystore.ErrWrongPassphrase) || errors.Is(err, durable.ErrInUse) {
 		return err
 	}
 	return no("%w", err)
@@ -323,8 +325,6 @@ func planFacts(p ca.Plan, root *ceremony.Root) facts {
 	}
 }
 
-func clock(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-
 // days writes whole days as such.
 func days(d time.Duration) string {
 	const day = 24 * time.Hour
@@ -373,8 +373,10 @@ func (rootShown) columns() []string {
 func (s rootShown) rows() [][]string {
 	var rows [][]string
 	for _, m := range s.Signed {
-		rows = append(rows, []string{strconv.FormatUint(m.LogIndex, 10), clock(m.Time), m.Kind, m.Subject, clock(m.NotAfter), m.Serial,
-			clock(m.NotBefore), m.KeyFingerprint, m.By})
+		rows = append(rows, []string{
+			strconv.FormatUint(m.LogIndex, 10), clock(m.Time), m.Kind, m.Subject, clock(m.NotAfter), m.Serial,
+			clock(m.NotBefore), m.KeyFingerprint, m.By,
+		})
 	}
 	return rows
 }

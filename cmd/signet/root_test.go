@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -30,21 +29,8 @@ func root(t *testing.T, args ...string) ran {
 	t.Helper()
 	var out, talk bytes.Buffer
 	c := &cli{in: strings.NewReader(""), out: &out, err: &talk}
-	cmd := c.rootCommand()
-	cmd.SilenceErrors, cmd.SilenceUsage = true, true
-	cmd.SetArgs(args)
-	cmd.SetOut(&out)
-	cmd.SetErr(&talk)
-	r := ran{code: exitYes}
-	if err := cmd.ExecuteContext(t.Context()); err != nil {
-		fmt.Fprintf(&talk, "signet: %v\n", err)
-		r.code = exitCouldNotSay
-		if n := (noError{}); errors.As(err, &n) {
-			r.code = exitNo
-		}
-	}
-	r.out, r.err = out.String(), talk.String()
-	return r
+	code := c.run(t.Context(), append([]string{"root"}, args...))
+	return ran{code, out.String(), talk.String()}
 }
 
 func (r ran) expect(t *testing.T, code int, talk string) ran {
@@ -228,7 +214,7 @@ func TestRootSaysInOneSentenceWhatIsWrong(t *testing.T) {
 		"passphrase for everybody": {[]string{"--passphrase-file", open}, exitCouldNotSay, "chmod 0600"},
 		"no passphrase file":       {[]string{"--passphrase-file", wrong + "x"}, exitCouldNotSay, "no such file"},
 		"garbage":                  {[]string{"--csr", garbage}, exitNo, "certificate request is not PEM"},
-		"10 MiB":                   {[]string{"--csr", huge}, exitNo, "10485760 bytes"},
+		"10 MiB":                   {[]string{"--csr", huge}, exitNo, "larger than 16 KiB"},
 		"no request":               {[]string{"--csr", huge + "x"}, exitCouldNotSay, "no such file"},
 		"swapped request":          {[]string{"--csr", swapped}, exitNo, "it may have been swapped on its way"},
 		"another trust domain":     {[]string{"--csr", theirs, "--fingerprint", theirKey}, exitNo, `is for trust domain "example.com", planned is example.org`},

@@ -8,7 +8,6 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/signet-ca/signet/internal/config"
@@ -56,6 +55,7 @@ func (c *cli) serve(ctx context.Context, file string) error {
 	if err := harden(); err != nil {
 		return err
 	}
+	collectLess()
 	logger := c.logger(cfg.Logging)
 	keys, err := cfg.OpenKeys()
 	if err != nil {
@@ -83,27 +83,8 @@ func serverConfig(cfg *config.Server, folder server.Folder) server.Config {
 		AdminSocket: cfg.AdminSocket,
 		TTL:         cfg.Leaf.TTL, MaxTTL: cfg.Leaf.MaxTTL, ControlTTL: cfg.Control.TTL,
 		MinUsefulLife: cfg.Leaf.MinUsefulLife, Backdate: cfg.Leaf.Backdate,
+		Metrics: newRegistry(),
 	}
-}
-
-// notify tells systemd, if it is there.
-func notify(logger *slog.Logger, state string) {
-	if _, err := daemon.SdNotify(false, state); err != nil {
-		logger.Warn("could not notify systemd", "state", state, "err", err)
-	}
-}
-
-// harden keeps a process that holds keys to itself: no core dumps, no reading of its memory by others of the same user,
-// no file that others may read.
-func harden() error {
-	unix.Umask(0o077)
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return fmt.Errorf("switch core dumps off: %w", err)
-	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("make the process undumpable: %w", err)
-	}
-	return nil
 }
 
 // logger is the operational log, on stderr.

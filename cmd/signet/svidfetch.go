@@ -255,6 +255,10 @@ Exit status: 0 fetched, 1 refused (the agent says why), 2 the agent could not be
 			defer cl.close()
 			for !cl.state.gotSVID || !cl.state.gotBundle {
 				if _, err := cl.next(); err != nil {
+					// SDS has no word for "not yours": such a name is passed over in silence.
+					if id != "" && status.Code(err) == codes.DeadlineExceeded {
+						return fmt.Errorf("the agent at %s gave no %s in time: see without --spiffe-id what this process is given, or wait longer with --timeout", socket, id)
+					}
 					return agentError(socket, err)
 				}
 			}
