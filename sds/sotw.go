@@ -104,6 +104,8 @@ func (st *sotw) run(ctx context.Context) error {
 				return nil
 			}
 			return err
+		case <-ctx.Done(): // the receiver may have left with a request in hand
+			return status.FromContextError(ctx.Err()).Err()
 		case <-changed:
 		case <-retry:
 		case <-closing:
