@@ -33,6 +33,7 @@ import (
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/internal/health"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/sds"
 	"github.com/signet-ca/signet/trust"
@@ -156,7 +157,7 @@ func New(ctx context.Context, c Config) (_ *Agent, err error) {
 	if a.metrics, err = newMetrics(c.Metrics, a.now, func() life { return a.hub.life() }, a.controlNotAfter, a.connected.Load); err != nil {
 		return nil, err
 	}
-	a.link = link{now: a.now, dial: func(ctx context.Context, addr string) (net.Conn, error) { return a.dial(ctx, addr) }}
+	a.link = link{now: a.now, answered: make(chan struct{}, 1), dial: func(ctx context.Context, addr string) (net.Conn, error) { return a.dial(ctx, addr) }}
 	a.hub = newHub(&a.link, &a.bundles, a.now, a.log, a.metrics)
 	if a.keys == nil {
 		if a.config.Seal == nil {
@@ -252,7 +253,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 
 	server := grpc.NewServer(append(sds.ServerOptions(), grpc.Creds(sds.ConnCredentials()))...)
 	secretv3.RegisterSecretDiscoveryServiceServer(server, a.sds)
-	web := a.httpServer()
+	web := health.NewServer(health.Config{Checks: a.checks, Metrics: a.config.Metrics, Logger: a.log})
 
 	// The first part that fails stops the rest. Work in the background goes on until the streams have ended.
 	failed := make(chan error, len(listeners)+2)

@@ -87,7 +87,7 @@ func enrolTLS(t identity.JoinToken, now func() time.Time, wrong *peerError, foun
 		if err != nil {
 			return wrong.set(err)
 		}
-		if len(cs.PeerCertificates) > maxChain {
+		if len(cs.PeerCertificates) > identity.MaxChain {
 			return wrong.set(fmt.Errorf("the server shows %d certificates", len(cs.PeerCertificates)))
 		}
 		for _, c := range cs.PeerCertificates {
@@ -119,6 +119,8 @@ func serverTLS(m *member, now func() time.Time, wrong *peerError, cert *tls.Cert
 type link struct {
 	now  func() time.Time
 	dial dialer
+	// answered holds a token after the server has answered a call: whoever waits to connect need wait no longer.
+	answered chan struct{}
 
 	mu      sync.Mutex
 	current *connection
@@ -225,6 +227,7 @@ func (l *link) issue(ctx context.Context, items []*signetv1.IssueItem) ([]*signe
 	if err != nil {
 		return nil, c.explain(err)
 	}
+	l.heard()
 	return r.Results, nil
 }
 
@@ -240,5 +243,14 @@ func (l *link) renew(ctx context.Context, csr []byte) ([][]byte, error) {
 	if err != nil {
 		return nil, c.explain(err)
 	}
+	l.heard()
 	return r.CertificateChain, nil
+}
+
+// heard notes that the server is there.
+func (l *link) heard() {
+	select {
+	case l.answered <- struct{}{}:
+	default:
+	}
 }

@@ -189,7 +189,7 @@ func (a *Agent) askEnrol(ctx context.Context, cc *grpc.ClientConn, door string, 
 		}
 		return r, err
 	}, backoff.WithBackOff(wait), backoff.WithMaxElapsedTime(0), backoff.WithNotify(func(err error, d time.Duration) {
-		a.log.Warn("the enrol door does not answer; trying again", "door", door, "in", d.Round(time.Millisecond), "err", clip(err.Error(), 512))
+		a.log.Warn("the enrol door does not answer; trying again", "door", door, "in", d.Round(time.Millisecond).String(), "err", clip(err.Error(), 512))
 	}))
 }
 
@@ -242,7 +242,7 @@ func (a *Agent) keepControl(ctx context.Context) {
 		a.metrics.controlRenewals.WithLabelValues(result).Inc()
 		left := m.leaf.NotAfter.Sub(a.now())
 		wait := rotation.RetryAfter([]byte(m.Agent), attempts, left)
-		a.log.Warn("could not renew the control certificate; trying again", "attempt", attempts, "in", wait.Round(time.Millisecond),
+		a.log.Warn("could not renew the control certificate; trying again", "attempt", attempts, "in", wait.Round(time.Millisecond).String(),
 			"not_after", utc(m.leaf.NotAfter), "err", clip(err.Error(), 512))
 		s.Set(struct{}{}, a.now().Add(wait))
 	})
@@ -273,7 +273,7 @@ func (a *Agent) renewControl(ctx context.Context, m *member) (*member, error) {
 	if err != nil {
 		return nil, fmt.Errorf("what the server sent does not fit together: %w", err)
 	}
-	if err := checkTimes(next.leaf, a.now()); err != nil {
+	if err := identity.CheckTimes(next.leaf, a.now()); err != nil {
 		return nil, err
 	}
 	// Durable before use, so that a restart doesn't fall back to one that the server may no longer expect.

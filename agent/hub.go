@@ -390,7 +390,7 @@ func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
 	if cert == nil {
 		return nil, refused{r.GetRefusal()}
 	}
-	if n := len(cert.Chain); n == 0 || n > maxChain {
+	if n := len(cert.Chain); n == 0 || n > identity.MaxChain {
 		return nil, fmt.Errorf("the server sent a chain of %d certificates", n)
 	}
 	chain := make([]*x509.Certificate, len(cert.Chain))
@@ -409,7 +409,7 @@ func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
 	if !ok {
 		return nil, errors.New("there is no trust bundle yet to check the certificate against")
 	}
-	id, err := VerifySVID(chain, b.Pool(), now)
+	id, err := identity.VerifySVID(chain, b.Pool(), now)
 	if err != nil {
 		return nil, err
 	}
@@ -498,7 +498,7 @@ func (h *hub) putOff(jobs []*job, jitter []byte, result string, err error) {
 		}
 	}
 	h.log.Warn("could not get a certificate; trying again", "registrations", clip(strings.Join(names, " "), 512), "attempt", attempts+1,
-		"in", wait.Round(time.Millisecond), "life_left", left.Round(time.Second), "err", clip(err.Error(), 512))
+		"in", wait.Round(time.Millisecond).String(), "life_left", left.Round(time.Second).String(), "err", clip(err.Error(), 512))
 }
 
 func (h *hub) agentName() string {
@@ -543,7 +543,7 @@ func (h *hub) bundleChanged() {
 		if now.After(cert.svid.NotAfter) {
 			continue // expired: being renewed anyway
 		}
-		if _, err := VerifySVID(cert.chain, pool, now); err == nil {
+		if _, err := identity.VerifySVID(cert.chain, pool, now); err == nil {
 			continue
 		} else {
 			h.log.Warn("a certificate in use does not lead to the new bundle: getting another", "spiffe_id", cert.svid.ID.String(), "serial", cert.svid.Serial, "err", err)

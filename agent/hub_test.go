@@ -430,12 +430,12 @@ func TestTheGoodCertificateIsServedUntilItReallyExpires(t *testing.T) {
 		if l := d.life(); l.expired != 1 {
 			t.Fatalf("life: %+v, want one expired", l)
 		}
-		time.Sleep(30 * 24 * time.Hour)
+		time.Sleep(6 * time.Hour)
 		d.away.Store(false)
 		began := time.Now()
 		await(t, v)
 		if waited := time.Since(began); waited > 5*time.Second {
-			t.Fatalf("a month later, somebody waited %s for the server that was back", waited)
+			t.Fatalf("hours later, somebody waited %s for the server that was back", waited)
 		}
 	})
 }
@@ -561,7 +561,7 @@ func TestAYearOfANode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		var list []identity.Registration
-		for i := range 3 {
+		for i := range 2 {
 			list = append(list, reg(fmt.Sprintf("r%d", i), fmt.Sprintf("/r%d", i), ttl, uid))
 		}
 		d := newDoorless(t, w, list...)
@@ -578,8 +578,11 @@ func TestAYearOfANode(t *testing.T) {
 		backSince.Store(time.Now().UnixNano())
 		wg.Go(func() {
 			for {
-				up := time.Duration(random.ExpFloat64() * float64(40*time.Hour))
-				down := time.Duration(random.ExpFloat64() * float64(5*time.Hour))
+				up := time.Duration(random.ExpFloat64() * float64(70*time.Hour))
+				down := time.Duration(random.ExpFloat64() * float64(4*time.Hour))
+				if outages%60 == 59 {
+					down += ttl // longer than any life: everything runs out
+				}
 				for i, span := range []time.Duration{up, down} {
 					d.away.Store(i == 1)
 					if i == 1 {
@@ -625,7 +628,7 @@ func TestAYearOfANode(t *testing.T) {
 		cancel()
 		wg.Wait()
 		t.Logf("%d outages, %d longer than half a life; %d looks served, %d after expiry; %d issuances of r0", outages, long, served, withheld, w.issuances("r0"))
-		if outages < 100 || long == 0 || served < 90_000 {
+		if outages < 100 || long == 0 || withheld == 0 || served < 60_000 {
 			t.Fatal("the year was too quiet to show anything")
 		}
 	})

@@ -46,18 +46,24 @@ func newMetrics(reg prometheus.Registerer, now func() time.Time, lives func() li
 	}, []string{"attestor"})
 	m := &metrics{
 		renewals: results(prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "signet_renewals_total", Help: "Tries to get a workload's certificate, the first one and renewals."}, []string{"result"})),
+			Name: "signet_renewals_total", Help: "Tries to get a workload's certificate, the first one and renewals.",
+		}, []string{"result"})),
 		controlRenewals: results(prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "signet_agent_control_renewals_total", Help: "Tries to renew the agent's own control certificate."}, []string{"result"})),
+			Name: "signet_agent_control_renewals_total", Help: "Tries to renew the agent's own control certificate.",
+		}, []string{"result"})),
 		attestations: results(prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "signet_attestations_total", Help: "Callers attested: ok = at least one registration fits, refused = none does."}, []string{"attestor", "result"}), attestorUnix),
+			Name: "signet_attestations_total", Help: "Callers attested: ok = at least one registration fits, refused = none does.",
+		}, []string{"attestor", "result"}), attestorUnix),
 		attestationTime: attestationTime.WithLabelValues(attestorUnix),
 		inconsistencies: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "signet_log_inconsistencies_total", Help: "Checkpoints of the audit log that contradict what this agent has seen: forks and rollbacks."}),
+			Name: "signet_log_inconsistencies_total", Help: "Checkpoints of the audit log that contradict what this agent has seen: forks and rollbacks.",
+		}),
 		generation: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "signet_bundle_generation", Help: "Sequence of the trust bundle in use."}, []string{"trust_domain"}),
+			Name: "signet_bundle_generation", Help: "Sequence of the trust bundle in use.",
+		}, []string{"trust_domain"}),
 		roots: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "signet_bundle_roots", Help: "Roots in the trust bundle in use."}, []string{"trust_domain"}),
+			Name: "signet_bundle_roots", Help: "Roots in the trust bundle in use.",
+		}, []string{"trust_domain"}),
 	}
 	seconds := func(t time.Time) float64 {
 		if t.IsZero() {

@@ -70,14 +70,14 @@ func newMember(e enrolment, key keystore.Key) (*member, error) {
 	if m.controlCA, err = x509.ParseCertificate(e.ControlCA); err != nil {
 		return nil, fmt.Errorf("control CA: %w", err)
 	}
-	if len(e.Chain) == 0 || len(e.Chain) > maxChain {
-		return nil, fmt.Errorf("control certificate: chain of %d certificates, want 1 to %d", len(e.Chain), maxChain)
+	if len(e.Chain) == 0 || len(e.Chain) > identity.MaxChain {
+		return nil, fmt.Errorf("control certificate: chain of %d certificates, want 1 to %d", len(e.Chain), identity.MaxChain)
 	}
 	if m.leaf, err = x509.ParseCertificate(e.Chain[0]); err != nil {
 		return nil, fmt.Errorf("control certificate: %w", err)
 	}
 	// At its own NotAfter: whether it is still good is asked when it is used.
-	c, err := verifyControl([]*x509.Certificate{m.leaf}, m.controlCA, m.leaf.NotAfter, x509.ExtKeyUsageClientAuth)
+	c, err := identity.VerifyControl([]*x509.Certificate{m.leaf}, m.controlCA, m.leaf.NotAfter, x509.ExtKeyUsageClientAuth)
 	if err != nil {
 		return nil, fmt.Errorf("control certificate: %w", err)
 	}

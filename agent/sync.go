@@ -41,10 +41,15 @@ func (a *Agent) keepSync(ctx context.Context) {
 		}
 		d := wait.NextBackOff()
 		a.log.Warn("lost the server, or never had it; what is held is served on, and the connection is tried again",
-			"agent_door", a.member.Load().AgentDoor, "in", d.Round(time.Millisecond), "err", clip(err.Error(), 512))
+			"agent_door", a.member.Load().AgentDoor, "in", d.Round(time.Millisecond).String(), "err", clip(err.Error(), 512))
+		select {
+		case <-a.link.answered: // from before the loss
+		default:
+		}
 		select {
 		case <-ctx.Done():
 			return
+		case <-a.link.answered:
 		case <-time.After(d):
 		}
 	}
@@ -98,6 +103,8 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 			settled = time.After(settle)
 		}
 		select {
+		case <-ctx.Done(): // the receiver may have left with a message in hand
+			return heard, ctx.Err()
 		case <-replaced:
 			return heard, nil
 		case err := <-ended:

@@ -1,12 +1,8 @@
 package agent
 
 import (
-	"bytes"
 	"crypto/x509"
-	"encoding/asn1"
-	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,103 +10,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 )
 
-// maxChain bounds what is looked at of a chain.
-const maxChain = 8
-
-var (
-	oidKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 15}
-	oidAltName  = asn1.ObjectIdentifier{2, 5, 29, 17}
-)
-
-// VerifySVID checks a chain, leaf first, as X509-SVID §5 asks of a validator, and returns whose it is: the certification
-// path to one of the roots at the time now (RFC 5280 §6), and the rules for the leaf, of which go-spiffe's Verify passes
-// over the missing path, the missing key usage and the extended key usage. The error names the rule that is broken.
-func VerifySVID(chain []*x509.Certificate, roots *x509.CertPool, now time.Time) (spiffeid.ID, error) {
-	if len(chain) == 0 || len(chain) > maxChain {
-		return spiffeid.ID{}, fmt.Errorf("chain of %d certificates: want 1 to %d", len(chain), maxChain)
-	}
-	id, err := CheckLeaf(chain[0])
-	if err != nil {
-		return spiffeid.ID{}, err
-	}
-	inter := x509.NewCertPool()
-	for i, c := range chain {
-		if err := checkTimes(c, now); err != nil {
-			return spiffeid.ID{}, err
-		}
-		if i > 0 {
-			if !bytes.Equal(chain[i-1].RawIssuer, c.RawSubject) {
-				return spiffeid.ID{}, fmt.Errorf("chain is in the wrong order: certificate %d (%s) was not issued by certificate %d (%s) (RFC 5280 §6.1)", i, name(chain[i-1]), i+1, name(c))
-			}
-			inter.AddCert(c)
-		}
-	}
-	if _, err := chain[0].Verify(x509.VerifyOptions{
-		Roots: roots, Intermediates: inter, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
-	}); err != nil {
-		return spiffeid.ID{}, fmt.Errorf("no valid path from %s to a root of the bundle (X509-SVID §5.1): %w", id, err)
-	}
-	return id, nil
-}
-
-// CheckLeaf checks the rules that a leaf must keep by itself (X509-SVID §2, §3.1, §4, §5.2) and returns its SPIFFE ID.
-func CheckLeaf(leaf *x509.Certificate) (spiffeid.ID, error) {
-	if leaf.IsCA {
-		return spiffeid.ID{}, errors.New("the first certificate is a CA's and names no workload (X509-SVID §5.2)")
-	}
-	if len(leaf.URIs) != 1 {
-		return spiffeid.ID{}, fmt.Errorf("certificate carries %d URI names: an SVID has exactly one (X509-SVID §2)", len(leaf.URIs))
-	}
-	id, err := identity.ParseID(leaf.URIs[0].String())
-	if err != nil {
-		return spiffeid.ID{}, err
-	}
-	var usage, altName bool
-	for _, e := range leaf.Extensions {
-		switch {
-		case e.Id.Equal(oidKeyUsage):
-			usage = e.Critical
-		case e.Id.Equal(oidAltName):
-			altName = e.Critical
-		}
-	}
-	switch {
-	case !usage:
-		return spiffeid.ID{}, fmt.Errorf("%s: key usage is missing or not critical (X509-SVID §4.3)", id)
-	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
-		return spiffeid.ID{}, fmt.Errorf("%s: key usage lacks digitalSignature (X509-SVID §4.3)", id)
-	case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
-		return spiffeid.ID{}, fmt.Errorf("%s: key usage allows to sign certificates or CRLs (X509-SVID §5.2)", id)
-	case !altName && len(leaf.Subject.Names) == 0:
-		return spiffeid.ID{}, fmt.Errorf("%s: the subject is empty but the alternative name is not critical (X509-SVID §3.1, RFC 5280 §4.2.1.6)", id)
-	}
-	if eku := leaf.ExtKeyUsage; len(eku)+len(leaf.UnknownExtKeyUsage) > 0 && !slices.Contains(eku, x509.ExtKeyUsageAny) &&
-		!(slices.Contains(eku, x509.ExtKeyUsageServerAuth) && slices.Contains(eku, x509.ExtKeyUsageClientAuth)) {
-		return spiffeid.ID{}, fmt.Errorf("%s: extended key usage lacks serverAuth or clientAuth (X509-SVID §4.4)", id)
-	}
-	return id, nil
-}
-
-// checkTimes is RFC 5280 §6.1.3 (a)(2), with both times in the sentence.
-func checkTimes(c *x509.Certificate, now time.Time) error {
-	switch {
-	case now.Before(c.NotBefore):
-		return fmt.Errorf("%s is valid from %s only, and now is %s (RFC 5280 §4.1.2.5): compare the clocks", name(c), utc(c.NotBefore), utc(now))
-	case now.After(c.NotAfter):
-		return fmt.Errorf("%s expired at %s, and now is %s (RFC 5280 §4.1.2.5)", name(c), utc(c.NotAfter), utc(now))
-	}
-	return nil
-}
-
 func utc(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-
-// name is what to call a certificate in a sentence.
-func name(c *x509.Certificate) string {
-	if len(c.URIs) == 1 && !c.IsCA {
-		return clip(c.URIs[0].String(), 256)
-	}
-	return fmt.Sprintf("%q", clip(c.Subject.String(), 256))
-}
 
 // clip bounds foreign text before it goes into an error or a log.
 func clip(s string, n int) string {
@@ -123,7 +23,7 @@ func clip(s string, n int) string {
 // verifyServer checks that a chain is a control certificate of a server of this cluster: under exactly this control CA,
 // good now, for servers, and nothing but a part of Signet (docs/security-model.md, "Two hierarchies").
 func verifyServer(certs []*x509.Certificate, controlCA *x509.Certificate, td spiffeid.TrustDomain, cluster string, now time.Time) error {
-	c, err := verifyControl(certs, controlCA, now, x509.ExtKeyUsageServerAuth)
+	c, err := identity.VerifyControl(certs, controlCA, now, x509.ExtKeyUsageServerAuth)
 	if err != nil {
 		return fmt.Errorf("what answers is not a server of cluster %s: %w", cluster, err)
 	}
@@ -131,24 +31,4 @@ func verifyServer(certs []*x509.Certificate, controlCA *x509.Certificate, td spi
 		return fmt.Errorf("what answers is %s %s of cluster %s in %s, not a server of cluster %s in %s", c.Role, c.Name, c.Cluster, c.TrustDomain, cluster, td)
 	}
 	return nil
-}
-
-func verifyControl(certs []*x509.Certificate, controlCA *x509.Certificate, now time.Time, usage x509.ExtKeyUsage) (identity.Control, error) {
-	if len(certs) == 0 || len(certs) > maxChain {
-		return identity.Control{}, fmt.Errorf("it shows %d certificates, want 1 to %d", len(certs), maxChain)
-	}
-	id, err := CheckLeaf(certs[0])
-	if err != nil {
-		return identity.Control{}, err
-	}
-	if err := checkTimes(certs[0], now); err != nil {
-		return identity.Control{}, err
-	}
-	roots := x509.NewCertPool()
-	roots.AddCert(controlCA)
-	// No intermediates: the control CA signs leaves only.
-	if _, err := certs[0].Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
-		return identity.Control{}, fmt.Errorf("its certificate is not from this cluster's control CA: %w", err)
-	}
-	return identity.ParseControl(id)
 }

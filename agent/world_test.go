@@ -178,6 +178,7 @@ func newWorld(t testing.TB) *world {
 	if w.vkey, err = note.NewEd25519VerifierKey("example.org/east/east-1", pub); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(w.close)
 	return w
 }
 
@@ -198,14 +199,20 @@ func (w *world) open() {
 		}
 		*addr = l.Addr().String()
 		s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
-			MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, ClientAuth: auth, SessionTicketsDisabled: true, Time: w.now,
+			MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, ClientAuth: auth, SessionTicketsDisabled: true,
+			VerifyConnection: func(cs tls.ConnectionState) error {
+				if auth == tls.RequireAnyClientCert && w.now().After(cs.PeerCertificates[0].NotAfter) {
+					return errors.New("expired")
+				}
+				return nil
+			},
 		})))
 		register(s)
 		w.servers = append(w.servers, s)
 		go s.Serve(l)
 	}
 	serve(&w.enrolAddr, tls.NoClientCert, func(s *grpc.Server) { signetv1.RegisterEnrolmentServer(s, enrolDoor{world: w}) })
-	serve(&w.agentAddr, tls.RequireAnyClientCert, func(s *grpc.Server) { signetv1.RegisterAgentsServer(s, agentDoor{world: w}) })
+	serve(&w.agentAddr, tls.RequireAnyClientCert, func(s *grpc.Server) { signetv1.RegisterAgentsServer(s, agentDoor{world: w, closing: w.closing}) })
 }
 
 func (w *world) close() {
@@ -306,6 +313,8 @@ func (w *world) controlLeaf(agent string, pub identity.PublicKey) [][]byte {
 type agentDoor struct {
 	signetv1.UnimplementedAgentsServer
 	*world
+	// closing is of the time the door is open.
+	closing <-chan struct{}
 }
 
 func caller(ctx context.Context) *x509.Certificate {
@@ -370,7 +379,6 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 	if err != nil {
 		return err
 	}
-	closing := w.closing
 	w.mu.Lock()
 	w.peers = append(w.peers, caller(stream.Context()).SerialNumber.String())
 	w.mu.Unlock()
@@ -433,7 +441,7 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 			return err
 		case <-stream.Context().Done():
 			return stream.Context().Err()
-		case <-closing:
+		case <-w.closing:
 			return status.Error(codes.Unavailable, "stopping")
 		}
 	}
@@ -466,6 +474,19 @@ func (f *fakeAttestor) AttestWorkload(context.Context, net.Conn) (identity.Workl
 type node struct {
 	*Agent
 	stop func() error
+	// done is closed when Run has returned; then stop gives its error.
+	done chan struct{}
+}
+
+// wait waits until Run ends by itself.
+func (n *node) wait(t *testing.T) error {
+	t.Helper()
+	select {
+	case <-n.done:
+	case <-time.After(20 * time.Second):
+		t.Fatal("still running")
+	}
+	return n.stop()
 }
 
 // start runs an agent; config may be changed before.
@@ -497,10 +518,14 @@ func (w *world) make(t *testing.T, change ...func(*Config)) (*Agent, error) {
 func run(t *testing.T, a *Agent) *node {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	ended := make(chan error, 1)
-	go func() { ended <- a.Run(ctx) }()
-	n := &node{Agent: a, stop: sync.OnceValue(func() error { cancel(); return <-ended })}
+	ended, done := make(chan error, 1), make(chan struct{})
+	go func() { ended <- a.Run(ctx); close(done) }()
+	n := &node{Agent: a, done: done, stop: sync.OnceValue(func() error { cancel(); return <-ended })}
 	t.Cleanup(func() { _ = n.stop() })
+	select {
+	case <-a.Serving():
+	case <-done:
+	}
 	return n
 }
 

@@ -258,7 +258,8 @@ func FuzzParseCSR(f *testing.F) {
 	spki := spkiOf(f, key.Public())
 	for _, der := range [][]byte{
 		csrOf(f, key), csrOf(f, rsaKey(f)), csrOf(f, key, func(r *x509.CertificateRequest) { r.DNSNames = []string{"a"} }),
-		forge(f, spki, nil, key), forge(f, rsaSPKI(odd(2048), big.NewInt(3)), nil, nil), nil, {0x30, 0x80},
+		forge(f, spki, nil, key), forge(f, rsaSPKI(odd(2048), big.NewInt(3)), nil, nil), nil,
+		{0x30, 0x80},
 	} {
 		f.Add(der)
 	}

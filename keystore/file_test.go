@@ -12,7 +12,6 @@ import (
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"math/big"
 	"os"
 	"os/exec"
@@ -235,8 +234,10 @@ func TestNoKeyIsKeptWithoutAPassphrase(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	for _, c := range []FileConfig{
-		{Passphrase: fixed("x")}, {Dir: "x"},
-		{Dir: "x", Passphrase: fixed("x"), Iterations: 599_999}, {Dir: "x", Passphrase: fixed("x"), Iterations: 10_000_001},
+		{Passphrase: fixed("x")},
+		{Dir: "x"},
+		{Dir: "x", Passphrase: fixed("x"), Iterations: 599_999},
+		{Dir: "x", Passphrase: fixed("x"), Iterations: 10_000_001},
 		{Dir: "x", Passphrase: fixed("x"), Iterations: -1},
 	} {
 		if _, err := NewFile(c); err == nil {
@@ -535,7 +536,7 @@ func FuzzPrivateKeyInfo(f *testing.F) {
 	f.Fuzz(func(t *testing.T, plain []byte) {
 		der, ok := privateKeyInfo(plain)
 		if ok && (len(der) >= len(plain) || len(plain)-len(der) > 16 || !bytes.HasPrefix(plain, der)) {
-			t.Fatal(fmt.Sprintf("%x from %x", der, plain))
+			t.Fatalf("%x from %x", der, plain)
 		}
 	})
 }

@@ -13,8 +13,10 @@ func TestAReferenceIsWrittenOneWay(t *testing.T) {
 			t.Errorf("%s: %v, %v", s, r, err)
 		}
 	}
-	for _, s := range []string{"", "ca@1", "file:ca", "file:ca@", "file:ca@0", "file:ca@-1", "file:ca@01", "file:ca@+1", ":ca@1", "file:@1",
-		"file:../x@1", "file:a@b@1", "file:A@1", "file:1a@1", "file:" + strings.Repeat("a", 64) + "@1", "file:ca@1 ", "file:ca@99999999999999999999"} {
+	for _, s := range []string{
+		"", "ca@1", "file:ca", "file:ca@", "file:ca@0", "file:ca@-1", "file:ca@01", "file:ca@+1", ":ca@1", "file:@1",
+		"file:../x@1", "file:a@b@1", "file:A@1", "file:1a@1", "file:" + strings.Repeat("a", 64) + "@1", "file:ca@1 ", "file:ca@99999999999999999999",
+	} {
 		if r, err := ParseRef(s); err == nil {
 			t.Errorf("%q was read as %v", s, r)
 		}

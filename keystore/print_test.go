@@ -39,9 +39,17 @@ func TestSecretsNeverPrintThemselves(t *testing.T) {
 
 	var out bytes.Buffer
 	for _, v := range []any{
-		fileKey, memoryKey, file, memory, file.passphrase, *file.passphrase, &struct{ k Key }{memoryKey}, holder{fileKey, file}, *fileKey.(*localKey),
-		struct{ K Key }{fileKey}, struct{ k Key }{fileKey}, []Key{fileKey, memoryKey}, map[string]Key{"k": memoryKey},
-		struct{ S *File }{file}, struct{ s *File }{file}, struct{ m *Memory }{memory}, fmt.Errorf("wrapped %v", fileKey),
+		fileKey, memoryKey, file, memory, file.passphrase, *file.passphrase, &struct{ k Key }{memoryKey},
+		holder{fileKey, file},
+		*fileKey.(*localKey),
+		struct{ K Key }{fileKey},
+		struct{ k Key }{fileKey},
+		[]Key{fileKey, memoryKey},
+		map[string]Key{"k": memoryKey},
+		struct{ S *File }{file},
+		struct{ s *File }{file},
+		struct{ m *Memory }{memory},
+		fmt.Errorf("wrapped %v", fileKey),
 	} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d"} {
 			fmt.Fprintf(&out, verb+"\n", v)

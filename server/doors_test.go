@@ -99,7 +99,7 @@ func TestOnlyAnAgentOfThisClusterPassesTheAgentDoor(t *testing.T) {
 		return &doors.Member{Key: key, Chain: [][]byte{sign(t, leafTemplate("spiffe://example.org/signet/cluster/east/agent/node-1"), own, key.Public(), key).Raw, own.Raw}}
 	}
 	many := s.controlLeaf(nil)
-	for range maxPeerCertificates {
+	for range identity.MaxChain {
 		many.Chain = append(many.Chain, s.control.Raw)
 	}
 	for _, who := range []struct {
@@ -1022,7 +1022,9 @@ func (h handshaken) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo,
 func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		here, there := net.Pipe()
-		m := mortalTLS{handshaken{leaf: leafTemplate("spiffe://example.org/signet/cluster/east/agent/node-1")}, time.Now}
+		key := must1(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+		template := leafTemplate("spiffe://example.org/signet/cluster/east/agent/node-1")
+		m := mortalTLS{handshaken{leaf: sign(t, template, template, key.Public(), key)}, time.Now}
 		_, _, err := m.ServerHandshake(here)
 		must(t, err)
 		ended := make(chan time.Time, 1)

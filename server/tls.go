@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
@@ -22,12 +21,6 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/rotation"
-)
-
-// Bounds of what a peer may show in a handshake; the control hierarchy is two deep.
-const (
-	maxPeerCertificates = 4
-	maxPeerBytes        = 32 << 10
 )
 
 // baseTLS is TLS 1.3 without session tickets, so that no resumption passes by a check (design §8.16).
@@ -57,7 +50,7 @@ func (s *Server) agentTLS() *tls.Config {
 
 // verifyAgent checks that the certificates are an agent's of this cluster.
 func (s *Server) verifyAgent(certs []*x509.Certificate) error {
-	c, err := verifyControl(certs, s.control, s.now(), x509.ExtKeyUsageClientAuth)
+	c, err := identity.VerifyControl(certs, s.control, s.now(), x509.ExtKeyUsageClientAuth)
 	if err != nil {
 		return err
 	}
@@ -65,40 +58,6 @@ func (s *Server) verifyAgent(certs []*x509.Certificate) error {
 		return fmt.Errorf("%s %s of cluster %s in %s is not an agent of this cluster", c.Role, c.Name, c.Cluster, c.TrustDomain)
 	}
 	return nil
-}
-
-// verifyControl checks a chain against one control CA and nothing else, and reads the name of the part of Signet in its leaf.
-func verifyControl(certs []*x509.Certificate, control *x509.Certificate, now time.Time, usage x509.ExtKeyUsage) (identity.Control, error) {
-	size := 0
-	for _, c := range certs {
-		size += len(c.Raw)
-	}
-	if len(certs) == 0 || len(certs) > maxPeerCertificates || size > maxPeerBytes {
-		return identity.Control{}, fmt.Errorf("%d certificates of %d bytes were shown: want 1 to %d of at most %d bytes", len(certs), size, maxPeerCertificates, maxPeerBytes)
-	}
-	roots := x509.NewCertPool()
-	roots.AddCert(control)
-	// No intermediates: the control CA signs leaves only (pathlen 0).
-	if _, err := certs[0].Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
-		return identity.Control{}, err
-	}
-	return controlName(certs[0])
-}
-
-// controlName reads the name of a part of Signet from its certificate.
-func controlName(leaf *x509.Certificate) (identity.Control, error) {
-	if leaf.IsCA {
-		return identity.Control{}, errors.New("a CA certificate names no part of Signet")
-	}
-	// X509-SVID §2: exactly one URI SAN; ours have no other names at all.
-	if len(leaf.URIs) != 1 || len(leaf.DNSNames)+len(leaf.IPAddresses)+len(leaf.EmailAddresses) != 0 {
-		return identity.Control{}, errors.New("certificate has not exactly one name, a SPIFFE ID")
-	}
-	id, err := spiffeid.FromURI(leaf.URIs[0])
-	if err != nil {
-		return identity.Control{}, err
-	}
-	return identity.ParseControl(id)
 }
 
 // mortalTLS is TLS whose connections live no longer than the client certificate that opened them: an agent that has
@@ -130,7 +89,7 @@ func (m mortalTLS) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		return fail(errors.New("no client certificate"))
 	}
 	leaf := t.State.PeerCertificates[0]
-	name, err := controlName(leaf)
+	name, err := identity.ControlOf(leaf)
 	if err != nil {
 		return fail(err)
 	}

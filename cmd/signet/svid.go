@@ -13,7 +13,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/signet-ca/signet/agent"
 	"github.com/signet-ca/signet/identity"
 )
 
@@ -99,7 +98,7 @@ func describeCert(cert *x509.Certificate) certShown {
 		case cert.KeyUsage&x509.KeyUsageCertSign == 0:
 			s.Finding = "key usage lacks keyCertSign (X509-SVID §4.3)"
 		}
-	} else if _, err := agent.CheckLeaf(cert); err != nil {
+	} else if _, err := identity.CheckLeaf(cert); err != nil {
 		s.Finding = err.Error()
 	}
 	return s
@@ -202,10 +201,14 @@ Exit status: 0 valid, 1 not (and which rule is broken), 2 could not tell.`,
 				return err
 			}
 			pool := x509.NewCertPool()
-			for _, r := range roots {
+			for i, r := range roots {
+				// A leaf among the roots would vouch for itself.
+				if !r.IsCA {
+					return fmt.Errorf("certificate %d in %s is not a CA's: give the bundle, not a chain", i+1, bundle)
+				}
 				pool.AddCert(r)
 			}
-			got, err := agent.VerifySVID(chain, pool, time.Now())
+			got, err := identity.VerifySVID(chain, pool, time.Now())
 			if err != nil {
 				return no("%s is not valid: %w", args[0], err)
 			}

@@ -138,9 +138,10 @@ func (w *svidWorld) renew() string {
 }
 
 func (w *svidWorld) Attest(context.Context, net.Conn) (sds.View, error) { return w, w.Err() }
-func (w *svidWorld) Identities() []spiffeid.ID                         { return []spiffeid.ID{svidID} }
-func (w *svidWorld) TrustDomain() spiffeid.TrustDomain                 { return svidID.TrustDomain() }
-func (w *svidWorld) Close()                                            {}
+func (w *svidWorld) Identities() []spiffeid.ID { return []spiffeid.ID{svidID} }
+
+func (w *svidWorld) TrustDomain() spiffeid.TrustDomain { return svidID.TrustDomain() }
+func (w *svidWorld) Close()                            {}
 
 func (w *svidWorld) SVID(spiffeid.ID) *sds.SVID {
 	w.mu.Lock()
@@ -267,6 +268,7 @@ func TestSVIDWatchPrintsALineForEachRenewal(t *testing.T) {
 func TestSVIDVerifyAnswersByItsExitStatus(t *testing.T) {
 	w := newSVIDWorld(t)
 	_, good := w.leaf()
+	other := newSVIDWorld(t)
 	_, old := w.leaf(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) })
 	_, pathless := w.leaf(func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "example.org"}} })
 	bundle, garbage := w.file(w.root), filepath.Join(t.TempDir(), "garbage")
@@ -283,7 +285,8 @@ func TestSVIDVerifyAnswersByItsExitStatus(t *testing.T) {
 		"not his":        {[]string{w.file(good), "--spiffe-id", "spiffe://example.org/x"}, exitNo, svidID.String()},
 		"expired":        {[]string{w.file(old)}, exitNo, "now is"},
 		"no path":        {[]string{w.file(pathless)}, exitNo, "X509-SVID §3.1"},
-		"another root":   {[]string{w.file(good), "--bundle", newSVIDWorld(t).file(good)}, exitNo, "X509-SVID §5.1"},
+		"another root":   {[]string{w.file(good), "--bundle", other.file(other.root)}, exitNo, "X509-SVID §5.1"},
+		"its own root":   {[]string{w.file(good), "--bundle", w.file(good)}, exitCouldNotSay, "not a CA's"},
 		"garbage":        {[]string{garbage}, exitCouldNotSay, "certificate 1"},
 		"no such file":   {[]string{garbage + ".not"}, exitCouldNotSay, "no such file"},
 		"no certificate": {[]string{"/dev/null"}, exitCouldNotSay, "no certificate"},

@@ -25,7 +25,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
-	"github.com/signet-ca/signet/agent"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/rotation"
@@ -162,7 +161,7 @@ func (s *secrets) check(now time.Time) error {
 	for _, r := range s.roots {
 		pool.AddCert(r)
 	}
-	_, err = agent.VerifySVID(s.chain, pool, now)
+	_, err = identity.VerifySVID(s.chain, pool, now)
 	return err
 }
 

@@ -20,6 +20,7 @@ type versionInfo struct {
 func (v versionInfo) columns() []string {
 	return []string{"VERSION", "GO", "PLATFORM", "+REVISION"}
 }
+
 func (v versionInfo) rows() [][]string { return [][]string{{v.Version, v.Go, v.Platform, v.Revision}} }
 func (v versionInfo) names() []string  { return []string{"signet/" + v.Version} }
 

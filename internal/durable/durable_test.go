@@ -16,7 +16,6 @@ import (
 // sim is a file system that loses at a crash what was not made durable. A file's bytes are durable after its Sync; names
 // are durable after syncDir. Every step is counted, and one may fail or be the last.
 type sim struct {
-	inodes map[*inode]bool
 	names  map[string]*inode // as processes see them
 	stable map[string]*inode // as the disk has them
 	steps  int
