@@ -353,8 +353,10 @@ func TestAChainIsCertificatesAndNothingElse(t *testing.T) {
 		"garbage between":  {bytes.Join([][]byte{good, good}, []byte("garbage\n")), "not PEM"},
 		"10 MiB":           {bytes.Repeat([]byte("x"), 10<<20), "at most"},
 		"a private key":    {append(bytes.Clone(good), private...), `type "PRIVATE KEY"`},
-		"damaged, then good": {append(damaged, good...),
-			"damaged PEM"},
+		"damaged, then good": {
+			append(damaged, good...),
+			"damaged PEM",
+		},
 		"not a certificate": {pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")}), "certificate 1 of the chain"},
 		"too many":          {bytes.Repeat(good, MaxChain+1), "more than 8"},
 	} {

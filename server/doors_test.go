@@ -1022,10 +1022,11 @@ func (h handshaken) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo,
 func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		here, there := net.Pipe()
-		key := must1(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+		key, err := plainGenerate("")
+		must(t, err)
 		template := leafTemplate("spiffe://example.org/signet/cluster/east/agent/node-1")
 		m := mortalTLS{handshaken{leaf: sign(t, template, template, key.Public(), key)}, time.Now}
-		_, _, err := m.ServerHandshake(here)
+		_, _, err = m.ServerHandshake(here)
 		must(t, err)
 		ended := make(chan time.Time, 1)
 		start := time.Now()

@@ -43,6 +43,24 @@ func CSR(key crypto.Signer, template *x509.CertificateRequest) ([]byte, error) {
 
 // Enrol spends a join token.
 func Enrol(ctx context.Context, token string) (*Member, error) {
+	key, err := NewKey()
+	if err != nil {
+		return nil, err
+	}
+	csr, err := CSR(key, nil)
+	if err != nil {
+		return nil, err
+	}
+	m, err := EnrolWith(ctx, token, csr)
+	if err != nil {
+		return nil, err
+	}
+	m.Key = key
+	return m, nil
+}
+
+// EnrolWith shows a join token with any CSR, or what passes for one. The member has no key.
+func EnrolWith(ctx context.Context, token string, csr []byte) (*Member, error) {
 	t, err := identity.ParseJoinToken(token)
 	if err != nil {
 		return nil, err
@@ -68,14 +86,6 @@ func Enrol(ctx context.Context, token string) (*Member, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	key, err := NewKey()
-	if err != nil {
-		return nil, err
-	}
-	csr, err := CSR(key, nil)
-	if err != nil {
-		return nil, err
-	}
 	reply, err := signetv1.NewEnrolmentClient(conn).Enrol(ctx, &signetv1.EnrolRequest{
 		Csr:      csr,
 		Evidence: &signetv1.EnrolRequest_JoinToken{JoinToken: &signetv1.JoinToken{Secret: t.Secret}},
@@ -83,7 +93,7 @@ func Enrol(ctx context.Context, token string) (*Member, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Member{Key: key, Chain: reply.CertificateChain, ControlCA: ca, Reply: reply}, nil
+	return &Member{Chain: reply.CertificateChain, ControlCA: ca, Reply: reply}, nil
 }
 
 func verify(peer []*x509.Certificate, ca *x509.Certificate) error {

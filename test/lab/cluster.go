@@ -40,8 +40,16 @@ type Cluster struct {
 	Enrol, Agents, HTTP string
 }
 
-// NewCluster writes the server's configuration. extra is appended to it.
+// NewCluster writes the server's configuration and passphrase. extra is appended to the configuration.
 func (l *Lab) NewCluster(name, extra string) (*Cluster, error) {
+	if err := l.Passphrase(name + "/server.pass"); err != nil {
+		return nil, err
+	}
+	return l.Cluster(name, extra)
+}
+
+// Cluster is the one that was made in a folder of this lab before, at new addresses.
+func (l *Lab) Cluster(name, extra string) (*Cluster, error) {
 	ports, err := FreePorts(3)
 	if err != nil {
 		return nil, err
@@ -50,7 +58,6 @@ func (l *Lab) NewCluster(name, extra string) (*Cluster, error) {
 	c := &Cluster{Lab: l, Name: name, Enrol: addr(0), Agents: addr(1), HTTP: addr(2)}
 	return c, errors.Join(
 		os.MkdirAll(c.Path("run"), 0o700),
-		l.Passphrase(name+"/server.pass"),
 		l.Write(name+"/server.yaml", fmt.Sprintf(`trust_domain: %s
 cluster: %s
 state_dir: ./state

@@ -53,6 +53,19 @@ func New(dir, signet string) (*Lab, error) {
 	return &Lab{Dir: dir, signet: signet}, nil
 }
 
+// Copy makes a lab of a copy of this one's folder, in which nothing may run meanwhile.
+func (l *Lab) Copy(dir string) (*Lab, error) {
+	c, err := New(dir, l.signet)
+	if err != nil {
+		return nil, err
+	}
+	c.RootFingerprint = l.RootFingerprint
+	if out, err := exec.Command("cp", "-a", l.Dir+"/.", c.Dir).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("copy %s to %s: %w: %s", l.Dir, c.Dir, err, out)
+	}
+	return c, nil
+}
+
 // CommandError is a command that did not exit with 0.
 type CommandError struct {
 	Args     []string
