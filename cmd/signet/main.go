@@ -15,6 +15,8 @@ import (
 )
 
 func main() {
+	// Whatever a command makes is for its user alone, unless it says otherwise.
+	syscall.Umask(0o077)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	c := &cli{in: os.Stdin, out: os.Stdout, err: os.Stderr}

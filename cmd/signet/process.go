@@ -44,10 +44,8 @@ func notify(logger *slog.Logger, state string) {
 	}
 }
 
-// harden keeps a process that holds keys to itself: no core dumps, no reading of its memory by others of the same user,
-// no file that others may read.
+// harden keeps a process that holds keys to itself: no core dumps, no reading of its memory by others of the same user.
 func harden() error {
-	unix.Umask(0o077)
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("switch core dumps off: %w", err)
 	}
