@@ -35,27 +35,25 @@ func (d *demo) prove(ctx context.Context) (string, error) {
 
 // tamper changes one byte in a copy of east's log.
 func (d *demo) tamper(ctx context.Context) (string, error) {
-	var show struct {
-		VerifierKey string `json:"verifier_key"`
-	}
-	if err := d.JSON(ctx, &show, "log", "show", "--config", d.east.Config()); err != nil {
-		return "", err
-	}
-	if show.VerifierKey == "" {
-		return "", errors.New("log show gives no verifier key")
-	}
 	copied := d.east.Path("log-copy")
 	if err := os.CopyFS(copied, os.DirFS(d.east.Path("state", "log"))); err != nil {
 		return "", err
+	}
+	var show struct {
+		VerifierKey string `json:"verifier_key"`
+		Size        uint64 `json:"size"`
+	}
+	if err := d.JSON(ctx, &show, "log", "show", "--dir", copied); err != nil {
+		return "", err
+	}
+	if show.VerifierKey == "" || show.Size == 0 {
+		return "", errors.New("log show gives no verifier key or no size")
 	}
 	verify := []string{"log", "verify", "--dir", copied, "--key", show.VerifierKey}
 	if _, err := d.Run(ctx, verify...); err != nil {
 		return "", fmt.Errorf("the copy as it was: %w", err)
 	}
-	bundle, err := firstEntries(copied)
-	if err != nil {
-		return "", err
-	}
+	bundle := firstEntries(copied, show.Size)
 	data, err := os.ReadFile(bundle)
 	if err != nil {
 		return "", err
@@ -71,22 +69,13 @@ func (d *demo) tamper(ctx context.Context) (string, error) {
 	return "the copy verified, then one bit of an entry was turned, and it did not", nil
 }
 
-// firstEntries is the file that holds a log's first entries (c2sp.org/tlog-tiles): tile/entries/000, or the widest of
-// tile/entries/000.p/<n> while there are fewer than 256.
-func firstEntries(dir string) (string, error) {
-	full := filepath.Join(dir, "tile", "entries", "000")
-	if _, err := os.Stat(full); err == nil {
-		return full, nil
+// firstEntries is the file that holds the first entries of a log of that size (c2sp.org/tlog-tiles): a full bundle of 256,
+// or the partial one that the checkpoint covers; wider ones are of entries that came after it.
+func firstEntries(dir string, size uint64) string {
+	const bundle = 256
+	path := filepath.Join(dir, "tile", "entries", "000")
+	if size < bundle {
+		path = filepath.Join(path+".p", strconv.FormatUint(size, 10))
 	}
-	partials, err := os.ReadDir(full + ".p")
-	if err != nil {
-		return "", fmt.Errorf("the log has no entries: %w", err)
-	}
-	widest := 0
-	for _, p := range partials {
-		if n, err := strconv.Atoi(p.Name()); err == nil {
-			widest = max(widest, n)
-		}
-	}
-	return filepath.Join(full+".p", strconv.Itoa(widest)), nil
+	return path
 }
