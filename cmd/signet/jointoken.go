@@ -11,6 +11,7 @@ import (
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/durable"
 )
 
 func (c *cli) joinTokenCommand() *cobra.Command {
@@ -26,14 +27,14 @@ fingerprint of the control CA. These commands talk to the running server over it
 }
 
 func (c *cli) joinTokenCreateCommand() *cobra.Command {
-	var file, agent string
+	var file, agent, out string
 	var ttl time.Duration
 	cmd := &cobra.Command{
 		Use:   "create --config FILE --agent NAME",
 		Short: "Make a join token",
-		Long: `Makes a join token and writes it, alone, to stdout; what is to be known about it goes to stderr.
-The token is a secret until it is used. If an agent spends it and gets no answer, make another.`,
-		Example: `  (umask 077; signet join-token create --config east.yaml --agent node-1 > node-1.token)
+		Long: `Makes a join token and writes it to a file that only you can read, or alone to stdout; what is to be known about it goes
+to stderr. The token is a secret until it is used. If an agent spends it and gets no answer, make another.`,
+		Example: `  signet join-token create --config east.yaml --agent node-1 --out node-1.token
   signet join-token create --config east.yaml --agent node-1 --ttl 1h | ssh node-1 'umask 077; cat > /etc/signet/join.token'`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -49,6 +50,9 @@ The token is a secret until it is used. If an agent spends it and gets no answer
 				}).print(c.err); err != nil {
 					return err
 				}
+				if out != "" {
+					return durable.WriteFile(out, []byte(r.Token+"\n"), 0o600)
+				}
 				_, err = fmt.Fprintln(c.out, r.Token)
 				return err
 			})
@@ -56,6 +60,7 @@ The token is a secret until it is used. If an agent spends it and gets no answer
 	}
 	serverConfigFlag(cmd, &file)
 	cmd.Flags().StringVar(&agent, "agent", "", "the one name that may enrol with it")
+	cmd.Flags().StringVar(&out, "out", "", "write the token to this file, 0600, in place of stdout")
 	cmd.Flags().DurationVar(&ttl, "ttl", identity.DefaultTokenTTL, "how long it is good for, at most 24h")
 	_ = cmd.MarkFlagRequired("agent")
 	return cmd

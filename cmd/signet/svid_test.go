@@ -138,7 +138,7 @@ func (w *svidWorld) renew() string {
 }
 
 func (w *svidWorld) Attest(context.Context, net.Conn) (sds.View, error) { return w, w.Err() }
-func (w *svidWorld) Identities() []spiffeid.ID { return []spiffeid.ID{svidID} }
+func (w *svidWorld) Identities() []spiffeid.ID                          { return []spiffeid.ID{svidID} }
 
 func (w *svidWorld) TrustDomain() spiffeid.TrustDomain { return svidID.TrustDomain() }
 func (w *svidWorld) Close()                            {}
