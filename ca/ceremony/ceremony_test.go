@@ -486,39 +486,6 @@ func TestAnUpstreamAtHandAnswersAtOnce(t *testing.T) {
 	}
 }
 
-func TestAnOfflineUpstreamWaitsForItsFileAndTrustsOnlyThePinnedRoot(t *testing.T) {
-	root, other, key := newRoot(t, keystore.ECDSAP256), newRoot(t, keystore.ECDSAP256), newKey(t, keystore.ECDSAP256)
-	dir := t.TempDir()
-	c := OfflineConfig{Request: filepath.Join(dir, "csr.pem"), Answer: filepath.Join(dir, "chain.pem"), RootFingerprint: ca.CertificateFingerprint(root.cert.Raw)}
-	up := must(NewOffline(c))
-	plan := eastPlan(key, 0)
-	request := must(Request(key, plan))
-	got, err := up.Sign(t.Context(), plan, request)
-	if err != nil || !strings.Contains(got.Pending, ca.KeyFingerprint(plan.SPKI)) || len(got.Chain) != 0 {
-		t.Fatalf("%+v, %v", got, err)
-	}
-	carried := must(os.ReadFile(c.Request))
-	install := func(r testRoot) {
-		cert := must(r.sign(t, plan, carried))
-		if err := os.WriteFile(c.Answer, ca.EncodeChain(cert, r.cert), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	install(other)
-	if _, err := up.Sign(t.Context(), plan, request); err == nil || !strings.Contains(err.Error(), "does not hold the expected root") {
-		t.Errorf("another root: %v", err)
-	}
-	install(root)
-	got, err = up.Sign(t.Context(), plan, request)
-	if err != nil || got.Pending != "" || len(got.Chain) != 1 || !got.Roots[0].Equal(root.cert) {
-		t.Errorf("%+v, %v", got, err)
-	}
-	c.RootFingerprint = ""
-	if _, err := NewOffline(c); err == nil {
-		t.Error("an offline root without a pinned fingerprint is accepted")
-	}
-}
-
 // Only this package links cfssl and zlint: what serves and what runs on nodes gets by without.
 func TestNothingThatRunsForLongLinksCFSSL(t *testing.T) {
 	args := []string{"list", "-deps"}
