@@ -440,7 +440,7 @@ func (w *watcher) line(leaf *x509.Certificate, now time.Time) error {
 	if w.json {
 		return json.NewEncoder(w.out).Encode(r)
 	}
-	const layout = "%-20s  %-32s  %-20s  %-20s\n"
+	const layout = "%-20s  %-40s  %-20s  %s\n" // a serial has 20 octets
 	if first {
 		fmt.Fprintf(w.err, "watching %s\n", s.SPIFFEID)
 		fmt.Fprintf(w.out, layout, "RECEIVED", "SERIAL", "EXPIRES", "RENEWED BY")
