@@ -23,6 +23,8 @@ const (
 // demo is one run: what stands in the lab, and what has been seen.
 type demo struct {
 	*lab.Lab
+	// whole is the life of what runs beside the steps: sidecars and workloads.
+	whole      context.Context
 	started    time.Time
 	east, west *cluster
 
@@ -49,12 +51,12 @@ type sidecar struct {
 
 func (s *sidecar) String() string { return s.cluster.Name + " " + s.role }
 
-func newDemo(dir, signet string) (*demo, error) {
+func newDemo(ctx context.Context, dir, signet string) (*demo, error) {
 	l, err := lab.New(dir, signet)
 	if err != nil {
 		return nil, err
 	}
-	d := &demo{Lab: l, started: time.Now(), seen: newSightings()}
+	d := &demo{Lab: l, whole: ctx, started: time.Now(), seen: newSightings()}
 	for name, into := range map[string]**cluster{"east": &d.east, "west": &d.west} {
 		lc, err := l.NewCluster(name, "")
 		if err != nil {

@@ -42,15 +42,15 @@ const limit = 3 * time.Minute
 
 // run is the story, in order.
 func run(ctx context.Context, dir, signet string, keep bool) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %s", limit))
-	defer cancel()
-	d, err := newDemo(dir, signet)
+	d, err := newDemo(ctx, dir, signet)
 	if err != nil {
 		return err
 	}
+	steps, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %s", limit))
+	defer cancel()
 	defer func() {
 		d.stop()
-		if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(err, cause) {
+		if cause := context.Cause(steps); err != nil && cause != nil && !errors.Is(err, cause) {
 			err = fmt.Errorf("%w (%w)", err, cause)
 		}
 		if err != nil {
@@ -73,7 +73,7 @@ func run(ctx context.Context, dir, signet string, keep bool) (err error) {
 		{"every serial seen on the wire is in a log, proven", d.prove},
 		{"one changed byte in a copy of a log is found", d.tamper},
 	} {
-		if err := d.step(ctx, step.title, step.do); err != nil {
+		if err := d.step(steps, step.title, step.do); err != nil {
 			return err
 		}
 	}

@@ -36,7 +36,7 @@ func (d *demo) tryThis() {
   is the log whole?
     .tools/bin/signet log verify --config %s/server.yaml
   what the server is doing:
-    curl -s http://%s/readyz?verbose
+    curl -s 'http://%s/readyz?verbose'
 
 `, d.east.frontend.port, rel(d.east), rel(d.east), rel(d.east), d.east.HTTP)
 }

@@ -52,7 +52,7 @@ func envoyHash(ctx context.Context) (string, error) {
 // startEnvoys starts the four sidecars. Each frontend may only speak to a backend, each backend only to a frontend.
 func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 	for _, c := range d.clusters() {
-		workload, err := startWorkload(ctx, c.Name)
+		workload, err := startWorkload(d.whole, c.Name)
 		if err != nil {
 			return "", err
 		}
@@ -80,7 +80,7 @@ func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 			if err != nil {
 				return "", err
 			}
-			if s.envoy, err = envoy.Start(ctx, envoy.Config{YAML: yaml, Dir: c.Path("envoy-" + s.role)}); err != nil {
+			if s.envoy, err = envoy.Start(d.whole, envoy.Config{YAML: yaml, Dir: c.Path("envoy-" + s.role)}); err != nil {
 				return "", err
 			}
 		}
