@@ -370,6 +370,7 @@ func TestShellsComplete(t *testing.T) {
 	w := newWorld(t, "")
 	w.serve(t)
 	w.apply(t, "registrations:\n  - { name: me, spiffe_id: spiffe://example.org/me, agents: [node-1], selectors: ['unix:uid:1'] }\n")
+	waitForCheckpoint()
 	for line, want := range map[string]string{
 		"version -o ": "json", "log find --kind ": "certificate-issued", "join-token ": "revoke", "registration list --config east/server.yaml --agent ": "node-1",
 	} {
