@@ -29,6 +29,8 @@ func (a *Agent) checks(context.Context) []health.Check {
 	identities := health.Check{Name: "identities"}
 	if !a.synced.Load() && l.valid == 0 {
 		identities.Err = errors.New("the server has not been heard since this start, and no certificate is held")
+	} else if l.valid == 0 && l.expired > 0 {
+		identities.Err = fmt.Errorf("all %d certificates that were in use have expired", l.expired)
 	} else if l.expired+l.pending > 0 {
 		identities.Err = fmt.Errorf("%d of %d wanted certificates are missing or expired", l.expired+l.pending, l.valid+l.expired+l.pending)
 		identities.Degraded = true

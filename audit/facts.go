@@ -138,5 +138,9 @@ func ParseSerial(s string) (string, error) {
 	if err != nil || len(raw) == 0 || len(raw) > 64 {
 		return "", fmt.Errorf("serial number %.140q: want hex digits, with or without colons", s)
 	}
-	return serialText(new(big.Int).SetBytes(raw)), nil
+	n := new(big.Int).SetBytes(raw)
+	if n.Sign() == 0 {
+		return "", fmt.Errorf("serial number %.140q: a certificate's is greater than zero (RFC 5280 §4.1.2.2)", s)
+	}
+	return serialText(n), nil
 }

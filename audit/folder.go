@@ -73,7 +73,7 @@ func (f folder) ReadTile(_ context.Context, level, index uint64, p uint8) ([]byt
 }
 
 func (f folder) readBundle(index uint64, p uint8) (data []byte, path string, err error) {
-	return f.partialOrFull(p, layout.EntryBundleWidth*(2+maxEntry), func(p uint8) string { return layout.EntriesPath(index, p) })
+	return f.partialOrFull(p, maxBundle, func(p uint8) string { return layout.EntriesPath(index, p) })
 }
 
 // partialOrFull reads what holds p items (0 = full). The full file may stand in for a partial one (tlog-tiles, "Partial tiles").
@@ -147,12 +147,31 @@ func ParseCheckpoint(raw []byte, verifierKey string) (Checkpoint, error) {
 }
 
 // parseCheckpoint verifies a checkpoint. The origin must be the key's name.
+// signedBy names who signed a note that v did not sign at all; a spoiled signature of v's is not that.
+func signedBy(raw []byte, v note.Verifier) (string, bool) {
+	_, err := note.Open(raw, note.VerifierList())
+	var unverified *note.UnverifiedNoteError
+	if !errors.As(err, &unverified) || len(unverified.Note.UnverifiedSigs) == 0 {
+		return "", false
+	}
+	for _, s := range unverified.Note.UnverifiedSigs {
+		if s.Name == v.Name() && s.Hash == v.KeyHash() {
+			return "", false
+		}
+	}
+	s := unverified.Note.UnverifiedSigs[0]
+	return fmt.Sprintf("%.256q+%08x", s.Name, s.Hash), true
+}
+
 func parseCheckpoint(raw []byte, v note.Verifier) (Checkpoint, error) {
 	if len(raw) > maxCheckpoint {
 		return Checkpoint{}, damage(layout.CheckpointPath, "is longer than the %d bytes it can have", maxCheckpoint)
 	}
 	cp, _, n, err := log.ParseCheckpoint(raw, v.Name(), v)
 	if err != nil {
+		if other, ok := signedBy(raw, v); ok {
+			return Checkpoint{}, damage(layout.CheckpointPath, "is signed by %s, and the key given is %s+%08x: this is another log, or the key is", other, v.Name(), v.KeyHash())
+		}
 		return Checkpoint{}, damage(layout.CheckpointPath, "is not signed by %s with key %08x: %v", v.Name(), v.KeyHash(), err)
 	}
 	if len(cp.Hash) != sha256.Size {

@@ -137,7 +137,7 @@ func TestEveryKindHasAName(t *testing.T) {
 
 func TestSerialsAreReadAsPeopleWriteThem(t *testing.T) {
 	for in, want := range map[string]string{
-		"0abc": "0abc", "abc": "0abc", "0A:BC": "0abc", "0x0ABC": "0abc", "00:00:0a:bc": "0abc", " 0abc\n": "0abc", "0": "",
+		"0abc": "0abc", "abc": "0abc", "0A:BC": "0abc", "0x0ABC": "0abc", "00:00:0a:bc": "0abc", " 0abc\n": "0abc",
 	} {
 		if got, err := ParseSerial(in); err != nil || got != want {
 			t.Errorf("%q: %q, %v", in, got, err)

@@ -65,6 +65,8 @@ type Config struct {
 	Origin string
 	// Signer is the Ed25519 key for checkpoints; not a CA's.
 	Signer crypto.Signer
+	// MustExist refuses to begin a log: the caller knows that there was one.
+	MustExist bool
 	// CheckpointInterval is the time between checkpoints of a growing log; 0 = 1 s, least 100 ms.
 	CheckpointInterval time.Duration
 	// Metrics takes the signet_log_* series until Close; nil = none.
@@ -163,6 +165,9 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 		fed: make(chan *call, maxPending), added: make(chan *call, maxPending),
 		signing: make(chan struct{}, 1), followed: make(chan struct{}),
 		idle: make(chan struct{}), changed: make(chan struct{}),
+	}
+	if _, err := fs.Stat(l.folder.files, layout.CheckpointPath); c.MustExist && errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("open the audit log in %s: %w: it is gone; put the folder back from its newest backup, for a new log would hide what was issued", c.Dir, ErrDamaged)
 	}
 	if err := l.identify(); err != nil {
 		return nil, err

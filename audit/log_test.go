@@ -682,3 +682,20 @@ func TestTheVerifierKeyIsTheNotePackages(t *testing.T) {
 		t.Errorf("%s", vkey)
 	}
 }
+
+func TestALogThatMustBeThereIsNotBegunAnew(t *testing.T) {
+	_, signer, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "log")
+	if l, err := Open(t.Context(), Config{Dir: dir, Origin: "example.org/east/east-1", Signer: signer, MustExist: true}); !errors.Is(err, ErrDamaged) {
+		if err == nil {
+			l.Close(t.Context())
+		}
+		t.Fatalf("a log that is gone: %v, want ErrDamaged", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, verifierKeyFile)); err == nil {
+		t.Error("something was written into its place")
+	}
+}

@@ -234,6 +234,12 @@ func (r *Reader) VerifyAt(ctx context.Context, cp Checkpoint, progress func(done
 		d.Findings = []*Finding{{layout.CheckpointPath, fmt.Sprintf("has the root %x, the entries have %x", cp.RootHash, root)}}
 		return d
 	}
+	if err := r.verifyRest(ctx, cp, d.add); err != nil && !errors.Is(err, ErrDamaged) {
+		return fmt.Errorf("verify the audit log in %s: %w", r.dir, err)
+	}
+	if len(d.Findings) > 0 {
+		return d
+	}
 	return nil
 }
 

@@ -133,8 +133,13 @@ func (f *Folder) open(ctx context.Context, init bool) (*opened, error) {
 
 // openLog opens the log with its key.
 func (f *Folder) openLog(ctx context.Context, o *opened, key keystore.Key, metrics prometheus.Registerer) (err error) {
+	// Once it was begun it must be there: a new one in its place would hide what was issued.
+	_, begun, err := o.store.Meta(ctx, verifierFact)
+	if err != nil {
+		return err
+	}
 	o.log, err = audit.Open(ctx, audit.Config{
-		Dir: LogDir(f.Dir), Origin: f.Origin(), Signer: key,
+		Dir: LogDir(f.Dir), Origin: f.Origin(), Signer: key, MustExist: begun,
 		CheckpointInterval: f.CheckpointInterval, Metrics: metrics, Logger: f.Logger,
 	})
 	return err
@@ -234,6 +239,9 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	defer func() { err = errors.Join(err, o.close()) }()
 
 	// The log first: everything after this is in it. A crash before the fact is written leaves a key that the next run finds.
+	if err := c.notOrphaned(ctx, o); err != nil {
+		return InitResult{}, err
+	}
 	key, err := FirstKey(ctx, c.Keys, logKey, keystore.Ed25519)
 	if err != nil {
 		return InitResult{}, err
@@ -282,6 +290,19 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	r.KeyFingerprint = ca.KeyFingerprint(request.RawSubjectPublicKeyInfo)
 	r.CSR = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: intermediate.CSR})
 	return r, nil
+}
+
+// notOrphaned refuses a folder whose database is gone: the log is begun only after the database knows its key, so a log that
+// the database doesn't know means that agents, registrations and the control CA's certificate are lost with it.
+func (c *InitConfig) notOrphaned(ctx context.Context, o *opened) error {
+	_, known, err := o.store.Meta(ctx, logKeyFact)
+	if err != nil || known {
+		return err
+	}
+	if _, err := os.Stat(filepath.Join(LogDir(c.Dir), "checkpoint")); err == nil {
+		return fmt.Errorf("folder %s has the log of a cluster whose state database is gone: put the database back from its newest backup; a new one would shut every agent out", c.Dir)
+	}
+	return nil
 }
 
 // makeControlCA: a crash after the log's entry and before the row leaves an entry of a control CA that never was; the

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
@@ -194,12 +195,23 @@ Exit status: 0 found, 1 nothing matches, 2 could not tell.`,
 					return err
 				}
 			}
+			if q.SPIFFEID != "" {
+				if _, err := spiffeid.FromString(q.SPIFFEID); err != nil {
+					return fmt.Errorf("--spiffe-id %.256q: %w", q.SPIFFEID, err)
+				}
+			}
+			if q.Limit < 0 {
+				return fmt.Errorf("--limit %d: use a number from 1, or 0 for all", q.Limit)
+			}
 			now := time.Now()
 			if q.Since, err = when("--since", since, now); err != nil {
 				return err
 			}
 			if q.Until, err = when("--until", until, now); err != nil {
 				return err
+			}
+			if !q.Until.IsZero() && q.Since.After(q.Until) {
+				return fmt.Errorf("--since %s is after --until %s: nothing can lie between", clock(q.Since), clock(q.Until))
 			}
 			if q.Kind != "" && !slices.Contains(audit.Kinds(), q.Kind) {
 				return fmt.Errorf("--kind %q is unknown: use one of %s", q.Kind, strings.Join(audit.Kinds(), ", "))

@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func main() {
@@ -69,6 +70,8 @@ func (c *cli) command() *cobra.Command {
 one shared root, renews everything ahead of expiry, and can prove afterwards what it has issued.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// A variable that was not set must not pass for a flag that was not given.
+		PersistentPreRunE: noEmptyFlags,
 	}
 	root.AddCommand(
 		c.rootCommand(),
@@ -89,6 +92,15 @@ one shared root, renews everything ahead of expiry, and can prove afterwards wha
 		}
 	}
 	return root
+}
+
+func noEmptyFlags(cmd *cobra.Command, _ []string) (err error) {
+	cmd.Flags().Visit(func(f *pflag.Flag) {
+		if f.Value.Type() == "string" && f.Value.String() == "" {
+			err = fmt.Errorf("--%s is empty: give it a value or leave it out", f.Name)
+		}
+	})
+	return err
 }
 
 // onlySubcommands refuses what is none: cobra would show the help and say that all is well.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"syscall"
 	"text/tabwriter"
@@ -228,6 +229,9 @@ With -f everything is taken from a file that can be reviewed first:
 			}
 			if _, err := os.Lstat(sign.Out); sign.Out != "-" && err == nil {
 				return no("%s already exists and is not overwritten; move it away or give another --out", sign.Out)
+			}
+			if _, err := os.Stat(filepath.Dir(sign.Out)); sign.Out != "-" && err != nil {
+				return fmt.Errorf("the folder for --out: %w; make it first, nothing was signed", err)
 			}
 			if err := what.print(c.err); err != nil {
 				return err
