@@ -107,7 +107,7 @@ func TestRootCeremonyFromInitToShow(t *testing.T) {
 	root(t, "init", "--trust-domain", "example.org", "--dir", d.root, "--passphrase-file", d.pass).
 		expect(t, exitNo, "a root is there already").expect(t, exitNo, d.rootFingerprint)
 
-	dry := d.sign(t, "--dry-run", "--passphrase-file", "").expect(t, exitYes, "")
+	dry := d.sign(t, "--dry-run").expect(t, exitYes, "")
 	for _, want := range []string{d.key, d.rootFingerprint, "cluster:", "east", "path length:", "(90 days)", "spiffe://example.org"} {
 		if !strings.Contains(dry.out, want) {
 			t.Errorf("the dry run does not say %q:\n%s", want, dry.out)
