@@ -9,6 +9,12 @@ import (
 	"github.com/signet-ca/signet/trust"
 )
 
+// stated is a belief about one trust domain.
+type stated struct {
+	td spiffeid.TrustDomain
+	belief
+}
+
 // belief is the bundle a validator has acknowledged last; the zero value is none.
 type belief struct {
 	sequence uint64

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/anypb"
 )
 
 // rig is a server under its own gRPC server, with what it logs.
@@ -95,28 +96,38 @@ func (r *rig) connect(opts ...grpc.DialOption) *grpc.ClientConn {
 	return cc
 }
 
-// client is one stream as Envoy would have it.
-type client struct {
+// talk is one open stream of either protocol, with what came.
+type talk[Q, A any] struct {
 	t      *testing.T
-	stream secretv3.SecretDiscoveryService_StreamSecretsClient
+	stream grpc.BidiStreamingClient[Q, A]
 	cancel context.CancelFunc
 
 	mu   sync.Mutex
-	got  []*discoveryv3.DiscoveryResponse
+	got  []*A
 	err  error
 	bell chan struct{}
+}
+
+// client is one stream as Envoy would have it.
+type client struct {
+	*talk[discoveryv3.DiscoveryRequest, discoveryv3.DiscoveryResponse]
 }
 
 func (r *rig) open() *client { return r.openOn(r.connect()) }
 
 func (r *rig) openOn(cc *grpc.ClientConn) *client {
 	r.t.Helper()
+	return &client{begin(r, secretv3.NewSecretDiscoveryServiceClient(cc).StreamSecrets)}
+}
+
+func begin[Q, A any](r *rig, method func(context.Context, ...grpc.CallOption) (grpc.BidiStreamingClient[Q, A], error)) *talk[Q, A] {
+	r.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	stream, err := secretv3.NewSecretDiscoveryServiceClient(cc).StreamSecrets(ctx)
+	stream, err := method(ctx)
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	c := &client{t: r.t, stream: stream, cancel: cancel, bell: make(chan struct{}, 1000)}
+	c := &talk[Q, A]{t: r.t, stream: stream, cancel: cancel, bell: make(chan struct{}, 1000)}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -140,7 +151,7 @@ func (r *rig) openOn(cc *grpc.ClientConn) *client {
 }
 
 // send sends a request as it is.
-func (c *client) send(r *discoveryv3.DiscoveryRequest) {
+func (c *talk[Q, A]) send(r *Q) {
 	c.t.Helper()
 	if err := c.stream.Send(r); err != nil && err != io.EOF { // EOF: the stream has ended, Recv says how
 		c.t.Fatal(err)
@@ -166,7 +177,7 @@ func (c *client) nack(r *discoveryv3.DiscoveryResponse, before, reason string, n
 }
 
 // take returns what came since it was last asked, once nothing more is under way. For use in a bubble.
-func (c *client) take() []*discoveryv3.DiscoveryResponse {
+func (c *talk[Q, A]) take() []*A {
 	c.t.Helper()
 	synctest.Wait()
 	c.mu.Lock()
@@ -177,7 +188,7 @@ func (c *client) take() []*discoveryv3.DiscoveryResponse {
 }
 
 // one returns the only response there is.
-func (c *client) one() *discoveryv3.DiscoveryResponse {
+func (c *talk[Q, A]) one() *A {
 	c.t.Helper()
 	got := c.take()
 	if len(got) != 1 {
@@ -186,15 +197,15 @@ func (c *client) one() *discoveryv3.DiscoveryResponse {
 	return got[0]
 }
 
-func (c *client) silence(why string) {
+func (c *talk[Q, A]) silence(why string) {
 	c.t.Helper()
 	if got := c.take(); len(got) != 0 {
-		c.t.Fatalf("%s: %d responses, first %s; want silence", why, len(got), names(got))
+		c.t.Fatalf("%s: %d responses; want silence", why, len(got))
 	}
 }
 
 // next waits for a response, outside of bubbles.
-func (c *client) next() *discoveryv3.DiscoveryResponse {
+func (c *talk[Q, A]) next() *A {
 	c.t.Helper()
 	select {
 	case <-c.bell:
@@ -211,13 +222,13 @@ func (c *client) next() *discoveryv3.DiscoveryResponse {
 	return r
 }
 
-func (c *client) ended() error {
+func (c *talk[Q, A]) ended() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err
 }
 
-func (c *client) wantEnd(code codes.Code) {
+func (c *talk[Q, A]) wantEnd(code codes.Code) {
 	c.t.Helper()
 	synctest.Wait()
 	if err := c.ended(); status.Code(err) != code || err == nil {
@@ -247,19 +258,31 @@ func secretOf(t fataler, r *discoveryv3.DiscoveryResponse) *tlsv3.Secret {
 func names(rs []*discoveryv3.DiscoveryResponse) []string {
 	var out []string
 	for _, r := range rs {
-		s := new(tlsv3.Secret)
 		for _, a := range r.Resources {
-			_ = a.UnmarshalTo(s)
-			out = append(out, s.Name)
+			out = append(out, unpack(a).GetName())
 		}
 	}
 	return out
 }
 
+// unpack returns nil for what is no secret.
+func unpack(a *anypb.Any) *tlsv3.Secret {
+	s := new(tlsv3.Secret)
+	if a.UnmarshalTo(s) != nil {
+		return nil
+	}
+	return s
+}
+
 // serialOf is the serial in a response with an SVID, whose key must fit.
 func serialOf(t fataler, r *discoveryv3.DiscoveryResponse) string {
 	t.Helper()
-	c := secretOf(t, r).GetTlsCertificate()
+	return serialIn(t, secretOf(t, r))
+}
+
+func serialIn(t fataler, s *tlsv3.Secret) string {
+	t.Helper()
+	c := s.GetTlsCertificate()
 	pair, err := tls.X509KeyPair(c.GetCertificateChain().GetInlineBytes(), c.GetPrivateKey().GetInlineBytes())
 	if err != nil {
 		t.Fatalf("response without a usable pair: %v", err)

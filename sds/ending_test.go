@@ -4,25 +4,30 @@ import (
 	"context"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 )
 
 // heldWire is a stream whose peer has more to say than is heard, and reads only when let.
-type heldWire struct {
+type heldWire[Q, A any] struct {
 	grpc.ServerStream
 	ctx      context.Context
-	requests chan *discoveryv3.DiscoveryRequest
+	requests chan *Q
 	release  chan struct{}
 }
 
-func (w *heldWire) Context() context.Context { return w.ctx }
+func (w *heldWire[Q, A]) Context() context.Context { return w.ctx }
 
-func (w *heldWire) Recv() (*discoveryv3.DiscoveryRequest, error) {
+func (w *heldWire[Q, A]) Recv() (*Q, error) {
 	select {
 	case r := <-w.requests:
 		return r, nil
@@ -32,7 +37,7 @@ func (w *heldWire) Recv() (*discoveryv3.DiscoveryRequest, error) {
 	return nil, io.EOF
 }
 
-func (w *heldWire) Send(*discoveryv3.DiscoveryResponse) error {
+func (w *heldWire[Q, A]) Send(*A) error {
 	<-w.release
 	return nil
 }
@@ -40,6 +45,15 @@ func (w *heldWire) Send(*discoveryv3.DiscoveryResponse) error {
 // A connection may end while the sender is busy and the receiver has the next request in hand: whoever of the two leaves
 // first, the stream must end, or its caller (a pidfd, a wanted certificate) is held for ever.
 func TestAStreamEndsThoughARequestWasNeverHeard(t *testing.T) {
+	t.Run(protocolSotW, func(t *testing.T) {
+		endsUnheard(t, (*Server).StreamSecrets, &discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}})
+	})
+	t.Run(protocolDelta, func(t *testing.T) {
+		endsUnheard(t, (*Server).DeltaSecrets, &discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"default"}})
+	})
+}
+
+func endsUnheard[Q, A any](t *testing.T, method func(*Server, grpc.BidiStreamingServer[Q, A]) error, request *Q) {
 	synctest.Test(t, func(t *testing.T) {
 		w, _ := newWorld(t)
 		s := must(New(Config{Workloads: w}))
@@ -51,12 +65,12 @@ func TestAStreamEndsThoughARequestWasNeverHeard(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: info}))
-		wire := &heldWire{ctx: ctx, requests: make(chan *discoveryv3.DiscoveryRequest, 2), release: make(chan struct{})}
+		wire := &heldWire[Q, A]{ctx: ctx, requests: make(chan *Q, 2), release: make(chan struct{})}
 		for range 2 {
-			wire.requests <- &discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default"}}
+			wire.requests <- request
 		}
 		ended := make(chan error, 1)
-		go func() { ended <- s.StreamSecrets(wire) }()
+		go func() { ended <- method(s, wire) }()
 		synctest.Wait() // The first is being answered, the second is in the receiver's hand.
 		cancel()
 		synctest.Wait() // The receiver has left.
@@ -73,4 +87,79 @@ func TestAStreamEndsThoughARequestWasNeverHeard(t *testing.T) {
 			t.Errorf("%d views are still open", w.open)
 		}
 	})
+}
+
+func TestAPeerThatReadsNothingIsClosedAfterHalfAMinute(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		silent := r.unread(t)
+		quick := r.open()
+		quick.subscribe("default")
+		quick.one()
+		for range 300 { // many times the window
+			w.setSVID(ca.issue(t, leaf{id: web}))
+			quick.one()
+		}
+		time.Sleep(sendTimeout - time.Second)
+		synctest.Wait()
+		if n := len(r.sds.Streams()); n != 2 {
+			t.Fatalf("%d streams before the time is up, want 2", n)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		w.mu.Lock()
+		open := w.open
+		w.mu.Unlock()
+		if n := len(r.sds.Streams()); n != 1 || open != 1 || quick.ended() != nil {
+			t.Errorf("%d streams and %d views are left (%v), want the one that is read", n, open, quick.ended())
+		}
+		var err error
+		for err == nil {
+			_, err = silent.Recv()
+		}
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("it ends with %v", err)
+		}
+		if !strings.Contains(r.logs.String(), "does not read") {
+			t.Error("the log does not say why")
+		}
+	})
+}
+
+func TestAPeerThatReadsSlowlyIsNotClosed(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		slow := r.unread(t)
+		behind := 0
+		for range 12 {
+			for range 60 { // more than it reads
+				w.setSVID(ca.issue(t, leaf{id: web}))
+				synctest.Wait()
+			}
+			time.Sleep(sendTimeout - time.Second)
+			if all := r.sds.Streams(); len(all) == 1 && all[0].Names[0].Serial != w.SVID(web).Serial {
+				behind++
+			}
+			for range 20 {
+				if _, err := slow.Recv(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			synctest.Wait()
+		}
+		if behind < 6 {
+			t.Fatalf("it was behind %d times of 12: nothing waited for it", behind)
+		}
+	})
+}
+
+// unread is a stream for the default name with a small window, of which nothing is read unless asked for.
+func (r *rig) unread(t *testing.T) secretv3.SecretDiscoveryService_StreamSecretsClient {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(cancel)
+	stream := must(secretv3.NewSecretDiscoveryServiceClient(r.connect(grpc.WithStaticStreamWindowSize(64 << 10))).StreamSecrets(ctx))
+	if err := stream.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}}); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Wait()
+	return stream
 }

@@ -9,9 +9,10 @@ import (
 
 // Label values.
 const (
-	protocolSotW = "sotw"
-	kindSVID     = "svid"
-	kindBundle   = "bundle"
+	protocolSotW  = "sotw"
+	protocolDelta = "delta"
+	kindSVID      = "svid"
+	kindBundle    = "bundle"
 )
 
 type metrics struct {
@@ -20,6 +21,8 @@ type metrics struct {
 	acks        *prometheus.CounterVec
 	nacks       *prometheus.CounterVec
 	withheld    *prometheus.CounterVec
+	removals    prometheus.Counter
+	unanswered  *prometheus.CounterVec
 	firstSecret prometheus.Histogram
 }
 
@@ -40,6 +43,12 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		withheld: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "signet_sds_withheld_total", Help: "SVIDs not sent because they failed the check before sending.",
 		}, []string{"reason"}),
+		removals: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "signet_sds_removals_total", Help: "Secrets withdrawn over incremental SDS because their name is no longer granted.",
+		}),
+		unanswered: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "signet_sds_unanswered_total", Help: "Names subscribed to that had nothing to send, by why; those that get it later included.",
+		}, []string{"reason"}),
 		firstSecret: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "signet_sds_first_secret_duration_seconds",
 			Help:    "Time from the opening of a stream to its first secret.",
@@ -47,13 +56,17 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		}),
 	}
 	m.streams.WithLabelValues(protocolSotW)
+	m.streams.WithLabelValues(protocolDelta)
+	for _, a := range absences {
+		m.unanswered.WithLabelValues(string(a))
+	}
 	for _, r := range []string{withheldKey, withheldIdentity, withheldValidity, withheldChain} {
 		m.withheld.WithLabelValues(r)
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.streams, m.pushes, m.acks, m.nacks, m.withheld, m.firstSecret} {
+	for _, c := range []prometheus.Collector{m.streams, m.pushes, m.acks, m.nacks, m.withheld, m.removals, m.unanswered, m.firstSecret} {
 		if err := reg.Register(c); err != nil {
 			var already prometheus.AlreadyRegisteredError
 			if errors.As(err, &already) {

@@ -29,6 +29,8 @@ const secretType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v
 const (
 	nameDefault = "default" // the SVID of the caller's first identity
 	nameOwnRoot = "ROOTCA"  // the bundle of the caller's trust domain
+	// nameAllRoots is the bundles of all trust domains that the caller may see, each apart: never as trusted_ca.
+	nameAllRoots = "ALL"
 )
 
 // Validator is the form in which roots are given to Envoy.
@@ -60,19 +62,20 @@ func (d digest) version() string { return hex.EncodeToString(d[:16]) }
 type content struct {
 	kind   string
 	digest digest
-	serial string               // of an SVID
-	td     spiffeid.TrustDomain // of a bundle, with what an acknowledgement of it says
-	belief belief
+	serial string   // of an SVID
+	says   []stated // of bundles: what an acknowledgement of them says, in the order of their trust domains
 }
 
 // secret is a rendered Secret. Immutable, and shared by all streams that it goes to.
 type secret struct {
-	content content
+	content *content
 	body    *anypb.Any
 }
 
 // LogValue implements slog.LogValuer.
-func (c content) LogValue() slog.Value { return slog.StringValue(c.kind + " " + c.digest.version()) }
+func (c *content) LogValue() slog.Value { return slog.StringValue(c.kind + " " + c.version()) }
+
+func (c *content) version() string { return c.digest.version() }
 
 // target is what a name stands for. Unknown names have neither alias nor ID: nothing is ever sent for them.
 type target struct {
@@ -80,9 +83,14 @@ type target struct {
 	id   spiffeid.ID // of an SVID, or without a path of a trust domain
 }
 
-// LogValue implements slog.LogValuer: a name is a peer's text unless it is a SPIFFE ID.
+// known reports whether the name has a meaning here, whoever asks.
+func (t target) known() bool {
+	return !t.id.IsZero() || t.name == nameDefault || t.name == nameOwnRoot || t.name == nameAllRoots
+}
+
+// LogValue implements slog.LogValuer: a name is a peer's text unless it is known.
 func (t target) LogValue() slog.Value {
-	if !t.id.IsZero() {
+	if t.known() {
 		return slog.StringValue(t.name)
 	}
 	return foreign(t.name).LogValue()
@@ -107,82 +115,128 @@ type renderer struct {
 	check func(*SVID, trust.Bundle, time.Time) verdict
 
 	mu sync.Mutex
-	// bundles keeps the newest rendering for each name, trust domain and form.
+	// bundles keeps the newest rendering for each name, set of trust domains and form.
 	bundles map[bundleKey]*secret
 }
 
 type bundleKey struct {
 	name      string
-	td        spiffeid.TrustDomain
+	tds       string // separated by spaces
 	validator Validator
 }
 
-// resolve returns what the target stands for now in this view. nil is "not yet": the name is unknown, not granted, not
-// there, or withheld; with retry not zero the answer may be another one at that time though nothing changes.
-func (r *renderer) resolve(v View, t target, form Validator) (s *secret, retry time.Time) {
+// absence says why there is nothing under a name; label values of signet_sds_unanswered_total.
+type absence string
+
+const (
+	absentUnknown    absence = "unknown"     // the name means nothing here
+	absentFile       absence = "file"        // Istio's name of a file beside the sidecar
+	absentNotGranted absence = "not_granted" // it is not, or no longer, the caller's
+	absentPending    absence = "pending"     // it is the caller's, and not there yet
+	absentWithheld   absence = "withheld"    // it failed the check before sending
+	absentPooled     absence = "pooled"      // several trust domains in a form that can't keep them apart
+)
+
+var absences = []absence{absentUnknown, absentFile, absentNotGranted, absentPending, absentWithheld, absentPooled}
+
+// resolve returns what the target stands for now in this view, or nil and why there is nothing; with retry not zero the
+// answer may be another one at that time though nothing changes.
+func (r *renderer) resolve(v View, t target, form Validator) (s *secret, why absence, retry time.Time) {
 	switch {
 	case t.name == nameDefault:
 		if ids := v.Identities(); len(ids) > 0 {
 			return r.svid(v, t.name, ids[0])
 		}
-		return nil, time.Time{}
+		return nil, absentNotGranted, time.Time{}
 	case t.name == nameOwnRoot:
-		return r.bundle(v, t.name, v.TrustDomain(), form), time.Time{}
+		s, why = r.roots(v, t.name, form, v.TrustDomain())
+	case t.name == nameAllRoots && form != SPIFFE:
+		why = absentPooled // any root could sign for any trust domain
+	case t.name == nameAllRoots:
+		s, why = r.roots(v, t.name, form, v.TrustDomain(), v.TrustDomains()...)
+	case strings.HasPrefix(t.name, "file-cert:"), strings.HasPrefix(t.name, "file-root:"):
+		why = absentFile
 	case t.id.IsZero():
-		return nil, time.Time{}
+		why = absentUnknown
 	case t.id.Path() == "":
-		return r.bundle(v, t.name, t.id.TrustDomain(), form), time.Time{}
+		if td := t.id.TrustDomain(); td == v.TrustDomain() || slices.Contains(v.TrustDomains(), td) {
+			s, why = r.roots(v, t.name, form, td)
+		} else {
+			why = absentNotGranted
+		}
 	case slices.Contains(v.Identities(), t.id):
 		return r.svid(v, t.name, t.id)
 	default:
-		return nil, time.Time{}
+		why = absentNotGranted
 	}
+	return s, why, time.Time{}
 }
 
-func (r *renderer) bundle(v View, name string, td spiffeid.TrustDomain, form Validator) *secret {
-	b, ok := v.Bundle(td)
-	if !ok || b.IsZero() {
-		return nil
+// roots is the secret with the bundle of a trust domain, and with those of others as far as they are there.
+func (r *renderer) roots(v View, name string, form Validator, td spiffeid.TrustDomain, others ...spiffeid.TrustDomain) (*secret, absence) {
+	tds := append([]spiffeid.TrustDomain{td}, others...)
+	slices.SortFunc(tds, spiffeid.TrustDomain.Compare) // SPIFFE validator: unique names, and stable bytes
+	tds = slices.Compact(tds)
+	var bundles []trust.Bundle
+	var says []stated
+	parts, names := []string{kindBundle, name, string(form)}, make([]string, 0, len(tds))
+	for _, t := range tds {
+		b, ok := v.Bundle(t)
+		switch {
+		case ok && !b.IsZero():
+		case t == td:
+			return nil, absentPending
+		default:
+			continue
+		}
+		sum := b.Digest()
+		bundles = append(bundles, b)
+		says = append(says, stated{td: t, belief: belief{sequence: b.Sequence(), digest: sum}})
+		parts, names = append(parts, t.Name(), string(sum[:])), append(names, t.Name())
 	}
-	sum := b.Digest()
-	d := digestOf(kindBundle, name, td.Name(), string(form), string(sum[:]))
-	key := bundleKey{name: name, td: td, validator: form}
+	d := digestOf(parts...)
+	key := bundleKey{name: name, tds: strings.Join(names, " "), validator: form}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s := r.bundles[key]; s != nil && s.content.digest == d && s.content.belief.sequence == b.Sequence() {
-		return s
+	if s := r.bundles[key]; s != nil && s.content.digest == d && slices.Equal(s.content.says, says) {
+		return s, ""
 	}
-	body, err := renderBundle(name, b, form)
+	body, err := renderBundles(name, form, bundles)
 	if err != nil {
-		r.log.Error("bundle can't be encoded for Envoy and is not sent", "trust_domain", td.Name(), "err", err)
-		return nil
+		r.log.Error("bundle can't be encoded for Envoy and is not sent", "trust_domains", key.tds, "err", err)
+		return nil, absentWithheld
 	}
-	s := &secret{body: body, content: content{kind: kindBundle, digest: d, td: td, belief: belief{sequence: b.Sequence(), digest: sum}}}
+	s := &secret{body: body, content: &content{kind: kindBundle, digest: d, says: says}}
 	if r.bundles == nil {
 		r.bundles = map[bundleKey]*secret{}
 	}
 	r.bundles[key] = s
-	return s
+	return s, ""
 }
 
-func renderBundle(name string, b trust.Bundle, form Validator) (*anypb.Any, error) {
+// renderBundles writes one bundle in either form, and several in the SPIFFE validator's only.
+func renderBundles(name string, form Validator, bundles []trust.Bundle) (*anypb.Any, error) {
 	if form == TrustedCA {
+		if len(bundles) != 1 {
+			return nil, fmt.Errorf("%d trust domains in one trusted_ca: each could sign for the others", len(bundles))
+		}
 		return marshalAny(&tlsv3.Secret{Name: name, Type: &tlsv3.Secret_ValidationContext{
-			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(b.PEM())},
+			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(bundles[0].PEM())},
 		}})
 	}
-	config, err := marshalAny(&tlsv3.SPIFFECertValidatorConfig{
-		TrustDomains: []*tlsv3.SPIFFECertValidatorConfig_TrustDomain{{
-			Name:        b.TrustDomain().Name(),
-			TrustBundle: inline(b.PEM()),
-		}},
-	})
+	config := &tlsv3.SPIFFECertValidatorConfig{}
+	for _, b := range bundles {
+		config.TrustDomains = append(config.TrustDomains, &tlsv3.SPIFFECertValidatorConfig_TrustDomain{
+			Name: b.TrustDomain().Name(), TrustBundle: inline(b.PEM()),
+		})
+	}
+	packed, err := marshalAny(config)
 	if err != nil {
 		return nil, err
 	}
 	return marshalAny(&tlsv3.Secret{Name: name, Type: &tlsv3.Secret_ValidationContext{
 		ValidationContext: &tlsv3.CertificateValidationContext{
-			CustomValidatorConfig: &corev3.TypedExtensionConfig{Name: "envoy.tls.cert_validator.spiffe", TypedConfig: config},
+			CustomValidatorConfig: &corev3.TypedExtensionConfig{Name: "envoy.tls.cert_validator.spiffe", TypedConfig: packed},
 		},
 	}})
 }
@@ -196,14 +250,14 @@ type sharedSVID struct {
 	secrets map[string]*secret
 }
 
-func (r *renderer) svid(v View, name string, id spiffeid.ID) (*secret, time.Time) {
+func (r *renderer) svid(v View, name string, id spiffeid.ID) (*secret, absence, time.Time) {
 	svid := v.SVID(id)
 	if svid == nil {
-		return nil, time.Time{}
+		return nil, absentPending, time.Time{}
 	}
 	b, ok := v.Bundle(id.TrustDomain())
 	if !ok || b.IsZero() {
-		return nil, time.Time{} // nothing to check it against; the bundle's arrival rings
+		return nil, absentPending, time.Time{} // nothing to check it against; the bundle's arrival rings
 	}
 	now := r.now()
 	svid.shared.mu.Lock()
@@ -218,10 +272,10 @@ func (r *renderer) svid(v View, name string, id spiffeid.ID) (*secret, time.Time
 		}
 	}
 	if svid.shared.verdict.err != nil {
-		return nil, svid.shared.verdict.retry
+		return nil, absentWithheld, svid.shared.verdict.retry
 	}
 	if s := svid.shared.secrets[name]; s != nil {
-		return s, time.Time{}
+		return s, "", time.Time{}
 	}
 	// Certificate and key in one Secret: a rotation can't be seen half done.
 	body, err := marshalAny(&tlsv3.Secret{Name: name, Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
@@ -230,14 +284,14 @@ func (r *renderer) svid(v View, name string, id spiffeid.ID) (*secret, time.Time
 	}}})
 	if err != nil {
 		r.log.Error("certificate can't be encoded for Envoy and is not sent", "spiffe_id", id.String())
-		return nil, time.Time{}
+		return nil, absentWithheld, time.Time{}
 	}
-	s := &secret{body: body, content: content{kind: kindSVID, digest: digestOf(kindSVID, name, string(svid.Digest[:])), serial: clip(svid.Serial, 64)}}
+	s := &secret{body: body, content: &content{kind: kindSVID, digest: digestOf(kindSVID, name, string(svid.Digest[:])), serial: clip(svid.Serial, 64)}}
 	if svid.shared.secrets == nil {
 		svid.shared.secrets = map[string]*secret{}
 	}
 	svid.shared.secrets[name] = s
-	return s, time.Time{}
+	return s, "", time.Time{}
 }
 
 // Why an SVID is withheld; label values of signet_sds_withheld_total.

@@ -1,8 +1,9 @@
 // Package sds is Envoy's door: the SecretDiscoveryService. It keeps, for each stream, what is subscribed, what was sent,
 // and what Envoy said to it; it knows nothing of how an identity comes about.
 //
-// A stream reads in this order: sotw.go is the wire (requests in, responses out), subscription.go what a stream wants
-// and has been told, resource.go what a name stands for and whether it may leave, acks.go what all streams together believe.
+// A stream reads in this order: stream.go is its life, sotw.go and delta.go the two ways to speak, subscription.go what it
+// wants and has been told, resource.go what a name stands for and whether it may leave, acks.go what all streams together
+// believe. fetch.go answers once without a stream, status.go shows the streams to people.
 package sds
 
 import (
@@ -55,7 +56,9 @@ type View interface {
 	SVID(id spiffeid.ID) *SVID
 	// TrustDomain is the caller's own.
 	TrustDomain() spiffeid.TrustDomain
-	// Bundle returns the bundle of a trust domain the caller may see.
+	// TrustDomains are those whose bundles the caller may see, in any order.
+	TrustDomains() []spiffeid.TrustDomain
+	// Bundle returns the bundle of a trust domain the caller may see; false while there is none.
 	Bundle(td spiffeid.TrustDomain) (trust.Bundle, bool)
 	// Changed returns a channel that is closed at the next change of any of the above. Take it before reading.
 	Changed() <-chan struct{}

@@ -12,10 +12,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -59,7 +58,12 @@ type Server struct {
 
 	beliefs beliefs
 	callers callers
-	streams atomic.Uint64 // number of the next stream, for logs
+	live    liveStreams
+	streams atomic.Uint64 // number of the last stream
+
+	// refusals bounds what is logged of callers that get no stream, who may come as often as they like; unlogged counts the rest.
+	refusals *rate.Limiter
+	unlogged atomic.Int64
 
 	shutdown sync.Once
 	closing  chan struct{}
@@ -111,6 +115,7 @@ func New(c Config) (*Server, error) {
 		metrics:   m,
 		secrets:   &renderer{metrics: m, log: c.Logger, now: c.Now, check: checkSVID},
 		closing:   make(chan struct{}),
+		refusals:  rate.NewLimiter(10, 50),
 	}
 	s.callers.limit = c.Limits.StreamsPerCaller
 	return s, nil
@@ -123,14 +128,31 @@ func (s *Server) Shutdown() { s.shutdown.Do(func() { close(s.closing) }) }
 
 var errClosing = status.Error(codes.Unavailable, "the agent is stopping; connect again")
 
-// DeltaSecrets implements the service.
-func (s *Server) DeltaSecrets(grpc.BidiStreamingServer[discoveryv3.DeltaDiscoveryRequest, discoveryv3.DeltaDiscoveryResponse]) error {
-	return status.Error(codes.Unimplemented, "incremental SDS is not served here: set api_type: GRPC in the sds_config")
+func (s *Server) checkType(t string) error {
+	if t != "" && t != secretType { // may be left out where the service has one type only
+		return status.Errorf(codes.InvalidArgument, "type_url %q: this service has %s only", clip(t, 128), secretType)
+	}
+	return nil
 }
 
-// FetchSecrets implements the service.
-func (s *Server) FetchSecrets(context.Context, *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "secrets are streamed only, so that renewals arrive: set api_type: GRPC in the sds_config")
+// checkNames bounds a list of names.
+func (s *Server) checkNames(names []string) error {
+	if err := s.checkCount(len(names)); err != nil {
+		return err
+	}
+	for _, n := range names {
+		if len(n) > s.limits.NameLength {
+			return status.Errorf(codes.InvalidArgument, "a resource name of %d bytes: at most %d are allowed", len(n), s.limits.NameLength)
+		}
+	}
+	return nil
+}
+
+func (s *Server) checkCount(names int) error {
+	if names > s.limits.NamesPerStream {
+		return status.Errorf(codes.InvalidArgument, "%d resource names: at most %d are allowed", names, s.limits.NamesPerStream)
+	}
+	return nil
 }
 
 // open attests a caller and takes its place among the streams; leave gives it back.
@@ -146,7 +168,7 @@ func (s *Server) open(ctx context.Context) (v View, info *connInfo, leave func()
 		return nil, nil, nil, status.Error(codes.Internal, "the agent cannot tell who is calling")
 	}
 	if !s.callers.enter(info.caller) {
-		s.log.Warn("SDS stream refused: too many of one process", "peer", info.caller.String(), "limit", s.limits.StreamsPerCaller)
+		s.logRefusal(slog.LevelWarn, "SDS stream refused: too many of one process", "peer", info.caller.String(), "limit", s.limits.StreamsPerCaller)
 		return nil, nil, nil, status.Errorf(codes.ResourceExhausted, "more than %d SDS streams of one process", s.limits.StreamsPerCaller)
 	}
 	v, err = s.workloads.Attest(ctx, info.conn)
@@ -164,11 +186,22 @@ func (s *Server) ending(what string, info *connInfo, err error) error {
 		return status.Error(codes.Unavailable, "the call ended before the caller was known; try again")
 	}
 	st, ok := status.FromError(err)
-	s.log.Info(what, "peer", info.caller.String(), "code", st.Code().String(), "err", err)
+	s.logRefusal(slog.LevelInfo, what, "peer", info.caller.String(), "code", st.Code().String(), "err", err)
 	if !ok || st.Code() == codes.OK || st.Code() == codes.Canceled || st.Code() == codes.Unknown {
 		return status.Error(codes.Unavailable, "the agent cannot tell who is calling; its log says why")
 	}
 	return err
+}
+
+func (s *Server) logRefusal(level slog.Level, msg string, args ...any) {
+	if !s.refusals.Allow() {
+		s.unlogged.Add(1)
+		return
+	}
+	if n := s.unlogged.Swap(0); n > 0 {
+		args = append(args, "not_logged_before", n)
+	}
+	s.log.Log(context.Background(), level, msg, args...)
 }
 
 // jitter is a random part of the spread.
@@ -187,7 +220,7 @@ type foreign string
 
 var encoded = regexp.MustCompile(`[A-Za-z0-9+/=_-]{32,}`)
 
+func (f foreign) clean() string { return encoded.ReplaceAllString(clip(string(f), 512), "…") }
+
 // LogValue implements slog.LogValuer.
-func (f foreign) LogValue() slog.Value {
-	return slog.StringValue(encoded.ReplaceAllString(clip(string(f), 512), "…"))
-}
+func (f foreign) LogValue() slog.Value { return slog.StringValue(f.clean()) }

@@ -23,14 +23,13 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/signet-ca/signet/trust"
 )
 
-// The rows of the Envoy SDS contract, reference §2a. S11 to S13 are about delta.
+// The rows of the contract with Envoy in words of state of the world; where delta differs, see delta_test.go.
 
 func TestS01TheCallerIsKnownByTheConnectionNeverByTheNode(t *testing.T) {
 	w, _ := newWorld(t)
@@ -289,7 +288,7 @@ func TestS09ANameAskedTwiceIsSentOnce(t *testing.T) {
 func TestS10AnUnknownNameIsSilentAndPushedWhenItAppears(t *testing.T) {
 	other := spiffeid.RequireTrustDomainFromString("other.test")
 	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
-		unknown := []string{api.String(), other.IDString(), "file-root:system", "ALL", "spiffe://", "spiffe://example.org/", ""}
+		unknown := []string{api.String(), other.IDString(), "file-root:system", "*", "spiffe://", "spiffe://example.org/", ""}
 		c := r.open()
 		c.subscribe(append([]string{"default"}, unknown...)...)
 		if n := names(c.take()); !slices.Equal(n, []string{"default"}) {
@@ -502,6 +501,112 @@ func TestS16RootsGoOutAsTrustDomainsOfTheSPIFFEValidator(t *testing.T) {
 	})
 }
 
+func TestS16AllHasEachTrustDomainOnceAndApart(t *testing.T) {
+	other, last := spiffeid.RequireTrustDomainFromString("a.test"), spiffeid.RequireTrustDomainFromString("z.test")
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+		foreign := newRoot(t, "other")
+		c := r.open()
+		c.subscribe("ALL")
+		domains := func(what string, want ...string) *discoveryv3.DiscoveryResponse {
+			t.Helper()
+			resp := c.one()
+			config := new(tlsv3.SPIFFECertValidatorConfig)
+			v := secretOf(t, resp).GetValidationContext()
+			if err := v.GetCustomValidatorConfig().GetTypedConfig().UnmarshalTo(config); err != nil || v.GetTrustedCa() != nil {
+				t.Fatal(err, v.GetTrustedCa())
+			}
+			var got []string
+			for _, td := range config.TrustDomains {
+				got = append(got, td.Name)
+				if rootsIn(td.GetTrustBundle().GetInlineBytes()) != 1 {
+					t.Errorf("%s: roots are pooled", what)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("%s: got %v, want %v", what, got, want)
+			}
+			return resp
+		}
+		c.ack(domains("its own", "example.org"), "ALL")
+		w.change(func(w *world) { w.bundles[last], w.bundles[other] = bundleOf(last, 1, newRoot(t, "z")), trust.Bundle{} })
+		c.ack(domains("another, and one that is not there yet", "example.org", "z.test"), "ALL")
+		w.setBundle(bundleOf(other, 1, foreign))
+		grown := domains("a third", "a.test", "example.org", "z.test")
+		synctest.Wait()
+		if d, ok := r.sds.OldestBundle(other); !ok || d != (trust.Digest{}) {
+			t.Errorf("not acknowledged yet: %s %v", d, ok)
+		}
+		c.ack(grown, "ALL")
+		synctest.Wait()
+		for _, td := range []spiffeid.TrustDomain{other, exampleTD, last} {
+			if d, ok := r.sds.OldestBundle(td); !ok || d != w.bundles[td].Digest() {
+				t.Errorf("%s is believed as %s %v", td, d, ok)
+			}
+		}
+		c.silence("nothing new")
+		w.change(func(w *world) { delete(w.bundles, other) })
+		domains("one less", "example.org", "z.test")
+		if _, ok := r.sds.OldestBundle(other); ok {
+			t.Error("what the caller may not see any more still counts as believed")
+		}
+		w.change(func(w *world) { delete(w.bundles, exampleTD) })
+		c.silence("never the others without its own")
+	})
+}
+
+func TestS16AllIsNeverPlainTrustedCA(t *testing.T) {
+	bubble(t, Config{Validator: TrustedCA}, func(t *testing.T, r *rig, w *world, _ *root) {
+		friend := spiffeid.RequireTrustDomainFromString("friend.test")
+		w.bundles[friend] = bundleOf(friend, 1, newRoot(t, "friend"))
+		c := r.open()
+		c.subscribe("ALL", "ROOTCA", friend.IDString())
+		if n := names(c.take()); !slices.Equal(n, []string{"ROOTCA", friend.IDString()}) {
+			t.Errorf("got %v", n)
+		}
+		if n := r.metric(r.sds.metrics.unanswered.WithLabelValues(string(absentPooled))); n != 1 {
+			t.Errorf("counted %v times", n)
+		}
+	})
+}
+
+func TestNamesThatComeAndGoDoNotFillTheLog(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		c, d := r.open(), r.delta()
+		for i := range 1000 {
+			c.subscribe(fmt.Sprint("unknown ", i))
+			d.send(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{fmt.Sprint(i)}, ResourceNamesUnsubscribe: []string{fmt.Sprint(i - 1)}})
+		}
+		synctest.Wait()
+		if n := strings.Count(r.logs.String(), `"INFO"`); n > 2*64 || n == 0 {
+			t.Errorf("%d lines for two streams", n)
+		}
+		if n := r.metric(r.sds.metrics.unanswered.WithLabelValues(string(absentUnknown))); n != 2000 {
+			t.Errorf("%v names counted, want each", n)
+		}
+	})
+}
+
+func TestS10IstiosFileNamesAreSilentAndCounted(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		c, d := r.open(), r.delta()
+		c.subscribe("file-root:/etc/certs/root-cert.pem", "default", "file-cert:/etc/certs/cert.pem~/etc/certs/key.pem")
+		d.subscribe("file-root:system", "default")
+		c.one()
+		d.one()
+		for range 3 {
+			w.setSVID(ca.issue(t, leaf{id: web}))
+			c.one()
+			d.one()
+		}
+		if n := r.metric(r.sds.metrics.unanswered.WithLabelValues(string(absentFile))); n != 3 {
+			t.Errorf("counted %v times, want once for each name", n)
+		}
+		if c.ended() != nil || d.ended() != nil {
+			t.Error(c.ended(), d.ended())
+		}
+	})
+}
+
 func TestS16PlainTrustedCAIsChosenOncePerStream(t *testing.T) {
 	metadata := func(v any) *structpb.Struct {
 		return must(structpb.NewStruct(map[string]any{"disable_spiffe_cert_validation": v}))
@@ -572,8 +677,8 @@ func TestS17AllStreamsOfAnIdentityShareOneCheckAndOneRendering(t *testing.T) {
 		}
 		view := must(w.Attest(t.Context(), nil))
 		defer view.Close()
-		one, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
-		two, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
+		one, _, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
+		two, _, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
 		if one == nil || one != two {
 			t.Error("two streams have renderings of their own")
 		}
@@ -601,7 +706,7 @@ func TestS18ShutdownLetsGracefulStopReturn(t *testing.T) {
 		for _, c := range append(streams, idle) {
 			c.wantEnd(codes.Unavailable)
 		}
-		if n := r.metric(r.sds.metrics.streams); n != 0 {
+		if n := r.metric(r.sds.metrics.streams.WithLabelValues(protocolSotW)); n != 0 {
 			t.Errorf("%v streams counted after the end", n)
 		}
 	})
@@ -690,7 +795,7 @@ func TestS21KeysAreInNoLogAndNoError(t *testing.T) {
 		view := must(w.Attest(t.Context(), nil))
 		defer view.Close()
 		w.svids[web] = keep(ca.issue(t, leaf{id: web}))
-		sec, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
+		sec, _, _ := r.sds.secrets.resolve(view, parseTarget("default"), SPIFFE)
 		r.sds.log.Info("dump", "svid", w.svids[web], "secret", sec.content)
 		told += r.logs.String()
 		if len(keys) < 8 {
@@ -829,19 +934,6 @@ func TestASlowReaderDelaysNobodyAndGetsTheNewestWhenItReads(t *testing.T) {
 		}
 		if got >= changes {
 			t.Errorf("the slow reader was sent %d of %d: a queue was kept for it", got, changes)
-		}
-	})
-}
-
-func TestOtherMethodsSayWhatToUse(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
-		api := secretv3.NewSecretDiscoveryServiceClient(r.connect())
-		if _, err := api.FetchSecrets(t.Context(), &discoveryv3.DiscoveryRequest{}); status.Code(err) != codes.Unimplemented || !strings.Contains(err.Error(), "api_type: GRPC") {
-			t.Error(err)
-		}
-		d := must(api.DeltaSecrets(t.Context()))
-		if _, err := d.Recv(); status.Code(err) != codes.Unimplemented || !strings.Contains(err.Error(), "api_type: GRPC") {
-			t.Error(err)
 		}
 	})
 }

@@ -1,10 +1,6 @@
 package sds
 
-import (
-	"slices"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-)
+import "slices"
 
 // subscription is what one stream wants and what it has been told. It knows no protocol.
 type subscription struct {
@@ -17,22 +13,25 @@ type subscription struct {
 // want is a name subscribed to.
 type want struct {
 	target
-	// sent is the content sent last, answered or not; zero = nothing yet.
-	sent digest
+	// sent is the content sent last, answered or not; nil = nothing yet.
+	sent *content
+	// claimed is the version that a peer said to have of it from an earlier stream; "" = none, or compared already.
+	claimed string
 	// again asks for the content even if it is what was sent last.
 	again bool
-	// counted says that acknowledged stands among the beliefs of the trust domain whose bundle this is.
-	counted      bool
-	bundle       spiffeid.TrustDomain
-	acknowledged belief
-	waiting      bool // it was reported as having no content
+	// acked is what was acknowledged last; refused and why is what was rejected since.
+	acked, refused *content
+	reason         string
+	// believed stands among the beliefs: for each trust domain whose bundle this is, what was acknowledged last.
+	believed []stated
+	absent   absence // why there was nothing to send, as reported
 }
 
-// delivery is one resource on its way. It does not hold on to the secret itself.
+// delivery is one push on its way: a content without its secret, or nil for the withdrawal of the name.
 type delivery struct {
 	nonce   string
 	name    string
-	content content
+	content *content
 }
 
 // set makes names the subscription. What stays keeps its state; what is new is owed even if the stream had it before.
@@ -61,6 +60,28 @@ func (s *subscription) set(names []string) (dropped []*want, changed bool) {
 	return dropped, changed
 }
 
+// add subscribes to a name, of which the peer says to have a version, or "". What is subscribed already is owed again.
+func (s *subscription) add(name, claimed string) {
+	w := s.find(name)
+	if w == nil {
+		w = &want{target: parseTarget(name), claimed: claimed}
+		s.wanted = append(s.wanted, w)
+	}
+	w.again = claimed == ""
+}
+
+// remove unsubscribes from names and returns what was dropped. Names that aren't subscribed are ignored.
+func (s *subscription) remove(names []string) (dropped []*want) {
+	s.wanted = slices.DeleteFunc(s.wanted, func(w *want) bool {
+		if !slices.Contains(names, w.name) {
+			return false
+		}
+		dropped = append(dropped, w)
+		return true
+	})
+	return dropped
+}
+
 // resend makes everything owed once more.
 func (s *subscription) resend() {
 	for _, w := range s.wanted {
@@ -70,17 +91,17 @@ func (s *subscription) resend() {
 
 // current reports whether the version is that of something sent last.
 func (s *subscription) current(version string) bool {
-	return slices.ContainsFunc(s.wanted, func(w *want) bool { return w.sent != digest{} && w.sent.version() == version })
+	return slices.ContainsFunc(s.wanted, func(w *want) bool { return w.sent != nil && w.sent.version() == version })
 }
 
 // owed reports whether the content is to be sent for the name: it is new or asked for again, and was not rejected here.
-func (s *subscription) owed(w *want, d digest) bool {
-	return (w.sent != d || w.again) && !slices.Contains(s.rejected, d)
+func (s *subscription) owed(w *want, c *content) bool {
+	return (w.again || w.sent == nil || w.sent.digest != c.digest) && !slices.Contains(s.rejected, c.digest)
 }
 
-// delivered notes what was sent.
-func (s *subscription) delivered(w *want, c content, nonce string) {
-	w.sent, w.again = c.digest, false
+// pushed notes what was put on the wire: a content, or nil for a withdrawal.
+func (s *subscription) pushed(w *want, c *content, nonce string) {
+	w.sent, w.claimed, w.again = c, "", false
 	if len(s.inFlight) >= 2*len(s.wanted)+maxRejections { // somebody who never answers
 		s.inFlight = slices.Delete(s.inFlight, 0, 1)
 	}

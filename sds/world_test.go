@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"maps"
 	"math/big"
 	"net"
 	"net/url"
@@ -166,6 +167,12 @@ func (w *world) SVID(id spiffeid.ID) *SVID {
 }
 
 func (w *world) TrustDomain() spiffeid.TrustDomain { return w.td }
+
+func (w *world) TrustDomains() []spiffeid.TrustDomain {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Collect(maps.Keys(w.bundles))
+}
 
 func (w *world) Bundle(td spiffeid.TrustDomain) (trust.Bundle, bool) {
 	w.mu.Lock()

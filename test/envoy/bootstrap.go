@@ -21,13 +21,14 @@ const (
 	HeaderServerID   = "x-server-spiffe-id"
 )
 
-// Sidecar is the bootstrap of an Envoy that takes certificate and trust over SDS (state of the world) from an agent's
-// Unix socket.
+// Sidecar is the bootstrap of an Envoy that takes certificate and trust over SDS from an agent's Unix socket.
 type Sidecar struct {
 	// Node is node.id. The agent doesn't believe it.
 	Node string
 	// SDSSocket is the path of the agent's socket.
 	SDSSocket string
+	// Delta is incremental SDS; otherwise it is state of the world.
+	Delta bool
 	// TrustedCA asks the agent for plain trusted_ca in place of the SPIFFE validator.
 	TrustedCA bool
 	// CertificateName and BundleName are the names asked for; default "default" and "ROOTCA".

@@ -14,6 +14,7 @@ func variants() map[string]Sidecar {
 	return map[string]Sidecar{
 		"inbound":        {SDSSocket: "/run/agent.sock", Inbound: in},
 		"outbound":       {SDSSocket: "/run/agent.sock", Outbound: out},
+		"delta":          {SDSSocket: "/run/agent.sock", Inbound: in, Outbound: out, Delta: true},
 		"both":           {Node: "n", SDSSocket: "/run/a \"quoted\" path: {x}.sock", Inbound: in, Outbound: out, TrustedCA: true, CertificateName: "spiffe://example.org/a", BundleName: "spiffe://example.org"},
 		"without limits": {SDSSocket: "/s", Inbound: &Inbound{AllowSPIFFEIDs: in.AllowSPIFFEIDs, Upstream: in.Upstream}, Outbound: &Outbound{Target: "[::1]:8443", ExpectSPIFFEID: out.ExpectSPIFFEID}},
 	}
@@ -67,6 +68,9 @@ func TestBootstrapsKeepTheContract(t *testing.T) {
 			for _, c := range sources {
 				if c != sources[0] {
 					t.Errorf("sds_config differs: %s and %s", c, sources[0])
+				}
+				if strings.Contains(c, `"DELTA_GRPC"`) != s.Delta || strings.Contains(c, `"GRPC"`) == s.Delta {
+					t.Errorf("delta is %v, and sds_config is %s", s.Delta, c)
 				}
 			}
 			if (required == 1) != (s.Inbound != nil) {

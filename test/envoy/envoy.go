@@ -23,7 +23,7 @@ const stopGrace = 5 * time.Second
 
 // Config of one Envoy.
 type Config struct {
-	// Binary is the program; default .tools/venv/bin/envoy under the module's root, where `make tools` puts it.
+	// Binary is the program; default .tools/venv/bin/envoy under the module's root, where `make tools` puts it. See Others.
 	Binary string
 	// YAML is the bootstrap, see Sidecar. Its admin listener must be there; port 0 lets the kernel choose.
 	YAML string
@@ -111,19 +111,46 @@ func Start(ctx context.Context, c Config) (*Process, error) {
 	return p, nil
 }
 
-// binary looks for the stock Envoy from the working directory upwards, at the root of the module.
+// binary looks for the stock Envoy at the root of the module.
 func binary() (string, error) {
+	root, err := moduleRoot()
+	if err != nil {
+		return "", err
+	}
+	b := filepath.Join(root, ".tools", "venv", "bin", "envoy")
+	if _, err := os.Stat(b); err != nil {
+		return "", fmt.Errorf("no Envoy at %s: run `make tools` first", b)
+	}
+	return b, nil
+}
+
+// Others returns the programs of other versions of Envoy, by version: those in .tools/envoy/<version>/bin under the
+// module's root, where `make envoys` puts them. None is no error.
+func Others() (map[string]string, error) {
+	root, err := moduleRoot()
+	if err != nil {
+		return nil, err
+	}
+	found, err := filepath.Glob(filepath.Join(root, ".tools", "envoy", "*", "bin", "envoy"))
+	if err != nil {
+		return nil, fmt.Errorf("look for other versions of Envoy: %w", err)
+	}
+	others := map[string]string{}
+	for _, b := range found {
+		others[filepath.Base(filepath.Dir(filepath.Dir(b)))] = b
+	}
+	return others, nil
+}
+
+// moduleRoot looks from the working directory upwards.
+func moduleRoot() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err
 	}
 	for ; ; dir = filepath.Dir(dir) {
 		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			b := filepath.Join(dir, ".tools", "venv", "bin", "envoy")
-			if _, err := os.Stat(b); err != nil {
-				return "", fmt.Errorf("no Envoy at %s: run `make tools` first", b)
-			}
-			return b, nil
+			return dir, nil
 		}
 		if dir == filepath.Dir(dir) {
 			return "", errors.New("no Envoy: the working directory is in no Go module, name the binary")

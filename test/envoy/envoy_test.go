@@ -45,25 +45,32 @@ static_resources:
         typed_config: { "@type": type.googleapis.com/envoy.extensions.filters.network.echo.v3.Echo }
 `
 
-func TestStockEnvoyTakesTheBootstraps(t *testing.T) {
+func TestStockEnvoysTakeTheBootstraps(t *testing.T) {
 	bin, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, s := range variants() {
-		t.Run(name, func(t *testing.T) {
-			text, err := s.YAML()
-			if err != nil {
-				t.Fatal(err)
-			}
-			path := filepath.Join(t.TempDir(), "envoy.yaml")
-			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if out, err := exec.Command(bin, "--mode", "validate", "--config-path", path, "--log-level", "warning", "--disable-hot-restart").CombinedOutput(); err != nil {
-				t.Errorf("%v\n%s\n%s", err, out, text)
-			}
-		})
+	bins, err := Others()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bins["pinned"] = bin
+	for version, bin := range bins {
+		for name, s := range variants() {
+			t.Run(version+" "+name, func(t *testing.T) {
+				text, err := s.YAML()
+				if err != nil {
+					t.Fatal(err)
+				}
+				path := filepath.Join(t.TempDir(), "envoy.yaml")
+				if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				if out, err := exec.Command(bin, "--mode", "validate", "--config-path", path, "--log-level", "warning", "--disable-hot-restart").CombinedOutput(); err != nil {
+					t.Errorf("%v\n%s\n%s", err, out, text)
+				}
+			})
+		}
 	}
 }
 
