@@ -2,14 +2,16 @@
 // each of them key, certificate and trust over SDS, renewed ahead of expiry without anybody noticing.
 //
 // What it promises:
-//   - A key is made here, for one registration; it goes to the processes that fit that registration and nowhere else,
-//     and is never on disk.
+//   - A key is made here, for one registration; it goes to the processes that fit that registration and nowhere else.
+//     On disk it is only sealed, in the cache, for as long as its certificate is in use.
 //   - One issuance per registration, shared by all streams that want it.
-//   - While the server is away what is held is served until it really expires, and renewal is tried for ever.
+//   - While the server is away what is held is served until it really expires, over restarts too, and renewal is tried
+//     for ever.
 //   - Trust is never turned back: an older bundle is refused, over restarts too, and so is an audit log that forgets.
 //
 // To read it: agent.go puts the parts together; hub.go is the heart (entries, keys, renewal) and view.go what one caller
-// sees of it; enrol.go and sync.go talk to the server through door.go; state.go is what survives a restart.
+// sees of it; enrol.go and sync.go talk to the server through door.go; state.go is what survives a restart, and cache.go
+// with seal.go the part of that which is secret.
 package agent
 
 import (
@@ -53,7 +55,8 @@ type Config struct {
 	StateDir string
 	// JoinToken gives the token of an agent that is not enrolled yet; nil = it must be enrolled.
 	JoinToken TokenSource
-	// Seal protects the agent's key at rest; nil = a local secret in StateDir: protection by file mode alone.
+	// Seal protects the agent's key and the cached keys of its workloads at rest; nil = a local secret in StateDir:
+	// protection by file mode alone.
 	Seal keystore.Passphrase
 	// Keys is where the agent's key is kept; nil = files under StateDir, sealed by Seal.
 	Keys keystore.Store
@@ -72,6 +75,9 @@ type Config struct {
 	// Metrics is where the metrics are and what /metrics shows; nil = a registry of its own.
 	Metrics *prometheus.Registry
 	Logger  *slog.Logger // nil = none
+
+	// sealIterations is lowered by tests only.
+	sealIterations int
 }
 
 func (c *Config) complete() error {
@@ -81,7 +87,10 @@ func (c *Config) complete() error {
 	case c.Socket == "":
 		return errors.New("agent: no socket: name one in socket")
 	}
-	seen := map[string]bool{filepath.Clean(c.Socket): true}
+	seen := map[string]bool{filepath.Clean(c.Socket): true, AdminSocket(c.StateDir): true}
+	if len(seen) == 1 {
+		return fmt.Errorf("agent: socket %s is the name of the admin's socket: choose another", c.Socket)
+	}
 	names := map[string]bool{}
 	for _, s := range c.Sockets {
 		if err := identity.ParseName("socket", s.Name); err != nil {
@@ -100,6 +109,9 @@ func (c *Config) complete() error {
 	}
 	if c.Metrics == nil {
 		c.Metrics = prometheus.NewRegistry()
+	}
+	if c.sealIterations == 0 {
+		c.sealIterations = sealIterations
 	}
 	return nil
 }
@@ -120,17 +132,18 @@ type Agent struct {
 	link    link
 	sds     *sds.Server
 	bundles trust.Bundles
-	// member is nil until the agent is enrolled; witness is set before it.
+	// member is nil until the agent is enrolled; witness and cache are set before it.
 	member  atomic.Pointer[member]
 	witness *audit.Witness
+	cache   *cache
 
 	// trusted is closed when there is a bundle.
 	trusted   chan struct{}
 	trustOnce sync.Once
 	// synced: the server has told its registrations since this start; connected: it is there now.
 	synced, connected, inconsistent, serving atomic.Bool
-	// open is closed when the sockets are open.
-	open chan struct{}
+	// open is closed when the sockets are open, enrolled when the agent is a member of its cluster.
+	open, enrolled chan struct{}
 	// lastSet belongs to keepSync.
 	lastSet *signetv1.RegistrationSet
 }
@@ -141,7 +154,7 @@ func New(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err := c.complete(); err != nil {
 		return nil, err
 	}
-	a := &Agent{config: c, now: c.Now, log: c.Logger, keys: c.Keys, attestor: c.Attestor, dial: dialTCP, trusted: make(chan struct{}), open: make(chan struct{})}
+	a := &Agent{config: c, now: c.Now, log: c.Logger, keys: c.Keys, attestor: c.Attestor, dial: dialTCP, trusted: make(chan struct{}), open: make(chan struct{}), enrolled: make(chan struct{})}
 	a.denials = &limitedLog{log: c.Logger, limit: rate.NewLimiter(1, 20)}
 	if err := durable.Dir(c.StateDir); err != nil {
 		return nil, err
@@ -159,11 +172,11 @@ func New(ctx context.Context, c Config) (_ *Agent, err error) {
 	}
 	a.link = link{now: a.now, answered: make(chan struct{}, 1), dial: func(ctx context.Context, addr string) (net.Conn, error) { return a.dial(ctx, addr) }}
 	a.hub = newHub(&a.link, &a.bundles, a.now, a.log, a.metrics)
+	if a.config.Seal == nil {
+		a.config.Seal = keystore.PassphraseLocal(c.StateDir)
+		a.log.Info("no seal is configured: the agent's key and the cached keys of its workloads are protected by file mode alone", "state_dir", c.StateDir)
+	}
 	if a.keys == nil {
-		if a.config.Seal == nil {
-			a.config.Seal = keystore.PassphraseLocal(c.StateDir)
-			a.log.Info("no seal is configured: the agent's key is protected by file mode alone", "state_dir", c.StateDir)
-		}
 		if a.keys, err = keystore.NewFile(keystore.FileConfig{Dir: a.path(keysDir), Passphrase: a.config.Seal}); err != nil {
 			return nil, err
 		}
@@ -181,7 +194,7 @@ func New(ctx context.Context, c Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	if m != nil {
-		if err := a.become(m); err != nil {
+		if err := a.become(ctx, m); err != nil {
 			return nil, err
 		}
 	}
@@ -189,7 +202,7 @@ func New(ctx context.Context, c Config) (_ *Agent, err error) {
 }
 
 // become takes an enrolment into use, with what the state folder remembers of its cluster.
-func (a *Agent) become(m *member) error {
+func (a *Agent) become(ctx context.Context, m *member) error {
 	origin, err := logOrigin(m.enrolment)
 	if err != nil {
 		return err
@@ -207,8 +220,16 @@ func (a *Agent) become(m *member) error {
 	if b, ok := a.bundles.Get(m.td); ok {
 		a.trustNow(b)
 	}
+	if a.cache, err = newCache(ctx, a.path(cacheDir), a.config.Seal, m, a.config.sealIterations, a.log); err != nil {
+		return err
+	}
+	a.hub.restore(a.cache)
 	a.member.Store(m)
-	return a.link.use(m)
+	if err := a.link.use(m); err != nil {
+		return err
+	}
+	close(a.enrolled)
+	return nil
 }
 
 // Close gives the state folder back. Run does it by itself.
@@ -220,15 +241,22 @@ func (a *Agent) Close() error {
 // Serving is closed when the sockets are open. Who connects before the agent has heard from its server is kept waiting.
 func (a *Agent) Serving() <-chan struct{} { return a.open }
 
+// Enrolled is closed when the agent is a member of its cluster: at once where it has been one before.
+func (a *Agent) Enrolled() <-chan struct{} { return a.enrolled }
+
 // Run opens the sockets, enrols if that is still to be done, and serves until ctx ends; then it stops in order: streams
 // end with Unavailable, calls under way have their time. The error is nil after such a stop.
 func (a *Agent) Run(ctx context.Context) (err error) {
 	defer a.Close()
 	var listeners []*socketListener
+	var admin *socketListener
 	var httpListener net.Listener
 	closeAll := func() {
 		for _, l := range listeners {
 			l.Close()
+		}
+		if admin != nil {
+			admin.Close()
 		}
 		if httpListener != nil {
 			httpListener.Close()
@@ -244,6 +272,10 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		}
 		listeners = append(listeners, l)
 	}
+	if admin, err = listenAdmin(AdminSocket(a.config.StateDir)); err != nil {
+		closeAll()
+		return err
+	}
 	if a.config.HTTP != "" {
 		if httpListener, err = listenHTTP(a.config.HTTP); err != nil {
 			closeAll()
@@ -251,12 +283,13 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		}
 	}
 
-	server := grpc.NewServer(append(sds.ServerOptions(), grpc.Creds(sds.ConnCredentials()))...)
+	server := grpc.NewServer(append(append(sds.ServerOptions(), grpc.Creds(sds.ConnCredentials())), a.edges()...)...)
 	secretv3.RegisterSecretDiscoveryServiceServer(server, a.sds)
+	adminServer := a.newAdminServer()
 	web := health.NewServer(health.Config{Checks: a.checks, Metrics: a.config.Metrics, Logger: a.log})
 
 	// The first part that fails stops the rest. Work in the background goes on until the streams have ended.
-	failed := make(chan error, len(listeners)+2)
+	failed := make(chan error, len(listeners)+3)
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	var serving, working sync.WaitGroup
@@ -267,6 +300,11 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			}
 		})
 	}
+	serving.Go(func() {
+		if err := adminServer.Serve(admin); err != nil {
+			failed <- fmt.Errorf("socket %s: %w", admin.path, err)
+		}
+	})
 	if httpListener != nil {
 		serving.Go(func() {
 			if err := web.Serve(httpListener); !errors.Is(err, http.ErrServerClosed) {
@@ -289,10 +327,14 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	}
 	a.serving.Store(false)
 	a.stop(server)
+	adminServer.Stop()
 	_ = web.Close()
 	cancel()
 	serving.Wait()
 	working.Wait()
+	if a.cache != nil {
+		a.cache.flush(context.WithoutCancel(ctx), a.hub.inUse)
+	}
 	return err
 }
 
@@ -303,11 +345,12 @@ func (a *Agent) work(until, ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := a.become(m); err != nil {
+		if err := a.become(until, m); err != nil {
 			return err
 		}
 	}
 	var wg sync.WaitGroup
+	wg.Go(func() { a.cache.run(ctx, a.hub.inUse) })
 	wg.Go(func() { a.keepControl(ctx) })
 	wg.Go(func() { a.keepSync(ctx) })
 	wg.Wait()

@@ -258,7 +258,7 @@ func TestARestartNeedsNeitherTokenNorServer(t *testing.T) {
 	w.open()
 	w.setRegistrations(reg("web", "/web", time.Hour, uid))
 	n := w.start(t)
-	leafOf(t, n.config.Socket)
+	first := leafOf(t, n.config.Socket)
 	c := n.config
 	if err := n.stop(); err != nil {
 		t.Fatal(err)
@@ -275,21 +275,25 @@ func TestARestartNeedsNeitherTokenNorServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	n = run(t, again)
-	// Without a server: it knows who fits, and the others are refused rather than kept waiting.
+	// Without a server: it knows who fits and serves what they had, and the others are refused rather than kept waiting.
 	if b, ok := n.bundles.Get(td); !ok || b.Sequence() != 1 {
 		t.Fatal("the bundle is forgotten")
 	}
-	s := subscribe(t, connect(t, c.Socket), "default", "ROOTCA")
-	got, err := s.next()
-	if err != nil || got["ROOTCA"] == nil {
-		t.Fatalf("without a server: %v, %v", got, err)
+	if got, err := subscribe(t, connect(t, c.Socket), "ROOTCA").next(); err != nil || got["ROOTCA"] == nil {
+		t.Fatalf("trust without a server: %v", err)
 	}
-	// The server is back: the waiting stream gets its certificate.
+	if !leafOf(t, c.Socket).Equal(first) {
+		t.Fatal("another certificate than before the restart")
+	}
+	n.attestor.(*fakeAttestor).set("unix:uid:4242")
+	if _, err := subscribe(t, connect(t, c.Socket), "default").next(); status.Code(err) != codes.PermissionDenied {
+		t.Fatalf("somebody else: %v", err)
+	}
+	n.attestor.(*fakeAttestor).set(uid)
+	// The server is back: what it has to say comes through.
 	w.open()
-	got, err = s.next()
-	if err != nil || got["default"] == nil {
-		t.Fatalf("after the server came back: %v, %v", got, err)
-	}
+	w.setRegistrations(reg("web", "/web", 2*time.Hour, uid))
+	eventually(t, "a certificate on the new terms", func() bool { return !leafOf(t, c.Socket).Equal(first) })
 }
 
 func TestTheServerRestartsAndNobodyNotices(t *testing.T) {
@@ -376,8 +380,13 @@ func TestATokenThatIsUsedOrUnknownIsOneClearSentence(t *testing.T) {
 	n.ready(t)
 	second := w.start(t, func(c *Config) { c.JoinToken = source })
 	err := second.wait(t)
-	if err == nil || !strings.Contains(err.Error(), "ask for a new one") || strings.Contains(err.Error(), "\n") {
+	if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "ask for a new one") || strings.Contains(err.Error(), "\n") {
 		t.Fatalf("got %v", err)
+	}
+	select {
+	case <-second.Enrolled():
+		t.Fatal("a refused agent says that it is enrolled")
+	default:
 	}
 	if _, serr := os.Stat(filepath.Join(second.config.StateDir, enrolmentFile)); !errors.Is(serr, os.ErrNotExist) {
 		t.Fatal("a refused agent believes to be enrolled")
@@ -797,6 +806,7 @@ func TestContradictionsInTheConfigurationAreRefused(t *testing.T) {
 		"same path":    {StateDir: t.TempDir(), Socket: "/x", Sockets: []Socket{{"a", "/x"}}},
 		"same name":    {StateDir: t.TempDir(), Socket: "/x", Sockets: []Socket{{"a", "/y"}, {"a", "/z"}}},
 		"no name":      {StateDir: t.TempDir(), Socket: "/x", Sockets: []Socket{{"", "/y"}}},
+		"admin's path": {StateDir: "/s", Socket: "/s/admin.sock"},
 		"no such form": {StateDir: t.TempDir(), Socket: "/x", Validator: "best"},
 	} {
 		if a, err := New(t.Context(), c); err == nil {

@@ -33,6 +33,9 @@ const (
 	maxTokenFile = 4 << 10
 )
 
+// ErrRefused is the server's no to an enrolment: another try would get the same.
+var ErrRefused = errors.New("the server refuses")
+
 // TokenSource gives the join token of an agent that is not enrolled yet; it is not asked otherwise.
 type TokenSource func(ctx context.Context) (identity.JoinToken, error)
 
@@ -155,7 +158,7 @@ func (a *Agent) enrol(ctx context.Context) (*member, error) {
 	case wrong.get() != nil:
 		return nil, fmt.Errorf("enrol at %s: %w; if the control CA was made anew, ask for a new join token", t.Door, wrong.get())
 	case err != nil:
-		return nil, fmt.Errorf("enrol agent %s at %s: the server refuses: %s", t.Agent, t.Door, clip(status.Convert(err).Message(), 256))
+		return nil, fmt.Errorf("enrol agent %s at %s: %w: %s", t.Agent, t.Door, ErrRefused, clip(status.Convert(err).Message(), 256))
 	}
 	if answer.Agent != t.Agent || answer.TrustDomain != t.TrustDomain || answer.Cluster != t.Cluster {
 		return nil, fmt.Errorf("enrol agent %s at %s: the answer is for agent %q of cluster %q in %q", t.Agent, t.Door,
@@ -234,6 +237,7 @@ func (a *Agent) keepControl(ctx context.Context) {
 			s.Set(struct{}{}, rotation.RenewAt(next.leaf.SerialNumber.Bytes(), next.Received, next.leaf.NotAfter))
 			return
 		}
+		a.hub.turnedAway(err)
 		attempts++
 		result := resultFailed
 		if status.Code(err) == codes.PermissionDenied {

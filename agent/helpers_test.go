@@ -3,6 +3,7 @@ package agent
 import (
 	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"strings"
@@ -37,3 +38,5 @@ func counter(t *testing.T, n *node, name string) float64 {
 	t.Fatalf("no metric %s", name)
 	return 0
 }
+
+func jsonInto(raw []byte, v any) bool { return json.Unmarshal(raw, v) == nil }

@@ -52,8 +52,9 @@ type issuer interface {
 // hub is the heart of an agent: which registrations it has, who is connected, and for each registration that somebody
 // wants one entry with its key and certificate, which all who match share.
 //
-// An entry lives from the first time that a view wants it until its next renewal finds that nobody does. It is in the
-// scheduler except while a call for it is under way: at its renewal time, or at the time of its next try.
+// An entry lives from the first time that a view wants it, or from the cache, until its certificate expires and nobody
+// wants it. It is renewed only while somebody does. It is in the scheduler except while a call for it is under way: at its
+// renewal time, at the time of its next try, or, while nobody wants it, at its end.
 type hub struct {
 	issuer  issuer
 	bundles *trust.Bundles
@@ -76,6 +77,10 @@ type hub struct {
 	hashWanted bool
 	entries    map[string]*entry
 	views      map[*view]struct{}
+	// cache is nil until the agent is enrolled.
+	cache *cache
+	// refusals are the newest, oldest first, for whoever asks why.
+	refusals []refusal
 }
 
 // entry is the certificate of one registration on this host. Guarded by hub.mu.
@@ -86,8 +91,9 @@ type entry struct {
 	inFlight     bool
 	// again asks for another issuance because what is in flight was asked under terms that have changed.
 	again bool
-	// attempts that have failed in a row.
-	attempts int
+	// attempts that have failed in a row, and why the last one did.
+	attempts  int
+	lastError string
 	// expiryReported is set once the log has heard that current has run out.
 	expiryReported bool
 }
@@ -96,7 +102,6 @@ type entry struct {
 type held struct {
 	svid     *sds.SVID
 	chain    []*x509.Certificate
-	serial   []byte
 	received time.Time
 	renewAt  time.Time
 }
@@ -160,6 +165,7 @@ func (h *hub) setRegistrations(list []identity.Registration) {
 			h.drop(name)
 		case r.ID != e.registration.ID:
 			e.registration, e.current, e.attempts = r, nil, 0
+			h.cache.touch(name)
 			h.issueSoon(name, e)
 		case r.TTL != e.registration.TTL:
 			e.registration, e.attempts = r, 0
@@ -184,9 +190,7 @@ func (h *hub) match(v *view) {
 	granted := identity.Match(h.registrations, v.selectors)
 	if v.socket != "" {
 		// A dedicated socket is for the registrations that name it, and for no other that the caller might fit as well.
-		granted = slices.DeleteFunc(granted, func(r identity.Registration) bool {
-			return !slices.Contains(r.Selectors, socketSelector(v.socket))
-		})
+		granted = slices.DeleteFunc(granted, func(r identity.Registration) bool { return !bySocket(r, v.socket) })
 	}
 	same := slices.EqualFunc(granted, v.granted, func(a, b identity.Registration) bool {
 		return a.Name == b.Name && a.ID == b.ID
@@ -198,6 +202,7 @@ func (h *hub) match(v *view) {
 		}
 	}
 	if len(granted) == 0 {
+		h.remember(v)
 		h.end(v, status.Error(codes.PermissionDenied, v.refusal(h.agent)))
 		return
 	}
@@ -212,6 +217,9 @@ func (h *hub) want(v *view, r identity.Registration) *entry {
 	if !ok {
 		e = &entry{registration: r, wanted: map[*view]struct{}{}}
 		h.entries[r.Name] = e
+		h.issueSoon(r.Name, e)
+	} else if len(e.wanted) == 0 && e.current != nil && !h.now().Before(e.current.renewAt) {
+		// Its time came while nobody wanted it.
 		h.issueSoon(r.Name, e)
 	}
 	e.wanted[v] = struct{}{}
@@ -241,6 +249,7 @@ func (h *hub) end(v *view, err error) {
 func (h *hub) drop(name string) {
 	delete(h.entries, name)
 	h.schedule.Remove(name)
+	h.cache.touch(name)
 }
 
 // issueSoon puts an entry into the next call. Called with mu held.
@@ -287,7 +296,13 @@ func (h *hub) due(ctx context.Context, names []string) {
 			continue
 		}
 		if len(e.wanted) == 0 {
-			h.drop(name)
+			// Not renewed for nobody, but kept while it is good: a workload, or all of them after a restart of this
+			// process, may be back before the server is.
+			if e.current != nil && !now.After(e.current.svid.NotAfter) {
+				h.schedule.Set(name, e.current.svid.NotAfter.Add(time.Second))
+			} else {
+				h.drop(name)
+			}
 			continue
 		}
 		j := &job{name: name, entry: e, id: e.registration.ID, attempts: e.attempts, item: &signetv1.IssueItem{Registration: name}}
@@ -324,6 +339,7 @@ func (h *hub) issueBatch(ctx context.Context, jobs []*job) {
 	results, err := h.ask(ctx, jobs)
 	if err != nil {
 		if ctx.Err() == nil {
+			h.turnedAway(err)
 			h.failedAll(jobs, err)
 		}
 		return
@@ -383,20 +399,25 @@ func (r refused) Error() string {
 	return fmt.Sprintf("the server %s it (%s)", what, clip(r.refusal.GetMessage(), 128))
 }
 
-// check looks at what came as a set before anything is replaced by it: the certificate leads to the bundle that is
-// served, is valid now, is the registration's, and is for our key.
+// check looks at the server's answer to one request.
 func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
 	cert := r.GetCertificate()
 	if cert == nil {
 		return nil, refused{r.GetRefusal()}
 	}
-	if n := len(cert.Chain); n == 0 || n > identity.MaxChain {
-		return nil, fmt.Errorf("the server sent a chain of %d certificates", n)
+	return h.verify(j.id, cert.Chain, j.key, h.now())
+}
+
+// verify looks at chain and key as a set before anything is replaced by it, whether it comes from the server or from the
+// cache: the certificate leads to the bundle that is served, is valid now, is of that ID, and is for that key.
+func (h *hub) verify(want spiffeid.ID, der [][]byte, private *ecdsa.PrivateKey, received time.Time) (*held, error) {
+	if n := len(der); n == 0 || n > identity.MaxChain {
+		return nil, fmt.Errorf("a chain of %d certificates", n)
 	}
-	chain := make([]*x509.Certificate, len(cert.Chain))
+	chain := make([]*x509.Certificate, len(der))
 	var text []byte
 	digest := sha256.New()
-	for i, der := range cert.Chain {
+	for i, der := range der {
 		var err error
 		if chain[i], err = x509.ParseCertificate(der); err != nil {
 			return nil, fmt.Errorf("certificate %d of the chain: %w", i+1, err)
@@ -405,7 +426,7 @@ func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
 		digest.Write(der)
 	}
 	leaf, now := chain[0], h.now()
-	b, ok := h.bundles.Get(j.id.TrustDomain())
+	b, ok := h.bundles.Get(want.TrustDomain())
 	if !ok {
 		return nil, errors.New("there is no trust bundle yet to check the certificate against")
 	}
@@ -413,23 +434,98 @@ func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
 	if err != nil {
 		return nil, err
 	}
-	if id != j.id {
-		return nil, fmt.Errorf("the server sent a certificate of %s for a registration of %s", id, j.id)
+	if id != want {
+		return nil, fmt.Errorf("a certificate of %s for a registration of %s", id, want)
 	}
-	if !j.key.PublicKey.Equal(leaf.PublicKey) {
-		return nil, errors.New("the server sent a certificate for another key")
+	if !private.PublicKey.Equal(leaf.PublicKey) {
+		return nil, errors.New("a certificate for another key")
 	}
-	key, err := x509.MarshalPKCS8PrivateKey(j.key)
+	key, err := x509.MarshalPKCS8PrivateKey(private)
 	if err != nil {
 		return nil, fmt.Errorf("encode the key: %w", err)
 	}
 	svid := &sds.SVID{
 		ID: id, CertificateChain: text, PrivateKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
-		NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, Serial: hex.EncodeToString(leaf.SerialNumber.Bytes()),
+		NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, Serial: serialText(leaf),
 	}
 	digest.Sum(svid.Digest[:0])
-	serial := leaf.SerialNumber.Bytes()
-	return &held{svid: svid, chain: chain, serial: serial, received: now, renewAt: rotation.RenewAt(serial, now, leaf.NotAfter)}, nil
+	return &held{svid: svid, chain: chain, received: received, renewAt: rotation.RenewAt(leaf.SerialNumber.Bytes(), received, leaf.NotAfter)}, nil
+}
+
+func serialText(c *x509.Certificate) string { return hex.EncodeToString(c.SerialNumber.Bytes()) }
+
+// restore takes what the cache holds into use, as far as it passes the checks of a fresh answer and its registration is
+// still there; the rest is deleted. From now on the cache follows what is in use.
+func (h *hub) restore(c *cache) {
+	h.mu.Lock()
+	byName := make(map[string]identity.Registration, len(h.registrations))
+	for _, r := range h.registrations {
+		byName[r.Name] = r
+	}
+	h.mu.Unlock()
+	found := map[string]*held{}
+	for _, name := range c.names() {
+		r, ok := byName[name]
+		if !ok {
+			c.forget(name, errors.New("its registration is gone"))
+			continue
+		}
+		chain, key, received, err := c.read(name)
+		if err != nil {
+			c.forget(name, err)
+			continue
+		}
+		got, err := h.verify(r.ID, chain, key, received)
+		if err != nil {
+			c.forget(name, err)
+			continue
+		}
+		found[name] = got
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.cache = c
+	for name, got := range found {
+		h.entries[name] = &entry{registration: byName[name], wanted: map[*view]struct{}{}, current: got}
+		h.schedule.Set(name, got.renewAt)
+	}
+	if len(found) > 0 {
+		h.log.Info("certificates restored from the cache", "count", len(found))
+	}
+}
+
+// inUse is what the cache is to hold for a registration; nil = nothing.
+func (h *hub) inUse(name string) *held {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if e, ok := h.entries[name]; ok {
+		return e.current
+	}
+	return nil
+}
+
+// turnedAway is told of errors of the server's doors. The server's word that this agent is not (or no longer) one of its
+// own purges the cache at once. What is in memory is served until it expires, as in any outage, but not over a restart.
+func (h *hub) turnedAway(err error) {
+	if status.Code(err) != codes.PermissionDenied {
+		return
+	}
+	h.mu.Lock()
+	c := h.cache
+	h.mu.Unlock()
+	if c != nil && c.purge() {
+		h.log.Error("the server turns this agent away: its cache of certificates is deleted, and what is in use ends with its certificates or this process; if the agent is not banned, remove its state folder and enrol it again with a new join token", "err", clip(err.Error(), 512))
+	}
+}
+
+// letIn is the opposite of turnedAway.
+func (h *hub) letIn() {
+	h.mu.Lock()
+	c, names := h.cache, slices.Collect(maps.Keys(h.entries))
+	h.mu.Unlock()
+	if c != nil {
+		c.resume(names)
+	}
 }
 
 // took swaps a checked certificate in and tells those who want it.
@@ -446,7 +542,8 @@ func (h *hub) took(j *job, got *held) {
 		return
 	}
 	first := e.current == nil
-	e.current, e.attempts, e.expiryReported = got, 0, false
+	e.current, e.attempts, e.lastError, e.expiryReported = got, 0, "", false
+	h.cache.touch(j.name)
 	h.metrics.renewals.WithLabelValues(resultOK).Inc()
 	h.log.Info("certificate in use", "registration", j.name, "spiffe_id", j.id.String(), "serial", got.svid.Serial,
 		"not_after", utc(got.svid.NotAfter), "renew_at", utc(got.renewAt), "first", first)
@@ -494,6 +591,7 @@ func (h *hub) putOff(jobs []*job, jitter []byte, result string, err error) {
 				continue
 			}
 			e.attempts++
+			e.lastError = clip(err.Error(), 512)
 			h.schedule.Set(j.name, h.now().Add(wait))
 		}
 	}
@@ -613,6 +711,11 @@ func selectorStrings(list []identity.Selector) []string {
 		out[i] = string(s)
 	}
 	return out
+}
+
+// bySocket reports whether a registration may be had by a socket; "" = the common one.
+func bySocket(r identity.Registration, socket string) bool {
+	return socket == "" || slices.Contains(r.Selectors, socketSelector(socket))
 }
 
 func socketSelector(name string) identity.Selector { return identity.Selector("socket:" + name) }

@@ -496,7 +496,7 @@ func TestWhatTheServerSendsIsCheckedAsASet(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := rotation.RenewAt(got.serial, time.Now(), got.svid.NotAfter); !got.renewAt.Equal(want) {
+		if want := rotation.RenewAt(got.chain[0].SerialNumber.Bytes(), time.Now(), got.svid.NotAfter); !got.renewAt.Equal(want) {
 			t.Errorf("renewal at %s, want %s", got.renewAt, want)
 		}
 	})

@@ -84,9 +84,11 @@ type socketListener struct {
 	name, path string
 	inode      uint64
 	crowd      *crowd
+	// allowed says which users may come in.
+	allowed func(uid uint32) bool
 }
 
-// Accept passes over connections that are too many: they are closed before a byte of them is read.
+// Accept passes over connections that are too many or not allowed: they are closed before a byte of them is read.
 func (l *socketListener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()
@@ -94,7 +96,7 @@ func (l *socketListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		uid, err := peerUID(c)
-		if err != nil || !l.crowd.enter(uid) {
+		if err != nil || !l.allowed(uid) || !l.crowd.enter(uid) {
 			c.Close()
 			continue
 		}
@@ -134,6 +136,15 @@ func inodeOf(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino 
 // replaced. It is bound under another name and renamed, so that it is never there with the wrong mode, and a connection
 // finds the old or the new one, never none.
 func listen(s Socket, c *crowd) (*socketListener, error) {
+	return listenUnix(s, c, socketMode, func(uint32) bool { return true })
+}
+
+// listenAdmin opens the socket of this agent's admin, which has its own few places.
+func listenAdmin(path string) (*socketListener, error) {
+	return listenUnix(Socket{Path: path}, &crowd{most: adminMaxConns, by: map[uint32]int{}}, adminSocketMode, mayAdminister)
+}
+
+func listenUnix(s Socket, c *crowd, mode fs.FileMode, allowed func(uid uint32) bool) (*socketListener, error) {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("open socket %s: %w", s.Path, fmt.Errorf(format, args...))
 	}
@@ -166,7 +177,7 @@ func listen(s Socket, c *crowd) (*socketListener, error) {
 	}
 	l.SetUnlinkOnClose(false) // it would unlink the temporary name
 	var info fs.FileInfo
-	if err = os.Chmod(temp, socketMode); err == nil {
+	if err = os.Chmod(temp, mode); err == nil {
 		info, err = os.Lstat(temp)
 	}
 	if err == nil {
@@ -177,7 +188,7 @@ func listen(s Socket, c *crowd) (*socketListener, error) {
 		os.Remove(temp)
 		return nil, fail("%w", err)
 	}
-	return &socketListener{UnixListener: l, name: s.Name, path: s.Path, inode: inodeOf(info), crowd: c}, nil
+	return &socketListener{UnixListener: l, name: s.Name, path: s.Path, inode: inodeOf(info), crowd: c, allowed: allowed}, nil
 }
 
 // checkSocketDir makes the folder if it is missing, and refuses one in which others could put a socket of theirs in the

@@ -18,8 +18,8 @@ import (
 	"github.com/signet-ca/signet/trust"
 )
 
-// The files of a state folder. Each is whole or absent after a crash (internal/durable); none holds a key, those are in
-// keys/. The leaves of workloads and their keys are never on disk.
+// The files of a state folder. Each is whole or absent after a crash (internal/durable); none holds a key: the agent's own
+// is in keys/, those of workloads are in cache/, sealed (cache.go).
 const (
 	enrolmentFile     = "enrolment.json"
 	bundleFile        = "bundle.json"

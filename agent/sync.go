@@ -36,6 +36,7 @@ func (a *Agent) keepSync(ctx context.Context) {
 		if heard {
 			wait.Reset()
 		}
+		a.hub.turnedAway(err)
 		if err == nil {
 			continue // the connection was replaced by one with a newer certificate
 		}
@@ -117,6 +118,7 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 				heard = true
 				a.connected.Store(true)
 				a.log.Info("connected", "agent_door", a.member.Load().AgentDoor)
+				a.hub.letIn()
 				a.hub.hurry()
 			}
 			if a.take(r) {

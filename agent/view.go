@@ -193,6 +193,9 @@ func (v *view) TrustDomain() spiffeid.TrustDomain {
 	return v.hub.td
 }
 
+// TrustDomains implements sds.View: a caller sees its own.
+func (v *view) TrustDomains() []spiffeid.TrustDomain { return []spiffeid.TrustDomain{v.TrustDomain()} }
+
 // Bundle implements sds.View: a caller sees the bundle of its own trust domain.
 func (v *view) Bundle(td spiffeid.TrustDomain) (trust.Bundle, bool) {
 	if td != v.TrustDomain() {

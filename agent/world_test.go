@@ -150,8 +150,10 @@ type world struct {
 	issued        map[string]int
 	items         []*signetv1.IssueItem
 	// refuse, if set, is asked before each issuance.
-	refuse     func(*signetv1.IssueItem) *signetv1.Refusal
-	failEnrol  error
+	refuse    func(*signetv1.IssueItem) *signetv1.Refusal
+	failEnrol error
+	// ban makes every call on the agent door fail as the server's does for an agent that it does not want.
+	ban        bool
 	loseEnrol  bool
 	controlTTL time.Duration
 	acks       map[string][]*signetv1.BundleAck
@@ -322,7 +324,20 @@ func caller(ctx context.Context) *x509.Certificate {
 	return p.AuthInfo.(credentials.TLSInfo).State.PeerCertificates[0]
 }
 
+// standing refuses whoever is banned.
+func (w *world) standing() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ban {
+		return status.Error(codes.PermissionDenied, "not enrolled")
+	}
+	return nil
+}
+
 func (w agentDoor) Issue(_ context.Context, req *signetv1.IssueRequest) (*signetv1.IssueResponse, error) {
+	if err := w.standing(); err != nil {
+		return nil, err
+	}
 	return &signetv1.IssueResponse{Results: w.issueItems(req.Items)}, nil
 }
 
@@ -401,6 +416,9 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 	var sequence, revision uint64
 	first := true
 	for {
+		if err := w.standing(); err != nil {
+			return err
+		}
 		w.mu.Lock()
 		changed := w.changed
 		var out []*signetv1.SyncResponse
@@ -456,6 +474,13 @@ type fakeAttestor struct {
 	open      int
 }
 
+// set makes the callers to come show these selectors.
+func (f *fakeAttestor) set(selectors ...identity.Selector) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.selectors = selectors
+}
+
 func (f *fakeAttestor) AttestWorkload(context.Context, net.Conn) (identity.Workload, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -504,7 +529,7 @@ func (w *world) make(t *testing.T, change ...func(*Config)) (*Agent, error) {
 	dir := t.TempDir()
 	c := Config{
 		StateDir: filepath.Join(dir, "state"), Socket: filepath.Join(dir, "agent.sock"), Keys: keystore.NewMemory(), Now: w.now,
-		Attestor: &fakeAttestor{selectors: []identity.Selector{"unix:uid:1000"}, alive: true}, Logger: testLog(t),
+		Attestor: &fakeAttestor{selectors: []identity.Selector{"unix:uid:1000"}, alive: true}, Logger: testLog(t), sealIterations: 1,
 	}
 	if w.enrolAddr != "" {
 		c.JoinToken = w.tokenSource("node-1")
@@ -542,3 +567,13 @@ func eventually(t testing.TB, what string, f func() bool) {
 }
 
 var errAway = errors.New("the server is away")
+
+// refuseNamed denies what is asked for one registration.
+func refuseNamed(name string) func(*signetv1.IssueItem) *signetv1.Refusal {
+	return func(item *signetv1.IssueItem) *signetv1.Refusal {
+		if item.Registration != name {
+			return nil
+		}
+		return &signetv1.Refusal{Reason: signetv1.Refusal_REASON_DENIED, Message: "not_registered"}
+	}
+}

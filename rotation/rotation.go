@@ -29,6 +29,12 @@ func RenewAt(serial []byte, received, notAfter time.Time) time.Time {
 	return received.Add(time.Duration(f * float64(left)))
 }
 
+// LeastLeft is how much of a life is left at the latest time that RenewAt gives: so long the issuer may be away from any
+// moment on before the first certificate of this life runs out.
+func LeastLeft(life time.Duration) time.Duration {
+	return time.Duration((1 - renewTo) * float64(life))
+}
+
 // Retry intervals begin with firstRetry and double up to a cap that depends on the life that is left.
 const (
 	firstRetry = 250 * time.Millisecond

@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -22,9 +25,12 @@ func (c *cli) agentCommand() *cobra.Command {
 that registrations grant it, by SDS, renewed ahead of expiry.
 
 The first start needs a join token, made by "signet join-token create". It is read once: afterwards the agent is known by
-its own key. The agent stops in order on SIGTERM or SIGINT.`,
+its own key. Exit status 1 means that the server refuses the token. The agent stops in order on SIGTERM or SIGINT.
+
+status shows what a running agent has and does. The other commands are for the admin of the agents' server.`,
 		Example: `  signet agent --config node-1.yaml
-  signet agent --config node-1.yaml --join-token-file node-1.token`,
+  signet agent --config node-1.yaml --join-token-file node-1.token
+  signet agent status --config node-1.yaml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.agent(cmd.Context(), file, tokenFile)
@@ -35,6 +41,8 @@ its own key. The agent stops in order on SIGTERM or SIGINT.`,
 	_ = cmd.MarkFlagRequired("config")
 	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
 	_ = cmd.MarkFlagFilename("join-token-file")
+	cmd.AddCommand(c.agentStatusCommand())
+	cmd.AddCommand(c.agentAdminCommands()...)
 	return cmd
 }
 
@@ -72,14 +80,41 @@ func (c *cli) agent(ctx context.Context, file, tokenFile string) error {
 		return err
 	}
 	go func() {
-		select {
-		case <-a.Serving():
+		if awaitReady(ctx, a, logger) {
 			fmt.Fprintf(c.err, "serving: socket %s, http %s\n", cfg.Socket, cfg.HTTP)
 			notify(logger, daemon.SdNotifyReady)
-		case <-ctx.Done():
 		}
 	}()
 	stopping := context.AfterFunc(ctx, func() { notify(logger, daemon.SdNotifyStopping) })
 	defer stopping()
-	return a.Run(ctx)
+	if err = a.Run(ctx); errors.Is(err, agent.ErrRefused) {
+		return no("%w", err)
+	}
+	return err
+}
+
+// awaitReady waits until the agent serves and is enrolled: a unit whose join token is refused must show as one that failed
+// to start. While the server is away systemd is asked for patience.
+func awaitReady(ctx context.Context, a *agent.Agent, logger *slog.Logger) bool {
+	const patience = 2 * time.Minute
+	select {
+	case <-a.Serving():
+	case <-ctx.Done():
+		return false
+	}
+	for {
+		select {
+		case <-a.Enrolled():
+			return true
+		default:
+		}
+		notify(logger, fmt.Sprintf("STATUS=enrolling\nEXTEND_TIMEOUT_USEC=%d", patience.Microseconds()))
+		select {
+		case <-a.Enrolled():
+			return true
+		case <-time.After(patience / 2):
+		case <-ctx.Done():
+			return false
+		}
+	}
 }

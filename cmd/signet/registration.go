@@ -21,10 +21,10 @@ func (c *cli) registrationCommand() *cobra.Command {
 		Use:   "registration",
 		Short: "Say which workload is which identity",
 		Long: `A registration says: a workload that shows all these selectors, on one of these agents, is this SPIFFE ID.
-These commands talk to the running server over its admin socket.`,
+These commands talk to the running server over its admin socket; why asks an agent.`,
 		Args: cobra.NoArgs,
 	}
-	cmd.AddCommand(c.registrationApplyCommand(), c.registrationListCommand())
+	cmd.AddCommand(c.registrationApplyCommand(), c.registrationListCommand(), c.registrationWhyCommand())
 	return cmd
 }
 

@@ -688,6 +688,362 @@ func (x *ListRegistrationsResponse) GetRegistrations() []*v1.Registration {
 	return nil
 }
 
+type BanAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanAgentRequest) Reset() {
+	*x = BanAgentRequest{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanAgentRequest) ProtoMessage() {}
+
+func (x *BanAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanAgentRequest.ProtoReflect.Descriptor instead.
+func (*BanAgentRequest) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *BanAgentRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+type BanAgentResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False when it was banned already.
+	Changed bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	// Why the ban is not in the database yet; empty when it is. It holds at once in any case, and the server goes on trying
+	// to store it; a server that is killed before that forgets it.
+	NotStored     string `protobuf:"bytes,2,opt,name=not_stored,json=notStored,proto3" json:"not_stored,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanAgentResponse) Reset() {
+	*x = BanAgentResponse{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanAgentResponse) ProtoMessage() {}
+
+func (x *BanAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanAgentResponse.ProtoReflect.Descriptor instead.
+func (*BanAgentResponse) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *BanAgentResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+func (x *BanAgentResponse) GetNotStored() string {
+	if x != nil {
+		return x.NotStored
+	}
+	return ""
+}
+
+type UnbanAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbanAgentRequest) Reset() {
+	*x = UnbanAgentRequest{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbanAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbanAgentRequest) ProtoMessage() {}
+
+func (x *UnbanAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbanAgentRequest.ProtoReflect.Descriptor instead.
+func (*UnbanAgentRequest) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *UnbanAgentRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+type UnbanAgentResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False when it was not banned.
+	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbanAgentResponse) Reset() {
+	*x = UnbanAgentResponse{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbanAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbanAgentResponse) ProtoMessage() {}
+
+func (x *UnbanAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbanAgentResponse.ProtoReflect.Descriptor instead.
+func (*UnbanAgentResponse) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *UnbanAgentResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+type ListAgentsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAgentsRequest) Reset() {
+	*x = ListAgentsRequest{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAgentsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAgentsRequest) ProtoMessage() {}
+
+func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
+func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+type ListAgentsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By name.
+	Agents        []*AgentInfo `protobuf:"bytes,1,rep,name=agents,proto3" json:"agents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAgentsResponse) Reset() {
+	*x = ListAgentsResponse{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAgentsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAgentsResponse) ProtoMessage() {}
+
+func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
+func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListAgentsResponse) GetAgents() []*AgentInfo {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+type AgentInfo struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Banned   bool                   `protobuf:"varint,2,opt,name=banned,proto3" json:"banned,omitempty"`
+	Enrolled *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=enrolled,proto3" json:"enrolled,omitempty"`
+	// When it last got a certificate of its own.
+	LastSeen *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	// Sync streams that are open.
+	Connections uint32 `protobuf:"varint,5,opt,name=connections,proto3" json:"connections,omitempty"`
+	// Of the enrolled key, as people compare it.
+	KeyFingerprint string `protobuf:"bytes,6,opt,name=key_fingerprint,json=keyFingerprint,proto3" json:"key_fingerprint,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *AgentInfo) Reset() {
+	*x = AgentInfo{}
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentInfo) ProtoMessage() {}
+
+func (x *AgentInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentInfo.ProtoReflect.Descriptor instead.
+func (*AgentInfo) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AgentInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AgentInfo) GetBanned() bool {
+	if x != nil {
+		return x.Banned
+	}
+	return false
+}
+
+func (x *AgentInfo) GetEnrolled() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Enrolled
+	}
+	return nil
+}
+
+func (x *AgentInfo) GetLastSeen() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSeen
+	}
+	return nil
+}
+
+func (x *AgentInfo) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+func (x *AgentInfo) GetKeyFingerprint() string {
+	if x != nil {
+		return x.KeyFingerprint
+	}
+	return ""
+}
+
 var File_api_signet_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_api_signet_admin_v1_admin_proto_rawDesc = "" +
@@ -731,13 +1087,38 @@ const file_api_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\x18ListRegistrationsRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\"Z\n" +
 	"\x19ListRegistrationsResponse\x12=\n" +
-	"\rregistrations\x18\x01 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations2\x91\x04\n" +
+	"\rregistrations\x18\x01 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations\"'\n" +
+	"\x0fBanAgentRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\"K\n" +
+	"\x10BanAgentResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\x12\x1d\n" +
+	"\n" +
+	"not_stored\x18\x02 \x01(\tR\tnotStored\")\n" +
+	"\x11UnbanAgentRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\".\n" +
+	"\x12UnbanAgentResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\"\x13\n" +
+	"\x11ListAgentsRequest\"H\n" +
+	"\x12ListAgentsResponse\x122\n" +
+	"\x06agents\x18\x01 \x03(\v2\x1a.signet.admin.v1.AgentInfoR\x06agents\"\xf3\x01\n" +
+	"\tAgentInfo\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06banned\x18\x02 \x01(\bR\x06banned\x126\n" +
+	"\benrolled\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\benrolled\x127\n" +
+	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12 \n" +
+	"\vconnections\x18\x05 \x01(\rR\vconnections\x12'\n" +
+	"\x0fkey_fingerprint\x18\x06 \x01(\tR\x0ekeyFingerprint2\x90\x06\n" +
 	"\x05Admin\x12d\n" +
 	"\x0fCreateJoinToken\x12'.signet.admin.v1.CreateJoinTokenRequest\x1a(.signet.admin.v1.CreateJoinTokenResponse\x12a\n" +
 	"\x0eListJoinTokens\x12&.signet.admin.v1.ListJoinTokensRequest\x1a'.signet.admin.v1.ListJoinTokensResponse\x12d\n" +
 	"\x0fRevokeJoinToken\x12'.signet.admin.v1.RevokeJoinTokenRequest\x1a(.signet.admin.v1.RevokeJoinTokenResponse\x12m\n" +
 	"\x12ApplyRegistrations\x12*.signet.admin.v1.ApplyRegistrationsRequest\x1a+.signet.admin.v1.ApplyRegistrationsResponse\x12j\n" +
-	"\x11ListRegistrations\x12).signet.admin.v1.ListRegistrationsRequest\x1a*.signet.admin.v1.ListRegistrationsResponseB9Z7github.com/signet-ca/signet/api/signet/admin/v1;adminv1b\x06proto3"
+	"\x11ListRegistrations\x12).signet.admin.v1.ListRegistrationsRequest\x1a*.signet.admin.v1.ListRegistrationsResponse\x12O\n" +
+	"\bBanAgent\x12 .signet.admin.v1.BanAgentRequest\x1a!.signet.admin.v1.BanAgentResponse\x12U\n" +
+	"\n" +
+	"UnbanAgent\x12\".signet.admin.v1.UnbanAgentRequest\x1a#.signet.admin.v1.UnbanAgentResponse\x12U\n" +
+	"\n" +
+	"ListAgents\x12\".signet.admin.v1.ListAgentsRequest\x1a#.signet.admin.v1.ListAgentsResponseB9Z7github.com/signet-ca/signet/api/signet/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_api_signet_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -752,7 +1133,7 @@ func file_api_signet_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_api_signet_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_api_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_api_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_api_signet_admin_v1_admin_proto_goTypes = []any{
 	(RegistrationChange_Action)(0),     // 0: signet.admin.v1.RegistrationChange.Action
 	(*CreateJoinTokenRequest)(nil),     // 1: signet.admin.v1.CreateJoinTokenRequest
@@ -767,39 +1148,55 @@ var file_api_signet_admin_v1_admin_proto_goTypes = []any{
 	(*RegistrationChange)(nil),         // 10: signet.admin.v1.RegistrationChange
 	(*ListRegistrationsRequest)(nil),   // 11: signet.admin.v1.ListRegistrationsRequest
 	(*ListRegistrationsResponse)(nil),  // 12: signet.admin.v1.ListRegistrationsResponse
-	(*durationpb.Duration)(nil),        // 13: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 14: google.protobuf.Timestamp
-	(*v1.Registration)(nil),            // 15: signet.v1.Registration
+	(*BanAgentRequest)(nil),            // 13: signet.admin.v1.BanAgentRequest
+	(*BanAgentResponse)(nil),           // 14: signet.admin.v1.BanAgentResponse
+	(*UnbanAgentRequest)(nil),          // 15: signet.admin.v1.UnbanAgentRequest
+	(*UnbanAgentResponse)(nil),         // 16: signet.admin.v1.UnbanAgentResponse
+	(*ListAgentsRequest)(nil),          // 17: signet.admin.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 18: signet.admin.v1.ListAgentsResponse
+	(*AgentInfo)(nil),                  // 19: signet.admin.v1.AgentInfo
+	(*durationpb.Duration)(nil),        // 20: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 21: google.protobuf.Timestamp
+	(*v1.Registration)(nil),            // 22: signet.v1.Registration
 }
 var file_api_signet_admin_v1_admin_proto_depIdxs = []int32{
-	13, // 0: signet.admin.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	20, // 0: signet.admin.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
 	5,  // 1: signet.admin.v1.CreateJoinTokenResponse.info:type_name -> signet.admin.v1.JoinTokenInfo
 	5,  // 2: signet.admin.v1.ListJoinTokensResponse.tokens:type_name -> signet.admin.v1.JoinTokenInfo
-	14, // 3: signet.admin.v1.JoinTokenInfo.created:type_name -> google.protobuf.Timestamp
-	14, // 4: signet.admin.v1.JoinTokenInfo.expires:type_name -> google.protobuf.Timestamp
-	14, // 5: signet.admin.v1.JoinTokenInfo.used:type_name -> google.protobuf.Timestamp
-	14, // 6: signet.admin.v1.JoinTokenInfo.revoked:type_name -> google.protobuf.Timestamp
-	15, // 7: signet.admin.v1.ApplyRegistrationsRequest.registrations:type_name -> signet.v1.Registration
+	21, // 3: signet.admin.v1.JoinTokenInfo.created:type_name -> google.protobuf.Timestamp
+	21, // 4: signet.admin.v1.JoinTokenInfo.expires:type_name -> google.protobuf.Timestamp
+	21, // 5: signet.admin.v1.JoinTokenInfo.used:type_name -> google.protobuf.Timestamp
+	21, // 6: signet.admin.v1.JoinTokenInfo.revoked:type_name -> google.protobuf.Timestamp
+	22, // 7: signet.admin.v1.ApplyRegistrationsRequest.registrations:type_name -> signet.v1.Registration
 	10, // 8: signet.admin.v1.ApplyRegistrationsResponse.changes:type_name -> signet.admin.v1.RegistrationChange
 	0,  // 9: signet.admin.v1.RegistrationChange.action:type_name -> signet.admin.v1.RegistrationChange.Action
-	15, // 10: signet.admin.v1.RegistrationChange.before:type_name -> signet.v1.Registration
-	15, // 11: signet.admin.v1.RegistrationChange.after:type_name -> signet.v1.Registration
-	15, // 12: signet.admin.v1.ListRegistrationsResponse.registrations:type_name -> signet.v1.Registration
-	1,  // 13: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
-	3,  // 14: signet.admin.v1.Admin.ListJoinTokens:input_type -> signet.admin.v1.ListJoinTokensRequest
-	6,  // 15: signet.admin.v1.Admin.RevokeJoinToken:input_type -> signet.admin.v1.RevokeJoinTokenRequest
-	8,  // 16: signet.admin.v1.Admin.ApplyRegistrations:input_type -> signet.admin.v1.ApplyRegistrationsRequest
-	11, // 17: signet.admin.v1.Admin.ListRegistrations:input_type -> signet.admin.v1.ListRegistrationsRequest
-	2,  // 18: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
-	4,  // 19: signet.admin.v1.Admin.ListJoinTokens:output_type -> signet.admin.v1.ListJoinTokensResponse
-	7,  // 20: signet.admin.v1.Admin.RevokeJoinToken:output_type -> signet.admin.v1.RevokeJoinTokenResponse
-	9,  // 21: signet.admin.v1.Admin.ApplyRegistrations:output_type -> signet.admin.v1.ApplyRegistrationsResponse
-	12, // 22: signet.admin.v1.Admin.ListRegistrations:output_type -> signet.admin.v1.ListRegistrationsResponse
-	18, // [18:23] is the sub-list for method output_type
-	13, // [13:18] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	22, // 10: signet.admin.v1.RegistrationChange.before:type_name -> signet.v1.Registration
+	22, // 11: signet.admin.v1.RegistrationChange.after:type_name -> signet.v1.Registration
+	22, // 12: signet.admin.v1.ListRegistrationsResponse.registrations:type_name -> signet.v1.Registration
+	19, // 13: signet.admin.v1.ListAgentsResponse.agents:type_name -> signet.admin.v1.AgentInfo
+	21, // 14: signet.admin.v1.AgentInfo.enrolled:type_name -> google.protobuf.Timestamp
+	21, // 15: signet.admin.v1.AgentInfo.last_seen:type_name -> google.protobuf.Timestamp
+	1,  // 16: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
+	3,  // 17: signet.admin.v1.Admin.ListJoinTokens:input_type -> signet.admin.v1.ListJoinTokensRequest
+	6,  // 18: signet.admin.v1.Admin.RevokeJoinToken:input_type -> signet.admin.v1.RevokeJoinTokenRequest
+	8,  // 19: signet.admin.v1.Admin.ApplyRegistrations:input_type -> signet.admin.v1.ApplyRegistrationsRequest
+	11, // 20: signet.admin.v1.Admin.ListRegistrations:input_type -> signet.admin.v1.ListRegistrationsRequest
+	13, // 21: signet.admin.v1.Admin.BanAgent:input_type -> signet.admin.v1.BanAgentRequest
+	15, // 22: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
+	17, // 23: signet.admin.v1.Admin.ListAgents:input_type -> signet.admin.v1.ListAgentsRequest
+	2,  // 24: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
+	4,  // 25: signet.admin.v1.Admin.ListJoinTokens:output_type -> signet.admin.v1.ListJoinTokensResponse
+	7,  // 26: signet.admin.v1.Admin.RevokeJoinToken:output_type -> signet.admin.v1.RevokeJoinTokenResponse
+	9,  // 27: signet.admin.v1.Admin.ApplyRegistrations:output_type -> signet.admin.v1.ApplyRegistrationsResponse
+	12, // 28: signet.admin.v1.Admin.ListRegistrations:output_type -> signet.admin.v1.ListRegistrationsResponse
+	14, // 29: signet.admin.v1.Admin.BanAgent:output_type -> signet.admin.v1.BanAgentResponse
+	16, // 30: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
+	18, // 31: signet.admin.v1.Admin.ListAgents:output_type -> signet.admin.v1.ListAgentsResponse
+	24, // [24:32] is the sub-list for method output_type
+	16, // [16:24] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_admin_proto_init() }
@@ -813,7 +1210,7 @@ func file_api_signet_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_admin_v1_admin_proto_rawDesc), len(file_api_signet_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -37,6 +37,8 @@ type Entry struct {
 	//	*Entry_JoinTokenUsed
 	//	*Entry_JoinTokenRevoked
 	//	*Entry_AgentEnrolled
+	//	*Entry_AgentBanned
+	//	*Entry_AgentUnbanned
 	Event         isEntry_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -158,6 +160,24 @@ func (x *Entry) GetAgentEnrolled() *AgentEnrolled {
 	return nil
 }
 
+func (x *Entry) GetAgentBanned() *AgentBanned {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_AgentBanned); ok {
+			return x.AgentBanned
+		}
+	}
+	return nil
+}
+
+func (x *Entry) GetAgentUnbanned() *AgentUnbanned {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_AgentUnbanned); ok {
+			return x.AgentUnbanned
+		}
+	}
+	return nil
+}
+
 type isEntry_Event interface {
 	isEntry_Event()
 }
@@ -197,6 +217,14 @@ type Entry_AgentEnrolled struct {
 	AgentEnrolled *AgentEnrolled `protobuf:"bytes,9,opt,name=agent_enrolled,json=agentEnrolled,proto3,oneof"`
 }
 
+type Entry_AgentBanned struct {
+	AgentBanned *AgentBanned `protobuf:"bytes,10,opt,name=agent_banned,json=agentBanned,proto3,oneof"`
+}
+
+type Entry_AgentUnbanned struct {
+	AgentUnbanned *AgentUnbanned `protobuf:"bytes,11,opt,name=agent_unbanned,json=agentUnbanned,proto3,oneof"`
+}
+
 func (*Entry_CertificateIssued) isEntry_Event() {}
 
 func (*Entry_AuthorityCreated) isEntry_Event() {}
@@ -212,6 +240,10 @@ func (*Entry_JoinTokenUsed) isEntry_Event() {}
 func (*Entry_JoinTokenRevoked) isEntry_Event() {}
 
 func (*Entry_AgentEnrolled) isEntry_Event() {}
+
+func (*Entry_AgentBanned) isEntry_Event() {}
+
+func (*Entry_AgentUnbanned) isEntry_Event() {}
 
 // On whose word something happened.
 type Evidence struct {
@@ -795,11 +827,116 @@ func (x *AgentEnrolled) GetEvidence() *Evidence {
 	return nil
 }
 
+// From here on the agent is refused at every door.
+type AgentBanned struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Evidence      *Evidence              `protobuf:"bytes,2,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentBanned) Reset() {
+	*x = AgentBanned{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentBanned) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentBanned) ProtoMessage() {}
+
+func (x *AgentBanned) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentBanned.ProtoReflect.Descriptor instead.
+func (*AgentBanned) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *AgentBanned) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *AgentBanned) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+type AgentUnbanned struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Evidence      *Evidence              `protobuf:"bytes,2,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentUnbanned) Reset() {
+	*x = AgentUnbanned{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentUnbanned) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentUnbanned) ProtoMessage() {}
+
+func (x *AgentUnbanned) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentUnbanned.ProtoReflect.Descriptor instead.
+func (*AgentUnbanned) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *AgentUnbanned) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *AgentUnbanned) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
 var File_api_signet_audit_v1_entry_proto protoreflect.FileDescriptor
 
 const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\n" +
-	"\x1fapi/signet/audit/v1/entry.proto\x12\x0fsignet.audit.v1\"\xb7\x05\n" +
+	"\x1fapi/signet/audit/v1/entry.proto\x12\x0fsignet.audit.v1\"\xc3\x06\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04time\x18\x01 \x01(\x03R\x04time\x12S\n" +
 	"\x12certificate_issued\x18\x02 \x01(\v2\".signet.audit.v1.CertificateIssuedH\x00R\x11certificateIssued\x12P\n" +
@@ -809,7 +946,10 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\x12join_token_created\x18\x06 \x01(\v2!.signet.audit.v1.JoinTokenCreatedH\x00R\x10joinTokenCreated\x12H\n" +
 	"\x0fjoin_token_used\x18\a \x01(\v2\x1e.signet.audit.v1.JoinTokenUsedH\x00R\rjoinTokenUsed\x12Q\n" +
 	"\x12join_token_revoked\x18\b \x01(\v2!.signet.audit.v1.JoinTokenRevokedH\x00R\x10joinTokenRevoked\x12G\n" +
-	"\x0eagent_enrolled\x18\t \x01(\v2\x1e.signet.audit.v1.AgentEnrolledH\x00R\ragentEnrolledB\a\n" +
+	"\x0eagent_enrolled\x18\t \x01(\v2\x1e.signet.audit.v1.AgentEnrolledH\x00R\ragentEnrolled\x12A\n" +
+	"\fagent_banned\x18\n" +
+	" \x01(\v2\x1c.signet.audit.v1.AgentBannedH\x00R\vagentBanned\x12G\n" +
+	"\x0eagent_unbanned\x18\v \x01(\v2\x1e.signet.audit.v1.AgentUnbannedH\x00R\ragentUnbannedB\a\n" +
 	"\x05event\"\xdf\x01\n" +
 	"\bEvidence\x12\x16\n" +
 	"\x06caller\x18\x01 \x01(\tR\x06caller\x12\x12\n" +
@@ -851,7 +991,13 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x125\n" +
-	"\bevidence\x18\x03 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidenceB9Z7github.com/signet-ca/signet/api/signet/audit/v1;auditv1b\x06proto3"
+	"\bevidence\x18\x03 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"Z\n" +
+	"\vAgentBanned\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x125\n" +
+	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\\\n" +
+	"\rAgentUnbanned\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x125\n" +
+	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidenceB9Z7github.com/signet-ca/signet/api/signet/audit/v1;auditv1b\x06proto3"
 
 var (
 	file_api_signet_audit_v1_entry_proto_rawDescOnce sync.Once
@@ -865,7 +1011,7 @@ func file_api_signet_audit_v1_entry_proto_rawDescGZIP() []byte {
 	return file_api_signet_audit_v1_entry_proto_rawDescData
 }
 
-var file_api_signet_audit_v1_entry_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_api_signet_audit_v1_entry_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_api_signet_audit_v1_entry_proto_goTypes = []any{
 	(*Entry)(nil),               // 0: signet.audit.v1.Entry
 	(*Evidence)(nil),            // 1: signet.audit.v1.Evidence
@@ -877,6 +1023,8 @@ var file_api_signet_audit_v1_entry_proto_goTypes = []any{
 	(*JoinTokenUsed)(nil),       // 7: signet.audit.v1.JoinTokenUsed
 	(*JoinTokenRevoked)(nil),    // 8: signet.audit.v1.JoinTokenRevoked
 	(*AgentEnrolled)(nil),       // 9: signet.audit.v1.AgentEnrolled
+	(*AgentBanned)(nil),         // 10: signet.audit.v1.AgentBanned
+	(*AgentUnbanned)(nil),       // 11: signet.audit.v1.AgentUnbanned
 }
 var file_api_signet_audit_v1_entry_proto_depIdxs = []int32{
 	2,  // 0: signet.audit.v1.Entry.certificate_issued:type_name -> signet.audit.v1.CertificateIssued
@@ -887,18 +1035,22 @@ var file_api_signet_audit_v1_entry_proto_depIdxs = []int32{
 	7,  // 5: signet.audit.v1.Entry.join_token_used:type_name -> signet.audit.v1.JoinTokenUsed
 	8,  // 6: signet.audit.v1.Entry.join_token_revoked:type_name -> signet.audit.v1.JoinTokenRevoked
 	9,  // 7: signet.audit.v1.Entry.agent_enrolled:type_name -> signet.audit.v1.AgentEnrolled
-	1,  // 8: signet.audit.v1.CertificateIssued.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 9: signet.audit.v1.AuthorityCreated.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 10: signet.audit.v1.AuthorityInstalled.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 11: signet.audit.v1.RegistrationChanged.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 12: signet.audit.v1.JoinTokenCreated.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 13: signet.audit.v1.JoinTokenRevoked.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 14: signet.audit.v1.AgentEnrolled.evidence:type_name -> signet.audit.v1.Evidence
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	10, // 8: signet.audit.v1.Entry.agent_banned:type_name -> signet.audit.v1.AgentBanned
+	11, // 9: signet.audit.v1.Entry.agent_unbanned:type_name -> signet.audit.v1.AgentUnbanned
+	1,  // 10: signet.audit.v1.CertificateIssued.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 11: signet.audit.v1.AuthorityCreated.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 12: signet.audit.v1.AuthorityInstalled.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 13: signet.audit.v1.RegistrationChanged.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 14: signet.audit.v1.JoinTokenCreated.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 15: signet.audit.v1.JoinTokenRevoked.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 16: signet.audit.v1.AgentEnrolled.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 17: signet.audit.v1.AgentBanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 18: signet.audit.v1.AgentUnbanned.evidence:type_name -> signet.audit.v1.Evidence
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_audit_v1_entry_proto_init() }
@@ -915,6 +1067,8 @@ func file_api_signet_audit_v1_entry_proto_init() {
 		(*Entry_JoinTokenUsed)(nil),
 		(*Entry_JoinTokenRevoked)(nil),
 		(*Entry_AgentEnrolled)(nil),
+		(*Entry_AgentBanned)(nil),
+		(*Entry_AgentUnbanned)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -922,7 +1076,7 @@ func file_api_signet_audit_v1_entry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_audit_v1_entry_proto_rawDesc), len(file_api_signet_audit_v1_entry_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
