@@ -103,7 +103,7 @@ func (l loggedTokens) CreateToken(ctx context.Context, t identity.Token) error {
 	return l.TokenStore.CreateToken(ctx, t)
 }
 
-// ListJoinTokens lists every token ever made, newest first, without secrets.
+// ListJoinTokens lists the tokens, newest first, without secrets; those that ended long ago are forgotten (forgetTokens).
 func (s adminService) ListJoinTokens(ctx context.Context, _ *adminv1.ListJoinTokensRequest) (*adminv1.ListJoinTokensResponse, error) {
 	if _, err := s.evidence(ctx); err != nil {
 		return nil, err

@@ -30,7 +30,8 @@ const (
 	checkpointEvery = 10 * time.Second
 )
 
-// agentsService is the agent door: mutual TLS; the caller is the agent that the certificate names.
+// agentsService is the agent door: mutual TLS; the caller is the agent that the certificate names. Every call has passed
+// Server.admit.
 type agentsService struct {
 	signetv1.UnimplementedAgentsServer
 	*Server
@@ -38,7 +39,7 @@ type agentsService struct {
 
 // Issue answers each item by itself: each is authorised by itself, and all that are granted go to the log in one batch.
 func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*signetv1.IssueResponse, error) {
-	who, err := s.caller(ctx)
+	who, err := caller(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -111,7 +112,7 @@ func (s agentsService) itemRefused(ctx context.Context, agent string, err error)
 
 // Renew renews the agent's own control certificate.
 func (s agentsService) Renew(ctx context.Context, req *signetv1.RenewRequest) (*signetv1.RenewResponse, error) {
-	who, err := s.caller(ctx)
+	who, err := caller(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +125,7 @@ func (s agentsService) Renew(ctx context.Context, req *signetv1.RenewRequest) (*
 	if err != nil {
 		return nil, denied(err)
 	}
-	leaf, err := s.renewed(ctx, agent, grant)
+	leaf, err := s.give(ctx, agent, grant)
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +176,13 @@ func (ss *sessions) leave(n *session) {
 	}
 }
 
+// of returns how many streams an agent has open.
+func (ss *sessions) of(agent string) int {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return ss.per[agent]
+}
+
 // count returns how many streams are open, and on how many the agent has acknowledged this bundle.
 func (ss *sessions) count(b trust.Bundle) (open, acked int) {
 	ss.mu.Lock()
@@ -193,7 +201,7 @@ func (ss *sessions) count(b trust.Bundle) (open, acked int) {
 // is true at that moment, so a slow reader misses steps but never falls behind, and delays nobody else.
 func (s agentsService) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, signetv1.SyncResponse]) error {
 	ctx := stream.Context()
-	who, err := s.caller(ctx)
+	who, err := caller(ctx)
 	if err != nil {
 		return err
 	}

@@ -560,6 +560,8 @@ type Cluster struct {
 	BundleSequence uint64          `json:"bundle_sequence"`
 	LogVerifierKey string          `json:"log_verifier_key,omitempty"`
 	Authorities    []AuthorityInfo `json:"authorities"`
+	// RootCertificates are those that Roots names.
+	RootCertificates []*x509.Certificate `json:"-"`
 }
 
 // AuthorityInfo is one issuer, or one in the making.
@@ -573,14 +575,17 @@ type AuthorityInfo struct {
 	NotBefore      *time.Time `json:"not_before,omitempty"`
 	NotAfter       *time.Time `json:"not_after,omitempty"`
 	Fingerprint    string     `json:"fingerprint,omitempty"`
+	// Certificate is nil for one in the making; Ref names its key.
+	Certificate *x509.Certificate `json:"-"`
+	Ref         keystore.Ref      `json:"-"`
 }
 
-// Show reads a folder, also while a server works on it, and needs no key.
+// Show reads a folder, also while a server works on it or where nothing can be written, and needs no key.
 func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 	if _, err := os.Stat(databasePath(dir)); errors.Is(err, fs.ErrNotExist) {
 		return Cluster{}, fmt.Errorf("folder %s holds no cluster yet: make one with: signet cluster init", dir)
 	}
-	st, err := store.Open(ctx, store.Config{Path: databasePath(dir)})
+	st, err := store.Open(ctx, store.Config{Path: databasePath(dir), ReadOnly: true})
 	if err != nil {
 		return Cluster{}, err
 	}
@@ -598,12 +603,13 @@ func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 		return Cluster{}, err
 	}
 	for _, a := range authorities {
-		info := AuthorityInfo{ID: a.ID, Hierarchy: a.Hierarchy.String(), State: a.State, Key: a.Key.String()}
+		info := AuthorityInfo{ID: a.ID, Hierarchy: a.Hierarchy.String(), State: a.State, Key: a.Key.String(), Ref: a.Key}
 		if len(a.Chain) > 0 {
 			cert, err := x509.ParseCertificate(a.Chain[0])
 			if err != nil {
 				return Cluster{}, fmt.Errorf("stored certificate of %s can't be read: %w", a.ID, err)
 			}
+			info.Certificate = cert
 			info.KeyFingerprint, info.Subject = ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo), cert.Subject.String()
 			info.NotBefore, info.NotAfter, info.Fingerprint = &cert.NotBefore, &cert.NotAfter, ca.CertificateFingerprint(cert.Raw)
 			if a.Hierarchy == identity.ControlPlane {
@@ -620,7 +626,7 @@ func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 			return Cluster{}, err
 		}
 		if ok {
-			c.BundleSequence = b.Sequence()
+			c.BundleSequence, c.RootCertificates = b.Sequence(), b.Roots()
 			for _, r := range b.Roots() {
 				c.Roots = append(c.Roots, ca.CertificateFingerprint(r.Raw))
 			}

@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -17,20 +19,27 @@ import (
 )
 
 // directory is who may ask: what the store holds, copied to memory, so that no decision waits for a database.
-// It implements identity.Directory. Readers take the view that is current; writers come one at a time, and the store is
-// always written before the view is changed, so that memory never says more than the disk.
+// It implements identity.Directory. Readers take the view that is current; writers of the store come one at a time, and the
+// store is written before the view is changed, so that memory never allows more than the disk. A ban takes away, so it goes
+// the other way round: it is in memory at once and waits for no database.
 type directory struct {
 	store *store.Store
 
-	writing sync.Mutex
+	// writing has a place for the one who writes the store, which may take its time.
+	writing chan struct{}
 	current atomic.Pointer[view]
 
+	// mu is held while the view is replaced, never while the store is written.
 	mu sync.Mutex
 	// changed is closed at the next change of the view; nil while nobody waits.
 	changed chan struct{}
-	// seen is when each agent last had a certificate, where that is newer than the view.
-	seen map[string]time.Time
+	// given is when each agent last had a certificate and until when that is good, where that is newer than the view.
+	given map[string]given
+	// unstored are the agents whose ban the store may not hold yet.
+	unstored map[string]bool
 }
+
+type given struct{ at, notAfter time.Time }
 
 // view is immutable.
 type view struct {
@@ -54,7 +63,7 @@ func loadDirectory(ctx context.Context, st *store.Store) (*directory, error) {
 	for _, a := range agents {
 		v.agents[a.Name] = a
 	}
-	d := &directory{store: st, seen: map[string]time.Time{}}
+	d := &directory{store: st, writing: make(chan struct{}, 1), given: map[string]given{}, unstored: map[string]bool{}}
 	d.current.Store(v.withRegistrations(registrations, revision))
 	return d, nil
 }
@@ -104,8 +113,8 @@ func (d *directory) agent(name string) (store.Agent, bool) {
 	a, ok := d.current.Load().agents[name]
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if t := d.seen[name]; t.After(a.LastSeen) {
-		a.LastSeen = t
+	if g := d.given[name]; g.at.After(a.LastSeen) {
+		a.LastSeen, a.NotAfter = g.at, g.notAfter
 	}
 	return a, ok
 }
@@ -137,39 +146,144 @@ func (d *directory) bell() <-chan struct{} {
 	return d.changed
 }
 
-func (d *directory) swap(v *view) {
-	d.current.Store(v)
+// change replaces the view and rings. What f sees is what it replaces; it is called with mu held.
+func (d *directory) change(f func(v *view) *view) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.current.Store(f(d.current.Load()))
 	if d.changed != nil {
 		close(d.changed)
 		d.changed = nil
 	}
 }
 
-// putAgent stores an agent's row; of a row that exists it keeps the ban.
-func (d *directory) putAgent(ctx context.Context, a store.Agent) error {
-	d.writing.Lock()
-	defer d.writing.Unlock()
-	v := d.current.Load()
-	a.Banned = v.agents[a.Name].Banned
-	if err := d.store.PutAgent(ctx, a); err != nil {
-		return err
+// toWrite waits for the turn to write the store; the turn ends with the function that it returns.
+func (d *directory) toWrite(ctx context.Context) (done func(), err error) {
+	select {
+	case d.writing <- struct{}{}:
+		return func() { <-d.writing }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("the state database is busy: %w", ctx.Err())
 	}
+}
+
+// withAgent returns a view with this row; of a row that is there it keeps the ban.
+func (v *view) withAgent(a store.Agent) *view {
+	a.Banned = v.agents[a.Name].Banned
+	return v.with(a)
+}
+
+func (v *view) with(a store.Agent) *view {
 	next := *v
 	next.agents = maps.Clone(v.agents)
 	next.agents[a.Name] = a
-	d.swap(&next)
+	return &next
+}
+
+// putAgent stores an agent's row; of a row that exists it keeps the ban.
+func (d *directory) putAgent(ctx context.Context, a store.Agent) error {
+	done, err := d.toWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	a.Banned = d.current.Load().agents[a.Name].Banned
+	if err := d.store.PutAgent(ctx, a); err != nil {
+		return err
+	}
+	d.change(func(v *view) *view { return v.withAgent(a) })
 	return nil
 }
 
-// heard notes that an agent is getting a certificate. It is in memory at once and in the store when that can be reached.
-func (d *directory) heard(ctx context.Context, agent string, now time.Time) error {
+// agents returns all of them, by name, with when each last had a certificate.
+func (d *directory) agents() []store.Agent {
+	var all []store.Agent
+	for _, name := range slices.Sorted(maps.Keys(d.current.Load().agents)) {
+		a, _ := d.agent(name)
+		all = append(all, a)
+	}
+	return all
+}
+
+// ban refuses the agent from here on. It is in memory alone until storeBans has written it.
+func (d *directory) ban(name string) {
+	d.change(func(v *view) *view {
+		a, ok := v.agents[name]
+		if !ok {
+			return v
+		}
+		d.unstored[name] = true
+		a.Banned = true
+		return v.with(a)
+	})
+}
+
+// unstoredBans names the agents whose ban the store may not hold yet.
+func (d *directory) unstoredBans() []string {
 	d.mu.Lock()
-	d.seen[agent] = now
+	defer d.mu.Unlock()
+	return slices.Sorted(maps.Keys(d.unstored))
+}
+
+// storeBans writes the bans that are in memory alone.
+func (d *directory) storeBans(ctx context.Context) error {
+	done, err := d.toWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	for _, name := range d.unstoredBans() {
+		a, _ := d.agent(name)
+		if err := d.store.PutAgent(ctx, a); err != nil {
+			return err
+		}
+		d.mu.Lock()
+		delete(d.unstored, name)
+		d.mu.Unlock()
+	}
+	return nil
+}
+
+// errBannedAgain says that a ban came while another was being lifted. The ban stands.
+var errBannedAgain = errors.New("it was banned again meanwhile")
+
+// unban lifts a ban, in the store before in memory.
+func (d *directory) unban(ctx context.Context, name string) error {
+	done, err := d.toWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	a, _ := d.agent(name)
+	a.Banned = false
+	d.mu.Lock()
+	delete(d.unstored, name)
 	d.mu.Unlock()
-	d.writing.Lock()
-	defer d.writing.Unlock()
+	err = d.store.PutAgent(ctx, a)
+	d.change(func(v *view) *view {
+		if d.unstored[name] {
+			err = errors.Join(err, errBannedAgain)
+		}
+		if err != nil {
+			// What the store holds now is not known; it is written once more.
+			d.unstored[name] = true
+			return v
+		}
+		return v.with(a)
+	})
+	return err
+}
+
+// gave notes that an agent has got a certificate. It is in memory at once and in the store when that can be reached.
+func (d *directory) gave(ctx context.Context, agent string, g given) error {
+	d.mu.Lock()
+	d.given[agent] = g
+	d.mu.Unlock()
+	done, err := d.toWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	a, ok := d.agent(agent)
 	if !ok {
 		return nil
@@ -179,22 +293,26 @@ func (d *directory) heard(ctx context.Context, agent string, now time.Time) erro
 
 // applyRegistrations stores a change that was made upon the given revision.
 func (d *directory) applyRegistrations(ctx context.Context, base uint64, put []identity.Registration, del []string) error {
-	d.writing.Lock()
-	defer d.writing.Unlock()
+	done, err := d.toWrite(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	revision, err := d.store.ApplyRegistrations(ctx, base, put, del)
 	if err != nil {
 		return err
 	}
-	v := d.current.Load()
-	all := maps.Clone(v.registrations)
-	for _, name := range del {
-		delete(all, name)
-	}
-	for _, r := range put {
-		r.Revision = revision
-		all[r.Name] = r
-	}
-	d.swap(v.withRegistrations(slices.Collect(maps.Values(all)), revision))
+	d.change(func(v *view) *view {
+		all := maps.Clone(v.registrations)
+		for _, name := range del {
+			delete(all, name)
+		}
+		for _, r := range put {
+			r.Revision = revision
+			all[r.Name] = r
+		}
+		return v.withRegistrations(slices.Collect(maps.Values(all)), revision)
+	})
 	return nil
 }
 

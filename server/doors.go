@@ -24,7 +24,6 @@ import (
 
 // Limits on every door; grpc-go's own are open or absent.
 const (
-	maxStreams       = 100
 	maxHeaderBytes   = 16 << 10
 	handshakeTimeout = 5 * time.Second
 	// pingEvery is how often a peer may ping; Envoy and our agents do every 30 s.
@@ -39,39 +38,55 @@ type door struct {
 	name string
 	// maxMessage bounds what is received, in bytes.
 	maxMessage int
+	// streams bounds the calls under way on one connection: each may hold a message and a window of flow control.
+	streams uint32
 	// connections bounds what is open in all, perPeer from one address (all of a Unix socket's peers are one).
 	connections, perPeer int
+	// age a connection reaches before its peer is asked to come anew, so that nobody keeps a place for ever; 0 = any.
+	age time.Duration
 }
 
 var (
-	enrolDoor = door{name: "enrol", maxMessage: 64 << 10, connections: 512, perPeer: 64}
+	// Nobody is known here yet, and an agent comes with one request.
+	enrolDoor = door{name: "enrol", maxMessage: 64 << 10, streams: 4, connections: 512, perPeer: 64, age: 30 * time.Second}
 	// An Issue batch is 50 requests of 8 KiB with their selectors. Many agents may stand behind one address.
-	agentDoor = door{name: "agent", maxMessage: 1 << 20, connections: 16384, perPeer: 1024}
+	agentDoor = door{name: "agent", maxMessage: 1 << 20, streams: 100, connections: 16384, perPeer: 1024}
 	// Registrations are applied as one set. Only this user and root get here at all.
-	adminDoor = door{name: "admin", maxMessage: 16 << 20, connections: 64, perPeer: 64}
+	adminDoor = door{name: "admin", maxMessage: 16 << 20, streams: 100, connections: 64, perPeer: 64}
 	httpDoor  = door{name: "http", connections: 256, perPeer: 64}
 )
 
-// newGRPC makes a gRPC server with the limits of a door.
-func (s *Server) newGRPC(d door, creds credentials.TransportCredentials) *grpc.Server {
+// newGRPC makes a gRPC server with the limits of a door. Every call, of every service, is put before admit.
+func (s *Server) newGRPC(d door, creds credentials.TransportCredentials, admit func(context.Context) error) *grpc.Server {
 	return grpc.NewServer(
 		grpc.Creds(creds),
-		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxConcurrentStreams(d.streams),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxRecvMsgSize(d.maxMessage),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingEvery, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: idlePing, Timeout: pingTimeout}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: idlePing, Timeout: pingTimeout, MaxConnectionAge: d.age, MaxConnectionAgeGrace: pingTimeout,
+		}),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (_ any, err error) {
 			defer s.edge(ctx, d, &err)
+			if err := admit(ctx); err != nil {
+				return nil, err
+			}
 			return h(ctx, req)
 		}),
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
 			defer s.edge(ss.Context(), d, &err)
+			if err := admit(ss.Context()); err != nil {
+				return err
+			}
 			return h(srv, ss)
 		}),
 	)
 }
+
+// anybody admits whoever has passed the handshake.
+func anybody(context.Context) error { return nil }
 
 // refusal is what a peer hears (opaque) beside what the log hears (all of it).
 type refusal struct {
@@ -163,6 +178,11 @@ type limited struct {
 }
 
 func limit(l net.Listener, d door) *limited {
+	var files unix.Rlimit
+	// Half of the files this process may open: the log and the store need theirs.
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur/2 < uint64(d.connections) {
+		d.connections = int(files.Cur / 2)
+	}
 	return &limited{Listener: l, door: d, from: map[string]int{}}
 }
 

@@ -71,8 +71,9 @@ func TestEachDoorHasTheseMethodsAndNoMore(t *testing.T) {
 			"signet.v1.Agents/Issue", "signet.v1.Agents/Renew", "signet.v1.Agents/Sync",
 		},
 		"admin": {
-			"signet.admin.v1.Admin/ApplyRegistrations", "signet.admin.v1.Admin/CreateJoinToken", "signet.admin.v1.Admin/ListJoinTokens",
-			"signet.admin.v1.Admin/ListRegistrations", "signet.admin.v1.Admin/RevokeJoinToken",
+			"signet.admin.v1.Admin/ApplyRegistrations", "signet.admin.v1.Admin/BanAgent", "signet.admin.v1.Admin/CreateJoinToken",
+			"signet.admin.v1.Admin/ListAgents", "signet.admin.v1.Admin/ListJoinTokens", "signet.admin.v1.Admin/ListRegistrations",
+			"signet.admin.v1.Admin/RevokeJoinToken", "signet.admin.v1.Admin/UnbanAgent",
 		},
 	}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
@@ -1025,7 +1026,7 @@ func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
 		key, err := plainGenerate("")
 		must(t, err)
 		template := leafTemplate("spiffe://example.org/signet/cluster/east/agent/node-1")
-		m := mortalTLS{handshaken{leaf: sign(t, template, template, key.Public(), key)}, time.Now}
+		m := mortalTLS{handshaken{leaf: sign(t, template, template, key.Public(), key)}, time.Now, &agentConns{}}
 		_, _, err = m.ServerHandshake(here)
 		must(t, err)
 		ended := make(chan time.Time, 1)

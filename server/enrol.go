@@ -103,13 +103,13 @@ func (s enrolment) byToken(ctx context.Context, secret []byte, key identity.Publ
 		return "", nil, refuse(codes.Unavailable, "store_unavailable", "the token is spent but the agent could not be enrolled: ask for a new one", err)
 	}
 	s.log.Info("agent enrolled", "agent", agent, "token", node.TokenID())
-	leaf, err := s.issueOne(ctx, grant)
+	leaf, err := s.give(ctx, agent, grant)
 	return agent, leaf, err
 }
 
-// byEnrolledKey renews for an agent whose certificate has run out: its row must hold the key that signed the request. The
-// row tells when the agent was last heard of, and no certificate of it is younger than that, so the last one ended at most
-// a control certificate's life later.
+// byEnrolledKey renews for an agent whose certificate has run out: its row must hold the key that signed the request, and
+// its last certificate must not have ended too long ago. Where that end was not noted, a crash having come between, the
+// certificate is no younger than the row and so ended at most a control certificate's life later.
 func (s enrolment) byEnrolledKey(ctx context.Context, agent string, key identity.PublicKey) (*ca.Leaf, error) {
 	if err := identity.ParseName("agent", agent); err != nil {
 		return nil, refuse(codes.InvalidArgument, "invalid", "no evidence", err)
@@ -119,32 +119,32 @@ func (s enrolment) byEnrolledKey(ctx context.Context, agent string, key identity
 		return nil, denied(err)
 	}
 	row, _ := s.directory.agent(agent)
-	last := row.Enrolled
-	if row.LastSeen.After(last) {
-		last = row.LastSeen
+	last := row.NotAfter
+	if last.IsZero() {
+		last = row.Enrolled
+		if row.LastSeen.After(last) {
+			last = row.LastSeen
+		}
+		last = last.Add(s.config.ControlTTL)
 	}
-	if end := last.Add(s.config.ControlTTL + renewalGrace); s.now().After(end) {
+	if end := last.Add(renewalGrace); s.now().After(end) {
 		return nil, refuse(codes.PermissionDenied, "expired_too_long", "not allowed",
-			fmt.Errorf("agent %s was last heard of at %s, and its key was good for enrolment until %s: enrol it again with a join token", agent, stamp(last), stamp(end)))
+			fmt.Errorf("the last certificate of agent %s ended at %s, and its key was good for enrolment until %s: enrol it again with a join token", agent, stamp(last), stamp(end)))
 	}
-	return s.renewed(ctx, agent, grant)
+	return s.give(ctx, agent, grant)
 }
 
-// renewed notes, durably, that the agent has a new certificate, and makes it.
-func (s *Server) renewed(ctx context.Context, agent string, grant *identity.Grant) (*ca.Leaf, error) {
-	note, cancel := context.WithTimeout(ctx, noteTimeout)
-	defer cancel()
-	if err := s.directory.heard(note, agent, s.now()); err != nil {
-		// The certificate matters more than the note: without a store an agent must still be able to renew.
-		s.log.Warn("could not note when an agent was last heard of", "agent", agent, "err", err)
-	}
-	return s.issueOne(ctx, grant)
-}
-
-func (s *Server) issueOne(ctx context.Context, grant *identity.Grant) (*ca.Leaf, error) {
+// give makes an agent's certificate and notes, durably, until when it is good.
+func (s *Server) give(ctx context.Context, agent string, grant *identity.Grant) (*ca.Leaf, error) {
 	r := s.authority.Issue(ctx, []*identity.Grant{grant})[0]
 	if r.Err != nil {
 		return nil, s.notIssued(r.Err)
+	}
+	note, cancel := context.WithTimeout(ctx, noteTimeout)
+	defer cancel()
+	if err := s.directory.gave(note, agent, given{at: s.now(), notAfter: r.Leaf.NotAfter}); err != nil {
+		// The certificate matters more than the note: without a store an agent must still be able to renew.
+		s.log.Warn("could not note until when an agent's certificate is good", "agent", agent, "err", err)
 	}
 	return r.Leaf, nil
 }

@@ -14,8 +14,8 @@ import (
 // for most is decided from memory, so it alone must not take the server away from them.
 func (s *Server) checks(ctx context.Context) []health.Check {
 	all := []health.Check{
-		{Name: "store", Err: s.storeUp(ctx), Degraded: true},
-		{Name: "log", Err: s.audit.Usable()},
+		{Name: "store", Err: errors.Join(s.storeUp(ctx), s.bansStored()), Degraded: true},
+		{Name: "log", Err: s.audit.Ready()},
 	}
 	for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
 		issuer, ok := s.issuers.Snapshot().Active(h)

@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -93,14 +94,18 @@ type Server struct {
 	bundles    trust.Bundles
 	own        *ownCertificate
 	sessions   sessions
+	conns      agentConns
 	health     *grpchealth.Server
 	// enrolling has a place for each enrolment under way.
 	enrolling chan struct{}
+	// storing is the writing of bans that nobody waits for any more.
+	storing sync.WaitGroup
 	// applying is held while a set of registrations is logged and stored.
 	applying sync.Mutex
 
 	advertiseEnrol, advertiseAgents string
 	checkpointEvery                 time.Duration
+	upkeepEvery, banWait            time.Duration
 
 	// refusals bounds how many refusals are logged; unlogged counts the rest.
 	refusals *rate.Limiter
@@ -152,6 +157,7 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	}
 	s := &Server{
 		config: c, now: c.Now, log: c.Logger, stopping: make(chan struct{}), checkpointEvery: checkpointEvery,
+		upkeepEvery: upkeepEvery, banWait: banWait,
 		refusals: rate.NewLimiter(10, 50), health: grpchealth.NewServer(),
 		enrolling: make(chan struct{}, enrolments),
 	}
@@ -170,6 +176,9 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	ref, ok, err := s.store.Meta(ctx, logKeyFact)
 	if err != nil {
 		return nil, err
+	}
+	if _, err := os.Stat(LogDir(c.Dir)); !ok && err == nil {
+		return nil, fmt.Errorf("folder %s has a log that its state database does not know: the database was lost or replaced; restore it from its newest backup", c.Dir)
 	}
 	if !ok {
 		return nil, fmt.Errorf("folder %s has no log: the making of the cluster was interrupted; run signet cluster init again", c.Dir)
@@ -317,7 +326,7 @@ func (s *Server) openDoors() error {
 		return err
 	}
 	s.advertiseEnrol = advertised(c.AdvertiseEnrol, l)
-	r.grpc = s.newGRPC(enrolDoor, credentials.NewTLS(s.baseTLS()))
+	r.grpc = s.newGRPC(enrolDoor, credentials.NewTLS(s.baseTLS()), anybody)
 	signetv1.RegisterEnrolmentServer(r.grpc, enrolment{Server: s})
 
 	l, err = listenTCP("agents", c.Agents, agentDoor)
@@ -325,7 +334,7 @@ func (s *Server) openDoors() error {
 		return err
 	}
 	s.advertiseAgents = advertised(c.AdvertiseAgents, l)
-	r.grpc = s.newGRPC(agentDoor, mortalTLS{credentials.NewTLS(s.agentTLS()), s.now})
+	r.grpc = s.newGRPC(agentDoor, mortalTLS{credentials.NewTLS(s.agentTLS()), s.now, &s.conns}, s.admit)
 	signetv1.RegisterAgentsServer(r.grpc, agentsService{Server: s})
 	healthv1.RegisterHealthServer(r.grpc, s.health)
 
@@ -333,7 +342,7 @@ func (s *Server) openDoors() error {
 	if r, err = add(adminDoor, l, err); err != nil {
 		return err
 	}
-	r.grpc = s.newGRPC(adminDoor, localPeers{})
+	r.grpc = s.newGRPC(adminDoor, localPeers{}, anybody)
 	adminv1.RegisterAdminServer(r.grpc, adminService{Server: s})
 
 	if c.HTTP != "" {
@@ -371,6 +380,7 @@ func (s *Server) Run(ctx context.Context) error {
 		})
 	}
 	work.Go(func() { s.own.keep(ctx) })
+	work.Go(func() { s.upkeep(ctx) })
 	doors := s.Doors()
 	s.log.Info("server is ready", "trust_domain", s.config.TrustDomain.Name(), "cluster", s.config.Cluster, "instance", s.config.Instance,
 		"enrol", doors.Enrol, "agents", doors.Agents, "http", doors.HTTP, "admin", doors.Admin)
@@ -379,6 +389,8 @@ func (s *Server) Run(ctx context.Context) error {
 	s.log.Info("server is stopping")
 	s.stop()
 	work.Wait()
+	s.storing.Wait()
+	_ = s.storeBans(context.Background()) // logged
 	err := s.closeAll()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
 		err = errors.Join(cause, err)

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -64,7 +65,52 @@ func (s *Server) verifyAgent(certs []*x509.Certificate) error {
 // renewed comes back with the new one. What the certificate says is read once for all calls of the connection.
 type mortalTLS struct {
 	credentials.TransportCredentials
-	now func() time.Time
+	now  func() time.Time
+	open *agentConns
+}
+
+// agentConns are the connections of agents that are open.
+type agentConns struct {
+	mu   sync.Mutex
+	open map[string]map[net.Conn]struct{}
+}
+
+// maxAgentConns of one agent: the one it uses, the one it moves to with a new certificate, and those that died without a word.
+const maxAgentConns = 32
+
+// enter reports whether there was room for one more.
+func (a *agentConns) enter(agent string, c net.Conn) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.open[agent]) >= maxAgentConns {
+		return false
+	}
+	if a.open == nil {
+		a.open = map[string]map[net.Conn]struct{}{}
+	}
+	if a.open[agent] == nil {
+		a.open[agent] = map[net.Conn]struct{}{}
+	}
+	a.open[agent][c] = struct{}{}
+	return true
+}
+
+func (a *agentConns) leave(agent string, c net.Conn) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.open[agent], c)
+	if len(a.open[agent]) == 0 {
+		delete(a.open, agent)
+	}
+}
+
+// cut closes, after a moment in which its calls can still be answered, what an agent has open now.
+func (a *agentConns) cut(agent string, moment time.Duration) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for c := range a.open[agent] {
+		time.AfterFunc(moment, func() { c.Close() })
+	}
 }
 
 // agentInfo is what the handshake has proved.
@@ -93,39 +139,52 @@ func (m mortalTLS) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	if err != nil {
 		return fail(err)
 	}
+	if !m.open.enter(name.Name, raw) {
+		return fail(fmt.Errorf("agent %s has %d connections open", name.Name, maxAgentConns))
+	}
 	timer := time.AfterFunc(leaf.NotAfter.Sub(m.now()), func() { raw.Close() })
-	return &timedConn{Conn: c, timer: timer}, agentInfo{TLSInfo: t, name: name.Name, spki: leaf.RawSubjectPublicKeyInfo, notAfter: leaf.NotAfter}, nil
+	gone := sync.OnceFunc(func() {
+		timer.Stop()
+		m.open.leave(name.Name, raw)
+	})
+	return &timedConn{Conn: c, gone: gone}, agentInfo{TLSInfo: t, name: name.Name, spki: leaf.RawSubjectPublicKeyInfo, notAfter: leaf.NotAfter}, nil
 }
 
 func (m mortalTLS) Clone() credentials.TransportCredentials {
-	return mortalTLS{m.TransportCredentials.Clone(), m.now}
+	return mortalTLS{m.TransportCredentials.Clone(), m.now, m.open}
 }
 
 type timedConn struct {
 	net.Conn
-	timer *time.Timer
+	gone func()
 }
 
 func (c *timedConn) Close() error {
-	c.timer.Stop()
+	c.gone()
 	return c.Conn.Close()
 }
 
-// caller is the agent behind a call on the agent door: by the certificate that the handshake verified, again by the
-// clock, and by its row.
-func (s *Server) caller(ctx context.Context) (agentInfo, error) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
+// admit stands before every call on the agent door, of whatever service: the caller is an agent by the certificate that the
+// handshake verified, again by the clock, and by its row.
+func (s *Server) admit(ctx context.Context) error {
+	who, err := caller(ctx)
+	if err != nil {
+		return err
 	}
-	info, ok := p.AuthInfo.(agentInfo)
-	if !ok {
-		return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
+	if now := s.now(); now.After(who.notAfter) {
+		return refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", fmt.Errorf("the certificate of agent %s expired at %s", who.name, stamp(who.notAfter)))
 	}
-	if now := s.now(); now.After(info.notAfter) {
-		return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", fmt.Errorf("the certificate of agent %s expired at %s", info.name, stamp(info.notAfter)))
+	return s.standing(who)
+}
+
+// caller is the agent behind a call that was admitted.
+func caller(ctx context.Context) (agentInfo, error) {
+	if p, ok := peer.FromContext(ctx); ok {
+		if who, ok := p.AuthInfo.(agentInfo); ok {
+			return who, nil
+		}
 	}
-	return info, s.standing(info)
+	return agentInfo{}, refuse(codes.Unauthenticated, "bad_certificate", "not authenticated", nil)
 }
 
 // standing refuses an agent that is not enrolled (any more), is banned, or has enrolled anew with another key since.

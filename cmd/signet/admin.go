@@ -33,10 +33,18 @@ func (c *cli) admin(ctx context.Context, configFile string, call func(context.Co
 	if err != nil {
 		return err
 	}
-	var dialer net.Dialer
-	dial := func(ctx context.Context, _ string) (net.Conn, error) {
-		return dialer.DialContext(ctx, "unix", cfg.AdminSocket)
+	conn, err := dialAdmin(ctx, cfg.AdminSocket, "server", "signet serve --config "+configFile)
+	if err != nil {
+		return err
 	}
+	defer conn.Close()
+	return answered(call(ctx, adminv1.NewAdminClient(conn)))
+}
+
+// dialAdmin connects to the admin socket of a server or an agent, which start starts.
+func dialAdmin(ctx context.Context, socket, what, start string) (*grpc.ClientConn, error) {
+	var dialer net.Dialer
+	dial := func(ctx context.Context, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", socket) }
 	// Tried once by hand, because the reason for which gRPC could not connect is hard to read.
 	probe, err := dial(ctx, "")
 	if err != nil {
@@ -44,18 +52,13 @@ func (c *cli) admin(ctx context.Context, configFile string, call func(context.Co
 		if errors.As(err, &op) {
 			err = op.Err
 		}
-		return fmt.Errorf("no server answers on %s (%w): start it with: signet serve --config %s", cfg.AdminSocket, err, configFile)
+		return nil, fmt.Errorf("no %s answers on %s (%w): start it with: %s", what, socket, err, start)
 	}
 	probe.Close()
-	conn, err := grpc.NewClient("passthrough:///admin",
+	return grpc.NewClient("passthrough:///admin",
 		// The socket's folder and mode say who is there.
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dial),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	return answered(call(ctx, adminv1.NewAdminClient(conn)))
 }
 
 // answered tells the server's "no" from "could not tell".

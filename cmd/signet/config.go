@@ -18,7 +18,6 @@ func (c *cli) configCommand() *cobra.Command {
 		Long: `A server and an agent are each configured by one YAML file. It is read strictly: a key that is not known is refused,
 not passed over. Whether a file is a server's or an agent's is told from its keys.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(c.configViewCommand(), c.configValidateCommand())
 	return cmd

@@ -132,7 +132,8 @@ func (c *cli) joinTokenListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list --config FILE",
 		Short: "List the join tokens, newest first",
-		Long:  "Lists every join token that was ever made, newest first. Their secrets are not kept anywhere.",
+		Long: `Lists the join tokens, newest first, up to 30 days after they were used, revoked or expired; all that were ever made
+are in the log (signet log find --kind join-token-created). Their secrets are not kept anywhere.`,
 		Example: `  signet join-token list --config east.yaml
   signet join-token list --config east.yaml -o json`,
 		Args: cobra.NoArgs,

@@ -82,12 +82,13 @@ one shared root, renews everything ahead of expiry, and can prove afterwards wha
 		c.registrationCommand(),
 		c.svidCommand(),
 		c.logCommand(),
+		c.checkCommand(),
 		c.configCommand(),
 		c.versionCommand(),
 		exitCodesTopic(),
 	)
 	for _, group := range root.Commands() {
-		if group.HasSubCommands() {
+		if group.HasSubCommands() && !group.Runnable() {
 			group.Args, group.RunE = onlySubcommands, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 		}
 	}

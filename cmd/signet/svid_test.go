@@ -141,7 +141,10 @@ func (w *svidWorld) Attest(context.Context, net.Conn) (sds.View, error) { return
 func (w *svidWorld) Identities() []spiffeid.ID                          { return []spiffeid.ID{svidID} }
 
 func (w *svidWorld) TrustDomain() spiffeid.TrustDomain { return svidID.TrustDomain() }
-func (w *svidWorld) Close()                            {}
+func (w *svidWorld) TrustDomains() []spiffeid.TrustDomain {
+	return []spiffeid.TrustDomain{svidID.TrustDomain()}
+}
+func (w *svidWorld) Close() {}
 
 func (w *svidWorld) SVID(spiffeid.ID) *sds.SVID {
 	w.mu.Lock()

@@ -26,7 +26,7 @@ var migrations embed.FS
 const busyTimeout = "5000"
 
 // Open opens the state database, makes it when it is not there, and brings its schema up to date. It refuses a file that
-// others may read, one that is damaged, and one of a newer Signet.
+// others may read, one that is damaged, and one of a newer Signet. With Config.ReadOnly it changes nothing.
 func Open(ctx context.Context, c Config) (*Store, error) {
 	if c.Path == "" {
 		return nil, errors.New("state database: no path is given")
@@ -38,6 +38,9 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	logger := c.Logger
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
+	}
+	if c.ReadOnly {
+		return openReadOnly(ctx, path)
 	}
 	if err := ownFile(path); err != nil {
 		return nil, err
@@ -58,6 +61,56 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		return nil, err
 	}
 	return &Store{db: db, path: path}, nil
+}
+
+// openReadOnly opens a database that may lie on read-only media or belong to somebody else.
+func openReadOnly(ctx context.Context, path string) (*Store, error) {
+	values := url.Values{"mode": {"ro"}, "_pragma": {"busy_timeout(" + busyTimeout + ")", "query_only(1)", "trusted_schema(0)"}}
+	// A file without a write-ahead log is at rest and whole; as immutable it needs no lock file beside it, for which a
+	// read-only file system has no place. Whoever works on a database has such a log beside it.
+	if _, err := os.Lstat(path + "-wal"); errors.Is(err, fs.ErrNotExist) {
+		values.Set("immutable", "1")
+	}
+	switch info, err := os.Lstat(path); {
+	case err != nil:
+		return nil, fmt.Errorf("state database %s can't be read: %w", path, err)
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("state database %s is not a regular file: give the path of the file itself", path)
+	}
+	dsn := url.URL{Scheme: "file", Path: path, RawQuery: values.Encode()}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err != nil {
+		return nil, failed(path, "open it", err)
+	}
+	db.SetMaxOpenConns(1)
+	if err := legible(ctx, db, path); err != nil {
+		_ = db.Close() // err says more
+		return nil, err
+	}
+	return &Store{db: db, path: path}, nil
+}
+
+// legible checks the file and that its schema is one that this Signet reads.
+func legible(ctx context.Context, db *sql.DB, path string) error {
+	if err := sound(ctx, db, path); err != nil {
+		return err
+	}
+	p, err := provider(db)
+	if err != nil {
+		return err
+	}
+	var current int64
+	if err := db.QueryRowContext(ctx, `SELECT COALESCE(MAX(version_id), 0) FROM goose_db_version`).Scan(&current); err != nil {
+		return failed(path, "read the version of its schema", err)
+	}
+	sources := p.ListSources()
+	switch target := sources[len(sources)-1].Version; {
+	case current > target:
+		return newer(path, current, target)
+	case current < target:
+		return fmt.Errorf("state database %s has schema %d and this signet reads schema %d: start the server on it once, which brings it up to date, or read it with the signet that wrote it", path, current, target)
+	}
+	return nil
 }
 
 // ownFile makes the database file or checks the one that is there. The journal files that SQLite puts beside it get its mode.
@@ -91,28 +144,19 @@ func ownFile(path string) error {
 
 // prepare checks the file and brings the schema up to date.
 func prepare(ctx context.Context, db *sql.DB, path string, logger *slog.Logger) error {
-	// The whole file is read once: state decides who may have which name, and half of it is worse than none.
-	var verdict string
-	if err := db.QueryRowContext(ctx, `PRAGMA quick_check(1)`).Scan(&verdict); err != nil {
-		return failed(path, "check it", err)
+	if err := sound(ctx, db, path); err != nil {
+		return err
 	}
-	if verdict != "ok" {
-		return damaged(path, fmt.Errorf("%.200s", strings.Join(strings.Fields(verdict), " ")))
-	}
-	files, err := fs.Sub(migrations, "migrations")
+	p, err := provider(db)
 	if err != nil {
-		return fmt.Errorf("state database: embedded migrations: %w", err)
-	}
-	p, err := goose.NewProvider(goose.DialectSQLite3, db, files, goose.WithDisableGlobalRegistry(true), goose.WithLogger(goose.NopLogger()))
-	if err != nil {
-		return fmt.Errorf("state database: embedded migrations: %w", err)
+		return err
 	}
 	current, target, err := p.GetVersions(ctx)
 	if err != nil {
 		return failed(path, "read the version of its schema", err)
 	}
 	if current > target {
-		return fmt.Errorf("state database %s has schema %d and this signet knows schemas up to %d: run the newer signet that wrote it, or restore a backup from before the upgrade", path, current, target)
+		return newer(path, current, target)
 	}
 	done, err := p.Up(ctx)
 	if err != nil {
@@ -122,6 +166,35 @@ func prepare(ctx context.Context, db *sql.DB, path string, logger *slog.Logger) 
 		logger.InfoContext(ctx, "state database brought up to date", "path", path, "from", current, "to", target)
 	}
 	return nil
+}
+
+func newer(path string, current, target int64) error {
+	return fmt.Errorf("state database %s has schema %d and this signet knows schemas up to %d: run the newer signet that wrote it, or restore a backup from before the upgrade", path, current, target)
+}
+
+// sound reads the whole file once: state decides who may have which name, and half of it is worse than none.
+func sound(ctx context.Context, db *sql.DB, path string) error {
+	var verdict string
+	if err := db.QueryRowContext(ctx, `PRAGMA quick_check(1)`).Scan(&verdict); err != nil {
+		return failed(path, "check it", err)
+	}
+	if verdict != "ok" {
+		return damaged(path, fmt.Errorf("%.200s", strings.Join(strings.Fields(verdict), " ")))
+	}
+	return nil
+}
+
+// provider is the migrations that this binary carries.
+func provider(db *sql.DB) (*goose.Provider, error) {
+	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return nil, fmt.Errorf("state database: embedded migrations: %w", err)
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, db, files, goose.WithDisableGlobalRegistry(true), goose.WithLogger(goose.NopLogger()))
+	if err != nil {
+		return nil, fmt.Errorf("state database: embedded migrations: %w", err)
+	}
+	return p, nil
 }
 
 func damaged(path string, err error) error {

@@ -29,8 +29,11 @@ import (
 // Config says where the state is.
 type Config struct {
 	// Path of the database file; it is made, with mode 0600, when it does not exist. Its folder must.
-	Path   string
-	Logger *slog.Logger
+	Path string
+	// ReadOnly opens a file that is there, also on a file system that can't be written to, beside a server that works on
+	// it, or one that belongs to somebody else. Nothing is changed, the schema neither.
+	ReadOnly bool
+	Logger   *slog.Logger
 }
 
 // Store is a cluster's state. Its methods may be called at the same time.
@@ -56,6 +59,8 @@ type Agent struct {
 	identity.AgentRow
 	// LastSeen is zero for an agent that was never seen after it enrolled.
 	Enrolled, LastSeen time.Time
+	// NotAfter is the end of the newest certificate it was given, zero if none was noted.
+	NotAfter time.Time
 }
 
 // Authority is an issuer, or one in the making: its key, its request and what was signed.
@@ -133,14 +138,14 @@ func (s *Store) Agents(ctx context.Context) ([]Agent, error) {
 		return query(ctx, tx, func(scan func(...any) error) error {
 			var a Agent
 			var enrolled int64
-			var seen sql.NullInt64
-			if err := scan(&a.Name, &a.SPKI, &a.Banned, &enrolled, &seen); err != nil {
+			var seen, end sql.NullInt64
+			if err := scan(&a.Name, &a.SPKI, &a.Banned, &enrolled, &seen, &end); err != nil {
 				return err
 			}
-			a.Enrolled, a.LastSeen = fromNano(enrolled), fromNullNano(seen)
+			a.Enrolled, a.LastSeen, a.NotAfter = fromNano(enrolled), fromNullNano(seen), fromNullNano(end)
 			all = append(all, a)
 			return nil
-		}, `SELECT name, spki, banned, enrolled, last_seen FROM agents ORDER BY name`)
+		}, `SELECT name, spki, banned, enrolled, last_seen, not_after FROM agents ORDER BY name`)
 	})
 	return all, err
 }
@@ -155,10 +160,10 @@ func (s *Store) PutAgent(ctx context.Context, a Agent) error {
 		return fmt.Errorf("agent %s: a row needs the enrolled key and the time of enrolment", a.Name)
 	}
 	return s.write(ctx, "keep agent "+a.Name, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `INSERT INTO agents (name, spki, banned, enrolled, last_seen) VALUES ($1, $2, $3, $4, $5)
+		_, err := tx.ExecContext(ctx, `INSERT INTO agents (name, spki, banned, enrolled, last_seen, not_after) VALUES ($1, $2, $3, $4, $5, $6)
 			ON CONFLICT (name) DO UPDATE SET spki = excluded.spki, banned = excluded.banned,
-				enrolled = excluded.enrolled, last_seen = excluded.last_seen`,
-			a.Name, a.SPKI, a.Banned, a.Enrolled.UnixNano(), toNullNano(a.LastSeen))
+				enrolled = excluded.enrolled, last_seen = excluded.last_seen, not_after = excluded.not_after`,
+			a.Name, a.SPKI, a.Banned, a.Enrolled.UnixNano(), toNullNano(a.LastSeen), toNullNano(a.NotAfter))
 		return err
 	})
 }
@@ -384,7 +389,22 @@ func (s *Store) UseToken(ctx context.Context, hash [32]byte, now time.Time) (ide
 	return t, nil
 }
 
-// ListTokens returns every token ever made, newest first.
+// PurgeTokens forgets, of the tokens that were used, revoked or had expired before that time, as many as may go in one
+// statement, and returns how many those were.
+func (s *Store) PurgeTokens(ctx context.Context, before time.Time, most int) (int, error) {
+	var n int64
+	err := s.write(ctx, "forget old join tokens", func(tx *sql.Tx) (err error) {
+		n, err = affected(tx.ExecContext(ctx, `DELETE FROM join_tokens WHERE hash IN (
+			SELECT hash FROM join_tokens WHERE COALESCE(used, revoked, expires) < $1 ORDER BY created LIMIT $2)`, before.UnixNano(), most))
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return int(n), nil
+}
+
+// ListTokens returns the tokens that are kept, newest first.
 func (s *Store) ListTokens(ctx context.Context) ([]identity.Token, error) {
 	var all []identity.Token
 	err := s.read(ctx, "read the join tokens", func(tx *sql.Tx) error {

@@ -97,7 +97,7 @@ func TestWhatWasWrittenIsThereAfterARestart(t *testing.T) {
 	s := newStore(t)
 	ctx := t.Context()
 	agent := Agent{AgentRow: identity.AgentRow{Name: "node-1", SPKI: []byte{1, 2, 3}, Banned: true}, Enrolled: now}
-	later := Agent{AgentRow: identity.AgentRow{Name: "node-2", SPKI: []byte{4}}, Enrolled: now, LastSeen: now.Add(time.Hour)}
+	later := Agent{AgentRow: identity.AgentRow{Name: "node-2", SPKI: []byte{4}}, Enrolled: now, LastSeen: now.Add(time.Hour), NotAfter: now.Add(2 * time.Hour)}
 	authority := Authority{
 		ID: "east-1", Hierarchy: identity.Mesh, State: ca.Prepared, Key: keystore.Ref{Backend: "file", Name: "intermediate", Version: 2},
 		CSR: []byte{9, 9}, Created: now,

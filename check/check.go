@@ -1,0 +1,88 @@
+// Package check looks at an installation and says what is wrong with it, or will be: one engine for whoever asks. It
+// changes nothing but a probe file that it writes and removes, and needs nothing that runs.
+//
+// A Finding has a code that stands for ever, one sentence, and the command that mends it. What can't be looked at is a
+// finding too (Unknown), never silence.
+package check
+
+import (
+	"cmp"
+	"slices"
+)
+
+// Level is how bad it is.
+type Level int
+
+// The levels, from good to bad. Unknown could not be told, which says nothing about the rest.
+const (
+	OK Level = iota
+	Unknown
+	Warning
+	Error
+)
+
+func (l Level) String() string {
+	switch l {
+	case OK:
+		return "ok"
+	case Unknown:
+		return "unknown"
+	case Warning:
+		return "warning"
+	}
+	return "error"
+}
+
+// MarshalText writes the level's name.
+func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
+// Codes of findings. A code is never given another meaning.
+const (
+	CodeModes     = "SGN1001" // files, folders and sockets that others may read or write
+	CodeSwap      = "SGN1002" // memory that may be written to disk
+	CodeSpace     = "SGN1003" // room on the disk
+	CodeDisk      = "SGN1004" // time that the disk takes for a durable write
+	CodeClock     = "SGN1005" // the clock, against what has happened
+	CodeKey       = "SGN1006" // a key and the certificate it should belong to
+	CodeExpiry    = "SGN1007" // life left of a CA or of an agent's own certificate
+	CodeBudget    = "SGN1008" // how long the server may be away
+	CodeSocket    = "SGN1009" // somebody answers
+	CodeLog       = "SGN1010" // the audit log against itself
+	CodeState     = "SGN1011" // the state database, or an agent's enrolment
+	CodeInstalled = "SGN1012" // an intermediate is there and trusted
+)
+
+// Finding is one thing that was looked at.
+type Finding struct {
+	Code  string `json:"code"`
+	Level Level  `json:"level"`
+	// About names what was looked at: a path, an issuer.
+	About string `json:"about"`
+	// Message is one sentence.
+	Message string `json:"message"`
+	// Mend is the command that mends it; empty where all is well or no command can.
+	Mend string `json:"mend,omitempty"`
+}
+
+// Findings of one run.
+type Findings []Finding
+
+func (f *Findings) add(code string, l Level, about, message, mend string) {
+	*f = append(*f, Finding{Code: code, Level: l, About: about, Message: message, Mend: mend})
+}
+
+// Worst is the worst level.
+func (f Findings) Worst() Level {
+	worst := OK
+	for _, x := range f {
+		worst = max(worst, x.Level)
+	}
+	return worst
+}
+
+// Sort puts the worst first, then by code.
+func (f Findings) Sort() {
+	slices.SortStableFunc(f, func(a, b Finding) int {
+		return cmp.Or(cmp.Compare(b.Level, a.Level), cmp.Compare(a.Code, b.Code), cmp.Compare(a.About, b.About))
+	})
+}

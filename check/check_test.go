@@ -1,0 +1,188 @@
+package check
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+var now = time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
+
+// is checks the worst level and that each of the words is said or mends.
+func is(t *testing.T, found Findings, want Level, words ...string) {
+	t.Helper()
+	if len(found) == 0 && want != OK {
+		t.Fatalf("nothing was found, want %s", want)
+	}
+	if got := found.Worst(); got != want {
+		t.Errorf("it is %s, want %s: %+v", got, want, found)
+	}
+	var text strings.Builder
+	for _, f := range found {
+		text.WriteString(f.About + " " + f.Message + " " + f.Mend + "\n")
+		if f.Code == "" || f.Message == "" || strings.ContainsAny(f.Message, "\n") {
+			t.Errorf("a finding needs a code and one sentence: %+v", f)
+		}
+	}
+	for _, w := range words {
+		if !strings.Contains(text.String(), w) {
+			t.Errorf("it does not say %q:\n%s", w, text.String())
+		}
+	}
+}
+
+func TestWhatOthersMayReadIsFound(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	file, public := filepath.Join(dir, "keys", "k.pem"), filepath.Join(dir, "agent.sock")
+	for _, err := range []error{
+		os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, nil, 0o600), os.WriteFile(public, nil, 0o600), os.Chmod(public, 0o666),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := Private{Dir: dir, Except: []string{public}}
+	is(t, Modes(p), OK, "their owner alone")
+	for _, bad := range []struct {
+		path string
+		mode os.FileMode
+		mend string
+	}{{file, 0o640, "chmod 600 " + file}, {filepath.Dir(file), 0o755, "chmod 700 " + filepath.Dir(file)}, {dir, 0o711, "chmod 700 " + dir}} {
+		info, err := os.Stat(bad.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(bad.path, bad.mode); err != nil {
+			t.Fatal(err)
+		}
+		is(t, Modes(p), Error, bad.mend)
+		if err := os.Chmod(bad.path, info.Mode().Perm()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.Entered = true
+	for mode, want := range map[os.FileMode]Level{0o711: OK, 0o755: OK, 0o777: Error} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		is(t, Modes(p), want)
+	}
+	is(t, Modes(Private{Dir: filepath.Join(dir, "none")}), Unknown)
+}
+
+func TestSwapIsFound(t *testing.T) {
+	const head = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+	is(t, Swap(head), OK)
+	is(t, Swap(head+"/dev/sda2                               partition\t1\t0\t-2\n"), Warning, "/dev/sda2", "swapoff")
+}
+
+func TestRoomIsCountedInBytesAndInFiles(t *testing.T) {
+	st := unix.Statfs_t{Blocks: 1000, Bavail: 500, Files: 1000, Ffree: 500}
+	is(t, space("d", st), OK, "50 %")
+	st.Bavail = 50
+	is(t, space("d", st), Warning, "5.0 % of the bytes", "df -h d")
+	st.Bavail, st.Ffree = 500, 1
+	is(t, space("d", st), Error, "0.1 % of the files (inodes)", "df -i d")
+	st.Files, st.Ffree = 0, 0
+	is(t, space("d", st), OK)
+	is(t, Space(filepath.Join(t.TempDir(), "none")), Unknown)
+	is(t, Space(t.TempDir()), Space(t.TempDir()).Worst())
+}
+
+func TestASlowDiskIsFoundAndNothingIsLeftOnIt(t *testing.T) {
+	for took, want := range map[time.Duration]Level{time.Millisecond: OK, 60 * time.Millisecond: Warning, time.Second: Error} {
+		is(t, disk("d", took), want, "durable write")
+	}
+	dir := t.TempDir()
+	if got := Disk(dir); got.Worst() == Unknown {
+		t.Errorf("%+v", got)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("it left %v (%v)", left, err)
+	}
+	is(t, Disk(filepath.Join(dir, "none")), Unknown)
+}
+
+func certificate(t *testing.T, from, to time.Time) (*x509.Certificate, *ecdsa.PrivateKey) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: from, NotAfter: to}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert, key
+}
+
+func TestTheEndIsCountedInFractionsOfALife(t *testing.T) {
+	for _, life := range []time.Duration{time.Hour, 3650 * 24 * time.Hour} {
+		cert, _ := certificate(t, now, now.Add(life))
+		for share, want := range map[float64]Level{0: OK, 0.6: OK, 0.7: Warning, 0.95: Error, 1.01: Error} {
+			is(t, Expiry("root", cert, now.Add(time.Duration(share*float64(life))), "mend it"), want)
+		}
+		found := Expiry("root", cert, now.Add(-time.Minute), "")
+		is(t, found, Error, "the clock is behind")
+		if found[0].Code != CodeClock {
+			t.Errorf("%+v", found)
+		}
+	}
+}
+
+func TestAKeyIsHeldAgainstItsCertificate(t *testing.T) {
+	cert, key := certificate(t, now, now.Add(time.Hour))
+	_, other := certificate(t, now, now.Add(time.Hour))
+	is(t, Key("i", cert, func() (crypto.PublicKey, error) { return key.Public(), nil }, ""), OK)
+	is(t, Key("i", cert, func() (crypto.PublicKey, error) { return other.Public(), nil }, ""), Error, "not the one")
+	is(t, Key("i", cert, func() (crypto.PublicKey, error) { return nil, errors.New("wrong passphrase") }, ""), Unknown, "wrong passphrase")
+}
+
+func TestTheBudgetOfAnOutageIsSaid(t *testing.T) {
+	is(t, Budget(24*time.Hour, 576*time.Minute), OK, "away 9h36m before", "of 24h dies")
+	is(t, Budget(30*time.Minute, 12*time.Minute), Warning, "away 12m before", "leaf.ttl")
+}
+
+func TestASocketOnWhichNobodyAnswersIsFound(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	is(t, Socket(path, "server", "start it"), Error, "no server answers", "start it")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	is(t, Socket(path, "server", "start it"), OK)
+}
+
+func TestAFolderThatIsNoLogCouldNotBeTold(t *testing.T) {
+	is(t, Log(t.Context(), t.TempDir(), "", now), Unknown, "log verify")
+}
+
+func TestTheWorstComesFirst(t *testing.T) {
+	f := Findings{{Code: "b", Level: OK}, {Code: "c", Level: Warning}, {Code: "a", Level: OK}, {Code: "d", Level: Error}, {Code: "e", Level: Unknown}}
+	f.Sort()
+	var order string
+	for _, x := range f {
+		order += x.Code
+	}
+	if order != "dceab" {
+		t.Errorf("the order is %s", order)
+	}
+}

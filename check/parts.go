@@ -1,0 +1,157 @@
+package check
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"time"
+
+	"github.com/signet-ca/signet/audit"
+)
+
+const (
+	// Shares of a CA's life that are left.
+	lifeWarning = 1.0 / 3
+	lifeError   = 1.0 / 10
+	// allowedSkew is how far two clocks may be apart; certificates are backdated by more.
+	allowedSkew = time.Minute
+	// scarceBudget is an outage that nobody has time to mend.
+	scarceBudget = 15 * time.Minute
+	dialTimeout  = 2 * time.Second
+)
+
+// Expiry looks at how much of a certificate's life is left.
+func Expiry(about string, c *x509.Certificate, now time.Time, mend string) (found Findings) {
+	life, left := c.NotAfter.Sub(c.NotBefore), c.NotAfter.Sub(now)
+	share := float64(left) / float64(life)
+	when := c.NotAfter.UTC().Format(time.RFC3339)
+	switch {
+	case now.Before(c.NotBefore):
+		found.add(CodeClock, Error, about, fmt.Sprintf("it begins at %s, and it is %s here: the clock is behind", c.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)), "timedatectl set-ntp true")
+	case left <= 0:
+		found.add(CodeExpiry, Error, about, fmt.Sprintf("it expired at %s", when), mend)
+	case share < lifeError:
+		found.add(CodeExpiry, Error, about, fmt.Sprintf("%.0f %% of its life are left, until %s", share*100, when), mend)
+	case share < lifeWarning:
+		found.add(CodeExpiry, Warning, about, fmt.Sprintf("%.0f %% of its life are left, until %s", share*100, when), mend)
+	default:
+		found.add(CodeExpiry, OK, about, fmt.Sprintf("%.0f %% of its life are left, until %s", share*100, when), "")
+	}
+	return found
+}
+
+// Key holds a key against the certificate it should belong to. open is asked for the key.
+func Key(about string, c *x509.Certificate, open func() (crypto.PublicKey, error), mend string) (found Findings) {
+	key, err := open()
+	if err != nil {
+		found.add(CodeKey, Unknown, about, fmt.Sprintf("its key could not be opened: %v", err), mend)
+		return found
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	switch {
+	case err != nil:
+		found.add(CodeKey, Unknown, about, fmt.Sprintf("its key could not be read: %v", err), mend)
+	case !bytes.Equal(spki, c.RawSubjectPublicKeyInfo):
+		found.add(CodeKey, Error, about, "its key is not the one in its certificate", mend)
+	default:
+		found.add(CodeKey, OK, about, "its key belongs to its certificate", "")
+	}
+	return found
+}
+
+// Budget says how long the server may be away, when certificates of this life are renewed with least of it left.
+func Budget(life, least time.Duration) (found Findings) {
+	level, mend := OK, ""
+	if least < scarceBudget {
+		level, mend = Warning, "set a longer leaf.ttl"
+	}
+	found.add(CodeBudget, level, "leaf.ttl", fmt.Sprintf("the server may be away %s before the first identity of %s dies", short(least), short(life)), mend)
+	return found
+}
+
+// short writes a duration without zero parts at its end: 9h36m, not 9h36m0s.
+func short(d time.Duration) string {
+	s := d.Round(time.Second).String()
+	for _, zero := range []string{"m0s", "h0m"} {
+		if n := len(s) - len(zero); n > 0 && s[n:] == zero {
+			s = s[:n+1]
+		}
+	}
+	return s
+}
+
+// Socket looks whether somebody answers on a Unix socket.
+func Socket(path, who, start string) (found Findings) {
+	c, err := net.DialTimeout("unix", path, dialTimeout)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) {
+			err = op.Err
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			found.add(CodeSocket, Unknown, path, fmt.Sprintf("whether the %s runs could not be told: %v", who, err), "")
+			return found
+		}
+		found.add(CodeSocket, Error, path, fmt.Sprintf("no %s answers: %v", who, err), start)
+		return found
+	}
+	c.Close()
+	found.add(CodeSocket, OK, path, "the "+who+" answers", "")
+	return found
+}
+
+// Log looks at an audit log: the checkpoint's signature, its right edge, and the time of the last entry. With an empty
+// verifier key it is held against its own word.
+func Log(ctx context.Context, dir, verifierKey string, now time.Time) (found Findings) {
+	const mend = "signet log verify --dir "
+	broken := func(err error) Findings {
+		level := Unknown
+		if errors.Is(err, audit.ErrDamaged) || errors.Is(err, audit.ErrBadProof) {
+			level = Error
+		}
+		found.add(CodeLog, level, dir, fmt.Sprintf("the log does not pass: %v", err), mend+dir)
+		return found
+	}
+	r, err := audit.OpenReader(dir, verifierKey)
+	if err != nil {
+		return broken(err)
+	}
+	defer r.Close()
+	cp, err := r.Checkpoint(ctx)
+	if err != nil {
+		return broken(err)
+	}
+	if cp.Size == 0 {
+		found.add(CodeLog, OK, dir, "the checkpoint is signed; the log has no entries yet", "")
+		return found
+	}
+	raw, last, err := r.Entry(ctx, cp.Size-1)
+	if err != nil {
+		return broken(err)
+	}
+	proof, err := r.Prove(ctx, cp.Size-1)
+	if err != nil {
+		return broken(err)
+	}
+	if err := audit.VerifyProof(proof, raw, r.VerifierKey()); err != nil {
+		return broken(err)
+	}
+	at := time.Unix(0, last.GetTime())
+	found.add(CodeLog, OK, dir, fmt.Sprintf("the checkpoint of %d entries is signed and holds the last one, of %s", cp.Size, at.UTC().Format(time.RFC3339)), "")
+	if at.Sub(now) > allowedSkew {
+		found.add(CodeClock, Error, dir, fmt.Sprintf("the last entry of the log is of %s, and it is %s here: the clock went back", at.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)), "timedatectl set-ntp true")
+	} else {
+		found.add(CodeClock, OK, "clock", "it is not behind the log's last entry", "")
+	}
+	return found
+}
+
+// Unusable is what can't be read at all.
+func Unusable(code, about string, err error, mend string) Findings {
+	return Findings{{Code: code, Level: Unknown, About: about, Message: err.Error(), Mend: mend}}
+}

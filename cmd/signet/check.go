@@ -1,0 +1,256 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/server"
+)
+
+func (c *cli) checkCommand() *cobra.Command {
+	var serverFile, agentFile, failOn, format string
+	cmd := &cobra.Command{
+		Use:   "check (--config FILE | --agent FILE)",
+		Short: "Find what is wrong with a server or an agent, or will be",
+		Long: `Looks at a server (--config) or an agent (--agent) of this machine: file modes, clock, disk, swap, keys against
+certificates, ends of life, the outage budget, sockets, the audit log. Each finding has a code that stands for ever, one
+sentence, and the command that mends it. Nothing is changed. A copy of a state folder can be looked at too.
+
+Exit status: 0 healthy, 1 findings, 2 something could not be told and nothing else was found.`,
+		Example: `  signet check --config east.yaml
+  signet check --agent node-1.yaml
+  signet check --config east.yaml --fail-on error -o json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			fail := check.Warning
+			switch failOn {
+			case "warning":
+			case "error":
+				fail = check.Error
+			default:
+				return fmt.Errorf("--fail-on %q is unknown: use warning or error", failOn)
+			}
+			var found check.Findings
+			if serverFile != "" {
+				cfg, err := config.LoadServer(serverFile)
+				if err != nil {
+					return err
+				}
+				found = checkServer(cmd.Context(), cfg, serverFile, time.Now())
+			} else {
+				cfg, err := config.LoadAgent(agentFile)
+				if err != nil {
+					return err
+				}
+				found = checkAgent(cfg, agentFile, time.Now())
+			}
+			found.Sort()
+			if err := c.show(format, checkShown{found, c.colours()}); err != nil {
+				return err
+			}
+			return verdict(found, fail)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&serverFile, "config", "", "the configuration file of a server")
+	f.StringVar(&agentFile, "agent", "", "the configuration file of an agent")
+	f.StringVar(&failOn, "fail-on", "warning", "what makes the exit status 1: warning or error")
+	cmd.MarkFlagsOneRequired("config", "agent")
+	cmd.MarkFlagsMutuallyExclusive("config", "agent")
+	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
+	_ = cmd.MarkFlagFilename("agent", "yaml", "yml")
+	_ = cmd.RegisterFlagCompletionFunc("fail-on", cobra.FixedCompletions([]string{"warning", "error"}, cobra.ShellCompDirectiveNoFileComp))
+	outputFlag(cmd, &format)
+	return cmd
+}
+
+// verdict makes the exit status of what was found.
+func verdict(found check.Findings, fail check.Level) error {
+	bad, unknown := 0, 0
+	for _, f := range found {
+		switch {
+		case f.Level >= fail:
+			bad++
+		case f.Level == check.Unknown:
+			unknown++
+		}
+	}
+	switch {
+	case bad == 1:
+		return no("1 finding")
+	case bad > 0:
+		return no("%d findings", bad)
+	case unknown > 0:
+		return fmt.Errorf("%d of %d checks could not be made", unknown, len(found))
+	}
+	return nil
+}
+
+func checkServer(ctx context.Context, cfg *config.Server, file string, now time.Time) check.Findings {
+	logDir := server.LogDir(cfg.StateDir)
+	// What is in the log is public; nobody else comes there through the state folder.
+	found := check.Modes(check.Private{Dir: cfg.StateDir, Except: []string{logDir}})
+	found = append(found, secretFile(cfg.Keystore.PassphraseFile)...)
+	found = append(found, check.Host()...)
+	found = append(found, check.Space(cfg.StateDir)...)
+	found = append(found, check.Disk(cfg.StateDir)...)
+	found = append(found, check.Budget(cfg.Leaf.TTL, rotation.LeastLeft(cfg.Leaf.TTL))...)
+	found = append(found, check.Socket(cfg.AdminSocket, "server", "signet serve --config "+file)...)
+	shown, err := server.Show(ctx, cfg.StateDir)
+	if err != nil {
+		found = append(found, check.Unusable(check.CodeState, cfg.StateDir, err, "")...)
+		return append(found, check.Log(ctx, logDir, "", now)...)
+	}
+	found = append(found, check.Log(ctx, logDir, shown.LogVerifierKey, now)...)
+	found = append(found, checkAuthorities(ctx, cfg, shown, file, now)...)
+	return found
+}
+
+// checkAuthorities looks at the CA certificates and their keys.
+func checkAuthorities(ctx context.Context, cfg *config.Server, shown server.Cluster, file string, now time.Time) (found check.Findings) {
+	show := "signet cluster show --config " + file
+	for _, r := range shown.RootCertificates {
+		found = append(found, check.Expiry("root "+r.Subject.CommonName, r, now, show)...)
+	}
+	keys, keysErr := cfg.OpenKeys()
+	installed := false
+	for _, a := range shown.Authorities {
+		if a.Certificate == nil {
+			continue
+		}
+		installed = installed || a.Hierarchy == identity.Mesh.String()
+		found = append(found, check.Expiry(a.ID, a.Certificate, now, show)...)
+		found = append(found, check.Key(a.ID, a.Certificate, func() (crypto.PublicKey, error) {
+			if keysErr != nil {
+				return nil, keysErr
+			}
+			key, err := keys.Open(ctx, a.Ref)
+			if err != nil {
+				return nil, err
+			}
+			return key.Public(), nil
+		}, "")...)
+	}
+	if !installed || len(shown.RootCertificates) == 0 {
+		found = append(found, check.Finding{
+			Code: check.CodeInstalled, Level: check.Error, About: shown.Cluster, Message: "the cluster has no intermediate yet, so nothing can be issued",
+			Mend: "signet cluster install --config " + file + " --chain FILE --root-fingerprint SHA256:…",
+		})
+	}
+	return found
+}
+
+// maxPassphraseFile bounds a passphrase, in bytes.
+const maxPassphraseFile = 4 << 10
+
+// secretFile looks at a file that holds a passphrase, by the rules by which it is read.
+func secretFile(path string) check.Findings {
+	if path == "" {
+		return nil
+	}
+	if _, err := durable.ReadSecret(path, maxPassphraseFile); err != nil {
+		return check.Findings{{Code: check.CodeModes, Level: check.Error, About: path, Message: err.Error()}}
+	}
+	return nil
+}
+
+func checkAgent(cfg *config.Agent, file string, now time.Time) check.Findings {
+	sockets := []string{cfg.Socket}
+	for _, s := range cfg.Sockets {
+		sockets = append(sockets, s.Path)
+	}
+	found := check.Modes(check.Private{Dir: cfg.StateDir, Except: sockets, Entered: true})
+	found = append(found, secretFile(cfg.Seal.PassphraseFile)...)
+	found = append(found, check.Host()...)
+	found = append(found, check.Space(cfg.StateDir)...)
+	found = append(found, check.Disk(cfg.StateDir)...)
+	for _, s := range sockets {
+		found = append(found, check.Socket(s, "agent", "signet agent --config "+file)...)
+	}
+	cert, err := controlCertificate(cfg.StateDir)
+	if err != nil {
+		return append(found, check.Unusable(check.CodeState, cfg.StateDir, err, "signet agent --config "+file+" --join-token-file FILE")...)
+	}
+	return append(found, check.Expiry("control certificate", cert, now, "signet agent status --config "+file)...)
+}
+
+// controlCertificate reads the agent's own certificate from its state folder.
+func controlCertificate(dir string) (*x509.Certificate, error) {
+	const most = 256 << 10
+	text, err := durable.ReadFile(filepath.Join(dir, "enrolment.json"), "enrolment", most)
+	if err != nil {
+		return nil, err
+	}
+	var e struct {
+		Chain [][]byte `json:"chain"`
+	}
+	if err := json.Unmarshal(text, &e); err != nil {
+		return nil, fmt.Errorf("read enrolment: %w", err)
+	}
+	if len(e.Chain) == 0 {
+		return nil, errors.New("read enrolment: it holds no certificate")
+	}
+	return x509.ParseCertificate(e.Chain[0])
+}
+
+// colours reports whether the table may be coloured (https://no-color.org).
+func (c *cli) colours() bool {
+	f, ok := c.out.(*os.File)
+	return ok && os.Getenv("NO_COLOR") == "" && term.IsTerminal(int(f.Fd()))
+}
+
+// checkShown is findings as a table.
+type checkShown struct {
+	Findings check.Findings `json:"findings"`
+	colour   bool
+}
+
+func (s checkShown) columns() []string {
+	return []string{s.painted("STATE", check.Level(-1)), "CODE", "ABOUT", "FINDING", "MEND"}
+}
+
+func (s checkShown) rows() [][]string {
+	signs := map[check.Level]string{check.OK: "√", check.Unknown: "?", check.Warning: "‼", check.Error: "×"}
+	var rows [][]string
+	for _, f := range s.Findings {
+		rows = append(rows, []string{s.painted(signs[f.Level]+" "+f.Level.String(), f.Level), f.Code, f.About, strings.Join(strings.Fields(f.Message), " "), f.Mend})
+	}
+	return rows
+}
+
+// painted colours a cell. All cells of the column are, with codes of one length, so that the table stays even.
+func (s checkShown) painted(text string, l check.Level) string {
+	if !s.colour {
+		return text
+	}
+	colours := map[check.Level]int{check.OK: 32, check.Unknown: 36, check.Warning: 33, check.Error: 31}
+	colour, ok := colours[l]
+	if !ok {
+		colour = 39 // the terminal's own
+	}
+	return fmt.Sprintf("\x1b[%dm%s\x1b[0m", colour, text)
+}
+
+func (s checkShown) names() []string {
+	var names []string
+	for _, f := range s.Findings {
+		names = append(names, "finding/"+f.Code)
+	}
+	return names
+}

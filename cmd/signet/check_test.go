@@ -1,0 +1,154 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/signet-ca/signet/check"
+)
+
+// levels runs signet check and returns the worst level of each code, by its name.
+func (h here) levels(args ...string) map[string]string {
+	h.t.Helper()
+	out, errs, _ := h.type_("", append([]string{"check", "-o", "json"}, args...)...)
+	var shown struct {
+		Findings []struct{ Code, Level, Message, Mend string }
+	}
+	if err := json.Unmarshal([]byte(out), &shown); err != nil {
+		h.t.Fatalf("signet check %s: %v\n%s%s", strings.Join(args, " "), err, out, errs)
+	}
+	worst := map[string]string{}
+	for _, f := range shown.Findings {
+		// They come with the worst first.
+		if _, ok := worst[f.Code]; !ok {
+			worst[f.Code] = f.Level
+		}
+	}
+	return worst
+}
+
+func TestCheckAndBansOnARunningCluster(t *testing.T) {
+	h := shortFolder(t)
+	dir := h.path("dev")
+	ready := await("Type next")
+	stop := h.serve(ready, "--dev", "--dir", dir)
+	server := filepath.Join(dir, "server.yaml")
+	node := h.write("node.yaml", "state_dir: "+filepath.Join(dir, devAgentDir)+"\nsocket: "+filepath.Join(dir, "agent.sock")+"\n")
+	// The agent may still be about to enrol; this waits for it.
+	h.must(exitYes, "svid", "fetch", "--socket", filepath.Join(dir, "agent.sock"))
+	want := func(got map[string]string, codes ...string) {
+		t.Helper()
+		for _, c := range codes {
+			code, level, _ := strings.Cut(c, " ")
+			if got[code] != level {
+				t.Errorf("%s is %q, want %q: %v", code, got[code], level, got)
+			}
+		}
+	}
+	all := []string{"SGN1001 ok", "SGN1005 ok", "SGN1006 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok"}
+	want(h.levels("--config", server), all...)
+	want(h.levels("--agent", node), "SGN1001 ok", "SGN1007 ok", "SGN1009 ok")
+
+	out, _ := h.must(exitYes, "agent", "list", "--config", server, "-o", "name")
+	name := strings.TrimPrefix(strings.TrimSpace(out), "agent/")
+	for _, step := range []struct {
+		verb, says, state string
+		status            int
+	}{
+		{"unban", "was not banned", "enrolled", exitYes},
+		{"ban", "is banned", "banned", exitYes},
+		{"ban", "was banned already", "banned", exitYes},
+		{"unban", "is not banned any more", "enrolled", exitYes},
+	} {
+		_, errs := h.must(step.status, "agent", step.verb, "--config", server, name)
+		contains(t, errs, step.says)
+		out, _ = h.must(exitYes, "agent", "list", "--config", server, "-o", "wide")
+		contains(t, out, name, step.state, "SHA256:")
+	}
+	_, errs := h.must(exitNo, "agent", "ban", "--config", server, "nobody")
+	contains(t, errs, "not enrolled")
+	out, _ = h.must(exitYes, "__complete", "agent", "ban", "--config", server, "")
+	contains(t, out, name+"\n")
+
+	if status := stop(); status != exitYes {
+		t.Fatalf("serve --dev ended with %d:\n%s", status, ready)
+	}
+	out, _ = h.must(exitYes, "log", "find", "--config", server, "--kind", "agent-banned", "-o", "json")
+	contains(t, out, name)
+
+	want(h.levels("--config", server), append(all[:4:4], "SGN1009 error", "SGN1010 ok")...)
+	var db, checkpoint string
+	if err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.Name() == "signet.db":
+			db = path
+		case path == filepath.Join(dir, devServerDir, "log", "checkpoint"):
+			checkpoint = path
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(db, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(checkpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text[len(text)-5] ^= 1
+	if err := os.WriteFile(checkpoint, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want(h.levels("--config", server), "SGN1001 error", "SGN1010 error")
+	out, errs = h.must(exitNo, "check", "--config", server, "--fail-on", "error")
+	contains(t, out, "× error", "√ ok", "chmod 600 "+db)
+	if strings.Contains(out, "\x1b") {
+		t.Error("there are colours where nobody sees them")
+	}
+	contains(t, errs, "findings")
+}
+
+func TestTheVerdictTellsFindingsFromWhatCouldNotBeTold(t *testing.T) {
+	of := func(levels ...check.Level) (found check.Findings) {
+		for _, l := range levels {
+			found = append(found, check.Finding{Level: l})
+		}
+		return found
+	}
+	for _, try := range []struct {
+		found check.Findings
+		fail  check.Level
+		want  int
+	}{
+		{of(check.OK, check.OK), check.Warning, exitYes},
+		{of(check.OK, check.Warning), check.Warning, exitNo},
+		{of(check.OK, check.Warning), check.Error, exitYes},
+		{of(check.Error, check.Unknown), check.Error, exitNo},
+		{of(check.OK, check.Unknown), check.Warning, exitCouldNotSay},
+	} {
+		err := verdict(try.found, try.fail)
+		got := exitYes
+		if _, ok := err.(noError); ok {
+			got = exitNo
+		} else if err != nil {
+			got = exitCouldNotSay
+		}
+		if got != try.want {
+			t.Errorf("%v, failing on %s: %d, want %d", try.found, try.fail, got, try.want)
+		}
+	}
+}
+
+func TestCheckNeedsToBeToldWhat(t *testing.T) {
+	h := shortFolder(t)
+	h.must(exitCouldNotSay, "check")
+	h.must(exitCouldNotSay, "check", "--config", "a", "--agent", "b")
+	_, errs := h.must(exitCouldNotSay, "check", "--config", "a", "--fail-on", "never")
+	contains(t, errs, "warning or error")
+}
