@@ -12,6 +12,7 @@ import (
 
 	"github.com/transparency-dev/formats/log"
 	"github.com/transparency-dev/merkle/compact"
+	"github.com/transparency-dev/tessera/api/layout"
 	"github.com/transparency-dev/tessera/client"
 	"golang.org/x/mod/sumdb/note"
 )
@@ -54,7 +55,21 @@ func newGuard(ctx context.Context, f folder, v note.Verifier, key crypto.Signer,
 	if !bytes.Equal(root, last.RootHash) {
 		return nil, fmt.Errorf("%w: its tiles at size %d have the root %x, its checkpoint says %x", ErrDamaged, last.Size, root, last.RootHash)
 	}
-	return g, nil
+	// The last bundle is copied whenever it grows, with whatever has become of it on the disk: hold it against its tile.
+	full := last.Size - last.Size%layout.EntryBundleWidth
+	if full == last.Size {
+		return g, nil
+	}
+	w := walk{folder: f, rng: ranges.NewEmptyRange(0), size: last.Size}
+	if full > 0 {
+		if hashes, err = client.FetchRangeNodes(ctx, full, f.ReadTile); err != nil {
+			return nil, fmt.Errorf("%w: the tiles of its first %d entries: %w", ErrDamaged, full, err)
+		}
+		if w.rng, err = ranges.NewRange(0, full, hashes); err != nil {
+			return nil, err
+		}
+	}
+	return g, w.to(ctx, last.Size)
 }
 
 // Name, KeyHash and Sign make guard a note.Signer.

@@ -36,6 +36,8 @@ func mixed(t testing.TB) ([]*auditv1.Entry, []*x509.Certificate) {
 		issued(testTime.Add(7*time.Minute), certs[1], "node-2"),
 		issued(testTime.Add(8*time.Minute), certs[2], "node-1"),
 		{Time: at(9), Event: &auditv1.Entry_JoinTokenRevoked{JoinTokenRevoked: &auditv1.JoinTokenRevoked{TokenId: "t"}}},
+		{Time: at(10), Event: &auditv1.Entry_AgentBanned{AgentBanned: &auditv1.AgentBanned{Agent: "node-3"}}},
+		{Time: at(11), Event: &auditv1.Entry_AgentUnbanned{AgentUnbanned: &auditv1.AgentUnbanned{Agent: "node-3"}}},
 	}, certs
 }
 
@@ -69,8 +71,8 @@ func TestEntriesAreFoundByWhatTheySay(t *testing.T) {
 			q    Query
 			want []uint64
 		}{
-			"all":               {Query{}, []uint64{9, 8, 7, 6, 5, 4, 3, 2, 1, 0}},
-			"limit":             {Query{Limit: 2}, []uint64{9, 8}},
+			"all":               {Query{}, []uint64{11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}},
+			"limit":             {Query{Limit: 2}, []uint64{11, 10}},
 			"serial":            {Query{Serial: "0abc"}, []uint64{6}},
 			"serial of a CA":    {Query{Serial: "4d"}, []uint64{1, 0}},
 			"SPIFFE ID":         {Query{SPIFFEID: "spiffe://example.org/ns/shop/sa/frontend"}, []uint64{8, 6}},
@@ -78,7 +80,7 @@ func TestEntriesAreFoundByWhatTheySay(t *testing.T) {
 			"agent":             {Query{Agent: "node-1"}, []uint64{8, 6, 5, 4, 3}},
 			"kind":              {Query{Kind: "certificate-issued"}, []uint64{8, 7, 6}},
 			"agent and kind":    {Query{Agent: "node-1", Kind: "agent-enrolled"}, []uint64{5}},
-			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{9, 8}},
+			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{11, 10, 9, 8}},
 			"until is not":      {Query{Until: testTime.Add(time.Minute)}, []uint64{0}},
 			"a window":          {Query{Since: testTime.Add(3 * time.Minute), Until: testTime.Add(5 * time.Minute)}, []uint64{4, 3}},
 			"nothing":           {Query{Agent: "node-9"}, []uint64{}},
