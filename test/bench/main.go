@@ -1,142 +1,162 @@
 // Command bench measures what Signet costs and prints each figure as a ratio to a floor of the same run, since machines
-// differ and are noisy. The floor F is the CPU that any CA spends on a leaf: parse a CSR, verify it, make one P-256
-// signature, on one core.
+// differ and are noisy. A run of all rows also writes docs/performance.md, .json and .svg.
+//
+// The floor F of the first rows is the CPU that any CA spends on a leaf: parse a CSR, verify it, make one P-256 signature,
+// on one core. The floor of the rows about streams is a bare grpc-go server that sends the same bytes over the same
+// connections, to the same clients.
 package main
 
 import (
-	"bufio"
 	"context"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
-	"strconv"
-	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 )
 
 func init() { runtime.LockOSThread() } // children follow the thread that started them, see lab.Start
 
-// figure is one row: value in µs of CPU per certificate, ratio to F, and the mark it has to reach.
+// figure is one row. The mark is for the ratio, or for the value where there is no floor. Without a mark a figure is told
+// and not judged.
 type figure struct {
-	name        string
-	value       float64
-	ratio, mark float64
+	Name  string   `json:"name"`
+	Value float64  `json:"value"`
+	Unit  string   `json:"unit"`
+	Floor *float64 `json:"floor"`
+	Ratio *float64 `json:"ratio"`
+	Mark  *float64 `json:"mark"`
+	Met   *bool    `json:"met"`
+
+	// row is the key of what measured it, and least and most are of the runs whose median counts, of what is judged.
+	row         string
+	least, most float64
+}
+
+// against judges a figure by its ratio to a floor; mark 0 = none.
+func (f figure) against(floor, mark float64) figure {
+	ratio := f.Value / floor
+	f.Floor, f.Ratio = &floor, &ratio
+	if mark > 0 {
+		met := ratio <= mark
+		f.Mark, f.Met = &mark, &met
+	}
+	return f
+}
+
+// atMost and atLeast judge a figure by its value.
+func (f figure) atMost(mark float64) figure {
+	met := f.Value <= mark
+	f.Mark, f.Met = &mark, &met
+	return f
+}
+
+func (f figure) atLeast(mark float64) figure {
+	met := f.Value >= mark
+	f.Mark, f.Met = &mark, &met
+	return f
+}
+
+// spread notes the extremes of the runs.
+func (f figure) spread(runs []float64) figure {
+	f.least, f.most = slices.Min(runs), slices.Max(runs)
+	return f
+}
+
+// bench is what the rows share.
+type bench struct {
+	signet string
+	dir    string
+	quick  bool
+	runs   int
+	// length of one measurement that goes on for a while.
+	length time.Duration
+}
+
+// rows in the order of the table.
+var rows = []struct {
+	key string
+	run func(context.Context, *bench) ([]figure, error)
+}{
+	{"leaf", inProcess},
+	{"grpc", overWire},
+	{"cold", coldStart},
+	{"memory", memory},
+	{"trust", trustChange},
+	{"agents", trustToAgents},
+	{"restart", restart},
+	{"spread", renewalSpread},
 }
 
 func main() {
-	signet := flag.String("signet", ".tools/bin/signet", "the signet binary")
-	seconds := flag.Int("seconds", 8, "length of each gRPC measurement")
-	runs := flag.Int("runs", 3, "runs of each; the median counts")
+	if os.Getenv(partVariable) != "" {
+		if err := part(os.Getenv(partVariable)); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	signet := flag.String("signet", ".tools/bin/signet", "the signet binary; it is built anew before the run unless -built")
+	built := flag.Bool("built", false, "take the signet binary as it is")
+	only := flag.String("only", "", "measure the rows whose key matches this `regexp` (leaf grpc cold memory trust agents restart spread); nothing is written")
+	quick := flag.Bool("quick", false, "fewer and smaller runs, to see that all rows work; nothing is written")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	figures, err := measure(ctx, *signet, time.Duration(*seconds)*time.Second, *runs)
-	if err != nil {
+	if err := run(ctx, *signet, *built, *only, *quick); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(w, "WHAT\tCPU µs PER CERTIFICATE\tRATIO TO F\tMARK\tMET")
-	for _, f := range figures {
-		met := "yes"
-		if f.mark > 0 && f.ratio > f.mark {
-			met = "NO"
-		}
-		mark := fmt.Sprintf("%.2f", f.mark)
-		if f.mark == 0 {
-			met, mark = "-", "-"
-		}
-		fmt.Fprintf(w, "%s\t%.1f\t%.2f\t%s\t%s\n", f.name, f.value, f.ratio, mark, met)
-	}
-	w.Flush()
 }
 
-func measure(ctx context.Context, signet string, length time.Duration, runs int) ([]figure, error) {
-	inProcess, floor, err := inProcess(ctx, runs)
+func run(ctx context.Context, signet string, built bool, only string, quick bool) error {
+	wanted, err := regexp.Compile(only)
 	if err != nil {
-		return nil, fmt.Errorf("in-process figures: %w", err)
+		return err
+	}
+	if !built {
+		if err := build(ctx, signet); err != nil {
+			return err
+		}
 	}
 	dir, err := os.MkdirTemp("", "signet-bench-")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer os.RemoveAll(dir)
-	overWire, err := overWire(ctx, filepath.Join(dir, "lab"), signet, length, runs)
-	if err != nil {
-		return nil, fmt.Errorf("gRPC figures: %w", err)
+	b := &bench{signet: signet, dir: dir, quick: quick, runs: 5, length: 6 * time.Second}
+	if quick {
+		b.runs, b.length = 1, 2*time.Second
 	}
-	all := append([]figure{{name: "F: parse a CSR, verify it, one P-256 signature, one core", value: floor, ratio: 1}}, inProcess...)
-	for _, f := range overWire {
-		f.ratio = f.value / floor
-		all = append(all, f)
-	}
-	return all, nil
-}
-
-// inProcess runs the benchmarks that stand beside the issuer. Each reports µs/cert of CPU and its ratio to a floor that it
-// measures itself, in turn with the work, so that both see the same machine.
-func inProcess(ctx context.Context, runs int) ([]figure, float64, error) {
-	marks := []struct {
-		bench, name string
-		mark        float64
-	}{
-		{"BenchmarkLeaf", "leaf in-process, without the log", 1.15},
-		{"BenchmarkLeafLogged", "leaf in-process, with the log, 256 in flight", 1.35},
-	}
-	cmd := exec.CommandContext(ctx, "go", "test", "./ca", "-run", "^$", "-bench", "^BenchmarkLeaf(Logged)?$", "-benchtime", "16384x", "-count", strconv.Itoa(runs))
-	cmd.Env = append(os.Environ(), "GOGC=400") // as signet serve runs
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return nil, 0, fmt.Errorf("%w: %s", err, out)
-	}
-	micros, ratios := map[string][]float64{}, map[string][]float64{}
-	line := regexp.MustCompile(`^(Benchmark\S+?)(?:-\d+)?\s`)
-	for s := bufio.NewScanner(strings.NewReader(string(out))); s.Scan(); {
-		m := line.FindStringSubmatch(s.Text())
-		if m == nil {
+	var all []figure
+	begun := time.Now()
+	for _, r := range rows {
+		if !wanted.MatchString(r.key) {
 			continue
 		}
-		fields := strings.Fields(s.Text())
-		for i := 1; i < len(fields); i++ {
-			v, err := strconv.ParseFloat(fields[i-1], 64)
-			if err != nil {
-				continue
-			}
-			switch fields[i] {
-			case "cpu-µs/leaf":
-				micros[m[1]] = append(micros[m[1]], v)
-			case "xF":
-				ratios[m[1]] = append(ratios[m[1]], v)
-			}
+		fmt.Fprintf(os.Stderr, "%s …\n", r.key)
+		figures, err := r.run(ctx, b)
+		if err != nil {
+			return fmt.Errorf("%s: %w", r.key, err)
+		}
+		for _, f := range figures {
+			f.row = r.key
+			all = append(all, f)
 		}
 	}
-	var figures []figure
-	var floors []float64
-	for _, m := range marks {
-		if len(ratios[m.bench]) == 0 {
-			return nil, 0, fmt.Errorf("no %s in: %s", m.bench, out)
-		}
-		figures = append(figures, figure{m.name, median(micros[m.bench]), median(ratios[m.bench]), m.mark})
-		for i, ratio := range ratios[m.bench] {
-			floors = append(floors, micros[m.bench][i]/ratio)
-		}
+	printTable(os.Stdout, all)
+	fmt.Fprintf(os.Stderr, "in %s\n", time.Since(begun).Round(time.Second))
+	if only != "" || quick {
+		return nil
 	}
-	return figures, median(floors), nil
+	return write("docs", all)
 }
 
 func median(v []float64) float64 {
-	if len(v) == 0 {
-		return 0
-	}
 	v = slices.Sorted(slices.Values(v))
 	return v[len(v)/2]
 }

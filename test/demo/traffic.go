@@ -65,14 +65,14 @@ func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 			boot envoy.Sidecar
 		}{
 			{c.frontend, envoy.Sidecar{
-				Node: c.Name + "-frontend", SDSSocket: c.Path("run", "frontend.sock"),
+				Node: c.Name + "-frontend", Delta: c == d.west, SDSSocket: c.Path("run", "frontend.sock"),
 				Outbound: &envoy.Outbound{
 					Port: c.frontend.port, Target: fmt.Sprintf("127.0.0.1:%d", other.backend.port),
 					ExpectSPIFFEID: backendID, RequestsPerConnection: requestsPerConnection,
 				},
 			}},
 			{c.backend, envoy.Sidecar{
-				Node: c.Name + "-backend", SDSSocket: c.agent.Socket,
+				Node: c.Name + "-backend", Delta: c == d.west, SDSSocket: c.agent.Socket,
 				Inbound: &envoy.Inbound{Port: c.backend.port, AllowSPIFFEIDs: []string{frontendID}, Upstream: workload},
 			}},
 		} {
@@ -92,7 +92,7 @@ func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 			return "", fmt.Errorf("%s: %w", s, err)
 		}
 	}
-	return "4 stock Envoys took certificate and trust over SDS; both sides require the other's SPIFFE ID", nil
+	return "4 stock Envoys took certificate and trust over SDS, west incrementally; both sides require the other's SPIFFE ID", nil
 }
 
 // startWorkload is what stands behind a backend's Envoy: it says which cluster it is of. It ends with ctx.

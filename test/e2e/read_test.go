@@ -331,8 +331,8 @@ func TestHelpOfEveryCommandHasExamplesThatParse(t *testing.T) {
 			}
 		}
 	})
-	want := strings.Split("agent,cluster init,cluster install,cluster show,config validate,config view,join-token create,join-token list,join-token revoke,"+
-		"log find,log prove,log show,log verify,registration apply,registration list,root init,root show,root sign,serve,"+
+	want := strings.Split("agent ban,agent list,agent status,agent unban,check,cluster init,cluster install,cluster show,config validate,config view,join-token create,join-token list,join-token revoke,"+
+		"log find,log prove,log show,log verify,registration apply,registration list,registration why,root init,root show,root sign,serve,"+
 		"svid fetch,svid inspect,svid verify,svid watch,version", ",")
 	if slices.Sort(commands); !slices.Equal(commands, want) {
 		t.Errorf("commands are %q, want %q", commands, want)

@@ -49,7 +49,6 @@ func TestAReadOnlyFolderIsSaidToBeOneAndLeftWhole(t *testing.T) {
 		"root sign":       {"root", []string{"root"}, w.west.SignArgs(fp)},
 		"cluster init":    {"east", []string{"state"}, []string{"cluster", "init", "--config", w.east.Config()}},
 		"cluster install": {"east", []string{"state"}, w.east.InstallArgs(w.RootFingerprint)},
-		"cluster show":    {"east", []string{"state"}, []string{"cluster", "show", "--config", w.east.Config()}},
 		"serve":           {"east", []string{"state"}, []string{"serve", "--config", w.east.Config()}},
 		"agent":           {"east", []string{"node-1"}, []string{"agent", "--config", w.path("east/node-1.yaml")}},
 		"log prove --out": {"empty", []string{"empty/proof"}, []string{"log", "prove", "--config", w.east.Config(), "--index", "0", "--out", "empty/proof"}},
@@ -81,6 +80,7 @@ func TestAReadOnlyFolderIsSaidToBeOneAndLeftWhole(t *testing.T) {
 			{"log", "prove", "--index", "0", "--config", w.east.Config()},
 			{"log", "verify", "--config", w.east.Config()},
 			{"config", "view", "--config", w.east.Config()},
+			{"cluster", "show", "--config", w.east.Config()},
 		} {
 			before := snapshot(t, w.Dir)
 			if r := execute(t, w.Dir, readOnly(t, w.Dir), args...); r.code != 0 || r.out == "" {
