@@ -28,7 +28,7 @@ type sidecar struct {
 	conn   net.Conn
 	framer *http2.Framer
 	names  []string
-	// deaf: after the first secrets it neither reads nor acknowledges, and grants no more than it has taken.
+	// deaf: after the first secrets it neither reads nor acknowledges.
 	deaf bool
 }
 

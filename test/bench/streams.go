@@ -94,6 +94,7 @@ func at(sorted []float64, q float64) float64 {
 type node struct {
 	lab     *lab.Lab
 	cluster *lab.Cluster
+	server  *lab.Process
 	sockets []string // names
 	agents  int
 }
@@ -106,7 +107,7 @@ func newNode(ctx context.Context, b *bench, name string, identities int) (*node,
 		return nil, err
 	}
 	n := &node{lab: l, cluster: c}
-	if _, err := c.Serve(ctx); err != nil {
+	if n.server, err = c.Serve(ctx); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -180,10 +181,14 @@ func coldStart(ctx context.Context, b *bench) ([]figure, error) {
 	defer n.lab.Close()
 	var figures []figure
 	for _, s := range shapes {
-		var p50, p99, floors []float64
+		var p50, p99, floors, work []float64
 		served := 0
 		for range s.runs {
 			a, sockets, err := n.agent(ctx, s.identities)
+			if err != nil {
+				return nil, err
+			}
+			before, err := cpuOf(a.PID(), n.server.PID())
 			if err != nil {
 				return nil, err
 			}
@@ -191,6 +196,11 @@ func coldStart(ctx context.Context, b *bench) ([]figure, error) {
 			if err != nil {
 				return nil, err
 			}
+			after, err := cpuOf(a.PID(), n.server.PID())
+			if err != nil {
+				return nil, err
+			}
+			work = append(work, (after-before)/float64(s.sidecars))
 			if len(got.Errors) > 0 {
 				fmt.Fprintf(os.Stderr, "cold start of %d: %s\n", s.sidecars, strings.Join(got.Errors[:min(3, len(got.Errors))], "; "))
 			}
@@ -212,9 +222,21 @@ func coldStart(ctx context.Context, b *bench) ([]figure, error) {
 		figures = append(figures,
 			figure{Name: what + ": p99", Value: median(p99), Unit: "ms"}.against(median(floors), 0).spread(p99),
 			figure{Name: what + ": p50", Value: median(p50), Unit: "ms"}.spread(p50),
+			figure{Name: what + ": CPU of agent and server per sidecar", Value: median(work), Unit: "µs CPU"}.spread(work),
 			figure{Name: what + ": served, at least", Value: 100 * float64(served) / float64(s.sidecars*s.runs), Unit: "%"}.atLeast(100))
 	}
 	return figures, nil
+}
+
+func cpuOf(pids ...int) (sum float64, err error) {
+	for _, pid := range pids {
+		v, err := cpuMicros(pid)
+		if err != nil {
+			return 0, err
+		}
+		sum += v
+	}
+	return sum, nil
 }
 
 func arriveAt(ctx context.Context, c crowd) (arrival, error) {
