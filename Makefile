@@ -17,7 +17,7 @@ RACE := $(shell command -v $$($(GO) env CC) >/dev/null 2>&1 && echo -race)
 
 .PHONY: help
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 .PHONY: build
 build: ## Build ./signet
@@ -27,6 +27,11 @@ build: ## Build ./signet
 demo: $(ENVOY) ## One root, two clusters, four Envoys, refusals and proofs; KEEP=1 leaves it running
 	@$(GO) build -o $(BIN)/ ./cmd/signet ./test/demo
 	@$(BIN)/demo $(if $(KEEP),-keep)
+
+.PHONY: demo-rotation
+demo-rotation: $(ENVOY) ## Intermediates and roots replaced under load, a stolen key shut out, a workload banned; KEEP=1 as above
+	@$(GO) build -o $(BIN)/ ./cmd/signet ./test/demo
+	@$(BIN)/demo $(if $(KEEP),-keep) rotation
 
 .PHONY: check
 check: lint ## Quick: format, vet, staticcheck, unit tests; no real parts

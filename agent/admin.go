@@ -79,10 +79,14 @@ func (s adminService) Status(context.Context, *adminv1.AgentStatusRequest) (*adm
 			first := slices.MinFunc(roots, func(x, y *x509.Certificate) int { return x.NotAfter.Compare(y.NotAfter) })
 			r.Bundle = &adminv1.AgentBundleStatus{
 				Sequence: b.Sequence(), Digest: b.Digest().String(), Roots: uint32(len(roots)), NotAfter: timestamp(first.NotAfter), //nolint:gosec // at most trust.MaxRoots
+				Unstored: a.stored.pending(),
 			}
 		}
 		size, root := a.witness.Seen()
 		r.Witness = &adminv1.AgentWitnessStatus{Size: size, RootHash: root, Contradicted: a.inconsistent.Load()}
+		if r.Witness.Contradicted {
+			r.Witness.EvidenceFile, r.Witness.Evidence = a.path(evidenceFile), strings.ToValidUTF8(a.evidence(), "")
+		}
 	}
 	r.Identities = a.hub.identities()
 	for _, st := range a.sds.Streams() {
@@ -108,7 +112,8 @@ func (h *hub) identities() []*adminv1.AgentIdentityStatus {
 			FailedTries: uint32(max(e.attempts, 0)), LastError: e.lastError, //nolint:gosec // far from overflowing
 		}
 		if c := e.current; c != nil {
-			m.Serial, m.NotBefore, m.NotAfter, m.RenewAt = c.svid.Serial, timestamp(c.svid.NotBefore), timestamp(c.svid.NotAfter), timestamp(c.renewAt)
+			m.IssuerKeyId, m.ReissueAt = []byte(c.issuer), timestamp(e.replaceAt)
+			m.Serial, m.NotBefore, m.NotAfter, m.RenewAt = c.svid.Serial, timestamp(c.svid.NotBefore), timestamp(c.svid.NotAfter), timestamp(e.due())
 		}
 		out = append(out, m)
 	}

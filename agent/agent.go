@@ -9,9 +9,9 @@
 //     for ever.
 //   - Trust is never turned back: an older bundle is refused, over restarts too, and so is an audit log that forgets.
 //
-// To read it: agent.go puts the parts together; hub.go is the heart (entries, keys, renewal) and view.go what one caller
-// sees of it; enrol.go and sync.go talk to the server through door.go; state.go is what survives a restart, and cache.go
-// with seal.go the part of that which is secret.
+// To read it: agent.go puts the parts together; hub.go is the heart (entries, keys, renewal), reissue.go what is
+// replaced ahead of its time, and view.go what one caller sees of it; enrol.go and sync.go talk to the server through door.go;
+// state.go and stored.go are what survives a restart, and cache.go with seal.go the part of that which is secret.
 package agent
 
 import (
@@ -132,6 +132,7 @@ type Agent struct {
 	link    link
 	sds     *sds.Server
 	bundles trust.Bundles
+	stored  storedBundles
 	// member is nil until the agent is enrolled; witness and cache are set before it.
 	member  atomic.Pointer[member]
 	witness *audit.Witness
@@ -142,6 +143,8 @@ type Agent struct {
 	trustOnce sync.Once
 	// synced: the server has told its registrations since this start; connected: it is there now.
 	synced, connected, inconsistent, serving atomic.Bool
+	// admitted counts the streams that have come, for tidy.
+	admitted atomic.Int64
 	// open is closed when the sockets are open, enrolled when the agent is a member of its cluster.
 	open, enrolled chan struct{}
 	// lastSet belongs to keepSync.
@@ -210,6 +213,10 @@ func (a *Agent) become(ctx context.Context, m *member) error {
 	if a.witness, err = audit.NewWitness(a.path(witnessFile), origin, m.LogVerifierKey); err != nil {
 		return err
 	}
+	if a.evidence() != "" {
+		a.inconsistent.Store(true)
+		a.log.Error("the audit log has contradicted what this agent had seen, before this start; "+clearing, "evidence", a.path(evidenceFile))
+	}
 	if err := a.loadBundle(m); err != nil {
 		return err
 	}
@@ -250,7 +257,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	defer a.Close()
 	var listeners []*socketListener
 	var admin *socketListener
-	var httpListener net.Listener
+	var httpDoor net.Listener
 	closeAll := func() {
 		for _, l := range listeners {
 			l.Close()
@@ -258,12 +265,12 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		if admin != nil {
 			admin.Close()
 		}
-		if httpListener != nil {
-			httpListener.Close()
+		if httpDoor != nil {
+			httpDoor.Close()
 		}
 	}
 	// Before enrolment: a path that can't be used must not cost a token.
-	people := newCrowd()
+	people := workloadCrowd(1 + len(a.config.Sockets))
 	for _, s := range append([]Socket{{Path: a.config.Socket}}, a.config.Sockets...) {
 		l, err := listen(s, people)
 		if err != nil {
@@ -277,7 +284,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		return err
 	}
 	if a.config.HTTP != "" {
-		if httpListener, err = listenHTTP(a.config.HTTP); err != nil {
+		if httpDoor, err = listenHTTP(a.config.HTTP); err != nil {
 			closeAll()
 			return err
 		}
@@ -305,9 +312,9 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			failed <- fmt.Errorf("socket %s: %w", admin.path, err)
 		}
 	})
-	if httpListener != nil {
+	if httpDoor != nil {
 		serving.Go(func() {
-			if err := web.Serve(httpListener); !errors.Is(err, http.ErrServerClosed) {
+			if err := web.Serve(httpDoor); !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("http at %s: %w", a.config.HTTP, err)
 			}
 		})
@@ -315,6 +322,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	a.serving.Store(true)
 	close(a.open)
 	working.Go(func() { a.hub.run(background) })
+	working.Go(func() { a.tidy(background) })
 	working.Go(func() {
 		if err := a.work(ctx, background); err != nil && ctx.Err() == nil {
 			failed <- err
@@ -352,6 +360,7 @@ func (a *Agent) work(until, ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { a.cache.run(ctx, a.hub.inUse) })
 	wg.Go(func() { a.keepControl(ctx) })
+	wg.Go(func() { a.keepStored(ctx) })
 	wg.Go(func() { a.keepSync(ctx) })
 	wg.Wait()
 	return nil

@@ -23,12 +23,15 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"golang.org/x/mod/sumdb/note"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/trust"
@@ -110,12 +113,7 @@ func parsePEM(t *testing.T, text []byte) *x509.Certificate {
 func (n *node) ready(t *testing.T) {
 	t.Helper()
 	eventually(t, "ready", func() bool {
-		for _, c := range n.checks(t.Context()) {
-			if c.Err != nil && !c.Degraded {
-				return false
-			}
-		}
-		return n.connected.Load()
+		return n.findings(t).Ready() && n.connected.Load()
 	})
 }
 
@@ -126,6 +124,7 @@ func TestAWorkloadGetsItsIdentityAndTrustOverTheSocket(t *testing.T) {
 	me := identity.Selector(fmt.Sprintf("unix:uid:%d", os.Getuid()))
 	w.setRegistrations(reg("me", "/me", time.Hour, me))
 	n := w.start(t, func(c *Config) { c.Attestor = nil; c.Keys = nil })
+	n.ready(t) // making the key takes its time where tests are slow
 	s := subscribe(t, connect(t, n.config.Socket), "default", "ROOTCA")
 	got := map[string]*tlsv3.Secret{}
 	for len(got) < 2 {
@@ -307,10 +306,8 @@ func TestTheServerRestartsAndNobodyNotices(t *testing.T) {
 	if got := leafOf(t, n.config.Socket); !got.Equal(first) {
 		t.Fatal("another certificate while the server is away")
 	}
-	for _, c := range n.checks(t.Context()) {
-		if c.Err != nil && !c.Degraded {
-			t.Errorf("not ready while it holds all it needs: %s: %v", c.Name, c.Err)
-		}
+	if found := n.findings(t); !found.Ready() {
+		t.Errorf("not ready while it holds all it needs: %+v", found)
 	}
 	w.open()
 	w.setRegistrations(reg("web", "/web", time.Hour, uid), reg("more", "/more", time.Hour, uid))
@@ -393,7 +390,7 @@ func TestATokenThatIsUsedOrUnknownIsOneClearSentence(t *testing.T) {
 	}
 }
 
-// The server spends the token, and its answer is lost: the next start comes in with the key it had made before.
+// The server spends the token, and its answer is lost: the next try, or the next start, comes with the same key.
 func TestACrashBetweenSpendingAndStoringLosesNothing(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -403,16 +400,80 @@ func TestACrashBetweenSpendingAndStoringLosesNothing(t *testing.T) {
 		c.JoinToken, c.Keys, c.StateDir = source, keys, filepath.Join(dir, "state")
 	}
 	w.mu.Lock()
-	w.loseEnrol = true
+	w.loseEnrol = 1 << 30
 	w.mu.Unlock()
 	first := w.start(t, same)
-	if err := first.wait(t); err == nil {
-		t.Fatal("enrolled without an answer")
-	}
+	w.eventuallyEnrolled(t)
+	first.stop()
+	w.mu.Lock()
+	w.loseEnrol = 0
+	w.mu.Unlock()
 	n := w.start(t, same)
 	n.ready(t)
 	if refs, _ := keys.List(t.Context()); len(refs) != 1 {
 		t.Fatalf("%d keys were made, want 1", len(refs))
+	}
+}
+
+// eventuallyEnrolled waits until the server has enrolled somebody, whoever hears of it.
+func (w *world) eventuallyEnrolled(t *testing.T) {
+	t.Helper()
+	eventually(t, "an enrolment", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.enrolled > 0
+	})
+}
+
+func TestALostAnswerIsAskedForAgain(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	source := w.tokenSource("node-1")
+	w.mu.Lock()
+	w.loseEnrol = 1
+	w.mu.Unlock()
+	w.start(t, func(c *Config) { c.JoinToken = source }).ready(t)
+}
+
+// The token ends while the answers are lost: the key that it was spent on is enough.
+func TestATokenMayEndWhileItsAnswerIsLost(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	source := w.tokenSource("node-1")
+	w.mu.Lock()
+	w.loseEnrol = 1
+	w.mu.Unlock()
+	n := w.start(t, func(c *Config) { c.JoinToken = source })
+	w.eventuallyEnrolled(t)
+	w.mu.Lock()
+	clear(w.tokens)
+	w.mu.Unlock()
+	n.ready(t)
+}
+
+func TestTheServersHintIsHeeded(t *testing.T) {
+	hint := func(d time.Duration) error {
+		st, err := status.New(codes.ResourceExhausted, "too many certificates").WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(d)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Err()
+	}
+	for _, c := range []struct {
+		err  error
+		want time.Duration
+	}{
+		{errors.New("away"), time.Second},
+		{status.Error(codes.ResourceExhausted, "too many"), time.Second},
+		{hint(7 * time.Second), 7 * time.Second},
+		{fmt.Errorf("in a sentence: %w", hint(7*time.Second)), 7 * time.Second},
+		{hint(time.Millisecond), time.Second},
+		{hint(-time.Hour), time.Second},
+		{hint(1000 * time.Hour), maxHint},
+	} {
+		if got := notBefore(c.err, time.Second); got != c.want {
+			t.Errorf("%v: %s, want %s", c.err, got, c.want)
+		}
 	}
 }
 
@@ -613,8 +674,8 @@ func TestAForkedOrRolledBackLogShowsAndIsNeverAccepted(t *testing.T) {
 	if evidence, err := os.ReadFile(n.path(witnessFile) + ".evidence"); err != nil || !bytes.Contains(evidence, []byte("example.org/east/east-1")) {
 		t.Fatalf("no evidence is kept: %v", err)
 	}
-	for _, c := range n.checks(t.Context()) {
-		if c.Name == "audit-log" && c.Err == nil {
+	for _, f := range n.findings(t) {
+		if f.About == "audit-log" && f.Level != check.Error {
 			t.Error("readyz does not show it")
 		}
 	}

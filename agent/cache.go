@@ -57,6 +57,8 @@ type cache struct {
 	changed map[string]struct{}
 	// purged: the server has turned this agent away; nothing is written until it lets it in again.
 	purged bool
+	// onDisk is what is known of the certificates in the files, by registration.
+	onDisk map[string]cachedLeaf
 	// wake holds a token when changed is not empty.
 	wake chan struct{}
 }
@@ -68,10 +70,16 @@ type cached struct {
 	Received time.Time `json:"received"`
 }
 
+// cachedLeaf is what is known of the certificate in a file.
+type cachedLeaf struct {
+	issuer   string
+	notAfter time.Time
+}
+
 func newCache(ctx context.Context, dir string, seal keystore.Passphrase, m *member, iterations int, log *slog.Logger) (*cache, error) {
 	c := &cache{
 		dir: dir, seal: seal, place: place(m), iterations: iterations, log: log,
-		files: map[string]struct{}{}, changed: map[string]struct{}{}, wake: make(chan struct{}, 1),
+		files: map[string]struct{}{}, onDisk: map[string]cachedLeaf{}, changed: map[string]struct{}{}, wake: make(chan struct{}, 1),
 	}
 	if err := durable.Dir(dir); err != nil {
 		return nil, err
@@ -161,7 +169,7 @@ func (c *cache) flush(ctx context.Context, inUse func(name string) *held) bool {
 	var failed error
 	for name := range c.take() {
 		if failed == nil {
-			failed = c.write(ctx, name, inUse(name))
+			failed = c.writeInUse(ctx, name, inUse)
 			if failed == nil {
 				continue
 			}
@@ -176,10 +184,16 @@ func (c *cache) flush(ctx context.Context, inUse func(name string) *held) bool {
 	return failed == nil
 }
 
-// write makes the file of a registration be as what is in use.
-func (c *cache) write(ctx context.Context, name string, h *held) error {
+// writeInUse makes the file of a registration be as what is in use.
+func (c *cache) writeInUse(ctx context.Context, name string, inUse func(string) *held) error {
 	c.io.Lock()
 	defer c.io.Unlock()
+	// Asked for here: what is withdrawn while we wait must not be written after its file has been deleted.
+	return c.write(ctx, name, inUse(name))
+}
+
+// write makes the file of a registration hold h. Called with io held.
+func (c *cache) write(ctx context.Context, name string, h *held) error {
 	c.mu.Lock()
 	purged := c.purged
 	c.mu.Unlock()
@@ -212,6 +226,7 @@ func (c *cache) write(ctx context.Context, name string, h *held) error {
 		return err
 	}
 	c.files[name] = struct{}{}
+	c.note(name, cachedLeaf{issuer: h.issuer, notAfter: h.svid.NotAfter})
 	return nil
 }
 
@@ -252,9 +267,11 @@ func (c *cache) read(name string) (chain [][]byte, key *ecdsa.PrivateKey, receiv
 	if !ok || len(v.Chain) == 0 {
 		return fail(errSeal)
 	}
-	if leaf, err := x509.ParseCertificate(v.Chain[0]); err != nil || serialText(leaf) != serial {
+	leaf, err := x509.ParseCertificate(v.Chain[0])
+	if err != nil || serialText(leaf) != serial {
 		return fail(errSeal)
 	}
+	c.note(name, cachedLeaf{issuer: issuerOf(leaf), notAfter: leaf.NotAfter})
 	return v.Chain, key, v.Received, nil
 }
 
@@ -264,7 +281,58 @@ func (c *cache) remove(name string) error {
 		return fmt.Errorf("delete from the cache: %w", err)
 	}
 	delete(c.files, name)
+	c.note(name, cachedLeaf{})
 	return nil
+}
+
+// sync makes deletions hold over a power cut too.
+func (c *cache) sync() error {
+	d, err := os.Open(c.dir)
+	if err != nil {
+		return fmt.Errorf("sync the cache: %w", err)
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// expunge deletes the files of registrations that are withdrawn, at once and durably. What can't be deleted is tried again by
+// run.
+func (c *cache) expunge(names []string, inUse func(name string) *held) {
+	c.io.Lock()
+	defer c.io.Unlock()
+	var failed error
+	deleted := false
+	for _, name := range names {
+		if c.has(name) && inUse(name) == nil {
+			failed, deleted = errors.Join(failed, c.remove(name)), true
+		}
+	}
+	if deleted {
+		failed = errors.Join(failed, c.sync())
+	}
+	if failed != nil {
+		c.log.Error("could not delete certificates of withdrawn identities from the cache; trying again", "folder", c.dir, "err", failed)
+	}
+}
+
+// note says which certificate is in the file of a registration; zero = none.
+func (c *cache) note(name string, leaf cachedLeaf) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if delete(c.onDisk, name); leaf != (cachedLeaf{}) {
+		c.onDisk[name] = leaf
+	}
+}
+
+// held adds the certificates in the files. A nil cache has none.
+func (c *cache) held(l leaves) {
+	if c == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, leaf := range c.onDisk {
+		l.add(leaf.issuer, leaf.notAfter)
+	}
 }
 
 // purge deletes everything at once, the data key first: without it the rest is noise. Nothing is written any more until
@@ -287,10 +355,7 @@ func (c *cache) purge() bool {
 	for name := range c.files {
 		failed = errors.Join(failed, c.remove(name))
 	}
-	// Over a power cut too.
-	if d, err := os.Open(c.dir); err == nil {
-		failed = errors.Join(failed, d.Sync(), d.Close())
-	}
+	failed = errors.Join(failed, c.sync())
 	if failed != nil {
 		c.log.Error("could not delete the whole cache of certificates: delete it by hand", "folder", c.dir, "err", failed)
 	}

@@ -26,7 +26,11 @@ func (a *Agent) edges() []grpc.ServerOption {
 
 func (a *Agent) edge(err *error) {
 	if p := recover(); p != nil {
-		a.log.Error("a call panicked", "panic", fmt.Sprintf("%.256v", p), "stack", string(debug.Stack()))
+		stack := debug.Stack()
+		if elsewhere, ok := p.(interface{ Stack() []byte }); ok { // work that the call had done on another goroutine
+			stack = elsewhere.Stack()
+		}
+		a.log.Error("a call panicked", "panic", fmt.Sprintf("%.256v", p), "stack", string(stack))
 		*err = status.Error(codes.Internal, "internal error")
 	}
 }

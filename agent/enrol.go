@@ -13,6 +13,7 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/mod/sumdb/note"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -83,11 +84,11 @@ func (a *Agent) loadMember(ctx context.Context) (*member, error) {
 }
 
 // ownKey opens the newest version of the agent's key, or makes the first. It is durable before any token is spent on it,
-// so that a crash at any point leaves a key that the server may already know. fresh reports that it was made just now.
-func (a *Agent) ownKey(ctx context.Context) (key keystore.Key, fresh bool, err error) {
+// so that a crash at any point leaves a key that the server may already know.
+func (a *Agent) ownKey(ctx context.Context) (keystore.Key, error) {
 	refs, err := a.keys.List(ctx)
 	if err != nil {
-		return nil, false, fmt.Errorf("look for the agent's key: %w", err)
+		return nil, fmt.Errorf("look for the agent's key: %w", err)
 	}
 	var newest keystore.Ref
 	for _, r := range refs {
@@ -96,16 +97,17 @@ func (a *Agent) ownKey(ctx context.Context) (key keystore.Key, fresh bool, err e
 		}
 	}
 	if newest.IsZero() {
-		key, err = a.keys.Create(ctx, keyName, keystore.ECDSAP256)
+		key, err := a.keys.Create(ctx, keyName, keystore.ECDSAP256)
 		if err != nil {
-			return nil, false, fmt.Errorf("make the agent's key: %w", err)
+			return nil, fmt.Errorf("make the agent's key: %w", err)
 		}
-		return key, true, nil
+		return key, nil
 	}
-	if key, err = a.keys.Open(ctx, newest); err != nil {
-		return nil, false, fmt.Errorf("open the agent's key: %w", err)
+	key, err := a.keys.Open(ctx, newest)
+	if err != nil {
+		return nil, fmt.Errorf("open the agent's key: %w", err)
 	}
-	return key, false, nil
+	return key, nil
 }
 
 func csrOf(key keystore.Key) ([]byte, error) {
@@ -118,8 +120,8 @@ func csrOf(key keystore.Key) ([]byte, error) {
 
 // enrol joins the cluster of the token and stores the result. While nobody answers it tries for ever; a no is final.
 //
-// A crash after the server has spent the token and before the result is on disk here leaves an agent whose key the server
-// knows: the next start finds its token used, and comes in with the key.
+// The server may have spent the token although its answer never came here, in this run or one before. While the token lives
+// it lets the same key in with it again; afterwards the key alone is evidence enough.
 func (a *Agent) enrol(ctx context.Context) (*member, error) {
 	if a.config.JoinToken == nil {
 		return nil, fmt.Errorf("agent in %s is not enrolled and has no join token: make one with `signet join-token create` and name its file in join_token_file", a.config.StateDir)
@@ -128,7 +130,7 @@ func (a *Agent) enrol(ctx context.Context) (*member, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, fresh, err := a.ownKey(ctx)
+	key, err := a.ownKey(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -145,10 +147,10 @@ func (a *Agent) enrol(ctx context.Context) (*member, error) {
 	defer cc.Close()
 	byToken := &signetv1.EnrolRequest{Csr: csr, Evidence: &signetv1.EnrolRequest_JoinToken{JoinToken: &signetv1.JoinToken{Secret: t.Secret}}}
 	answer, err := a.askEnrol(ctx, cc, t.Door, byToken, wrong)
-	if err != nil && final(err) && wrong.get() == nil && !fresh {
+	if err != nil && final(err) && wrong.get() == nil {
 		byKey := &signetv1.EnrolRequest{Csr: csr, Evidence: &signetv1.EnrolRequest_EnrolledKey{EnrolledKey: &signetv1.EnrolledKey{Agent: t.Agent}}}
 		if again, kerr := a.askEnrol(ctx, cc, t.Door, byKey, wrong); kerr == nil {
-			a.log.Info("the join token was spent by an earlier start of this agent; enrolled by its key", "agent", t.Agent)
+			a.log.Info("the join token was spent by an earlier try of this agent; enrolled by its key", "agent", t.Agent)
 			answer, err = again, nil
 		}
 	}
@@ -205,6 +207,19 @@ func final(err error) bool {
 	return false
 }
 
+// maxHint bounds what a server may put off a request by.
+const maxHint = 5 * time.Minute
+
+// notBefore is when to try again after err: wait, or later where the server has named a time (google.rpc.RetryInfo).
+func notBefore(err error, wait time.Duration) time.Duration {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.RetryInfo); ok && info.RetryDelay.CheckValid() == nil {
+			wait = max(wait, min(info.RetryDelay.AsDuration(), maxHint))
+		}
+	}
+	return wait
+}
+
 // logOrigin reads the log's origin out of its verifier key and checks that it is one of this cluster's logs.
 func logOrigin(e enrolment) (string, error) {
 	v, err := note.NewVerifier(e.LogVerifierKey)
@@ -245,7 +260,7 @@ func (a *Agent) keepControl(ctx context.Context) {
 		}
 		a.metrics.controlRenewals.WithLabelValues(result).Inc()
 		left := m.leaf.NotAfter.Sub(a.now())
-		wait := rotation.RetryAfter([]byte(m.Agent), attempts, left)
+		wait := notBefore(err, rotation.RetryAfter([]byte(m.Agent), attempts, left))
 		a.log.Warn("could not renew the control certificate; trying again", "attempt", attempts, "in", wait.Round(time.Millisecond).String(),
 			"not_after", utc(m.leaf.NotAfter), "err", clip(err.Error(), 512))
 		s.Set(struct{}{}, a.now().Add(wait))

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -52,6 +53,10 @@ type issuer interface {
 // hub is the heart of an agent: which registrations it has, who is connected, and for each registration that somebody
 // wants one entry with its key and certificate, which all who match share.
 //
+// Where several registrations give a process one ID, it wants the entry of the first; the next one's only while the first
+// fails. When a registration goes and another still gives the ID, the process keeps the certificate that it has until there
+// is one of the other.
+//
 // An entry lives from the first time that a view wants it, or from the cache, until its certificate expires and nobody
 // wants it. It is renewed only while somebody does. It is in the scheduler except while a call for it is under way: at its
 // renewal time, at the time of its next try, or, while nobody wants it, at its end.
@@ -65,6 +70,10 @@ type hub struct {
 	schedule *rotation.Scheduler[string]
 	calls    chan struct{}
 	running  sync.WaitGroup
+	// taken counts the certificates that have come, for Agent.tidy.
+	taken atomic.Int64
+	// leaves rings when other certificates are held than before.
+	leaves bell
 
 	// mu guards what follows. It is never held over a call, a signature or a verification.
 	mu    sync.Mutex
@@ -81,6 +90,10 @@ type hub struct {
 	cache *cache
 	// refusals are the newest, oldest first, for whoever asks why.
 	refusals []refusal
+	// orders are the issuers, by key identifier, whose leaves the server wants replaced.
+	orders map[string]reissueOrder
+	// banned are the identities that the server has refused as banned since it last told its registrations.
+	banned map[spiffeid.ID]struct{}
 }
 
 // entry is the certificate of one registration on this host. Guarded by hub.mu.
@@ -89,8 +102,14 @@ type entry struct {
 	wanted       map[*view]struct{}
 	current      *held
 	inFlight     bool
+	// next is its time in the scheduler; replaceAt is when it is replaced ahead of its time, zero = it is not; replaced
+	// counts how often that brought a certificate of an issuer that is to be replaced.
+	next, replaceAt time.Time
+	replaced        int
 	// again asks for another issuance because what is in flight was asked under terms that have changed.
 	again bool
+	// hurried: what failed before may work now, whatever becomes of what is in flight.
+	hurried bool
 	// attempts that have failed in a row, and why the last one did.
 	attempts  int
 	lastError string
@@ -102,9 +121,13 @@ type entry struct {
 type held struct {
 	svid     *sds.SVID
 	chain    []*x509.Certificate
+	issuer   string // key identifier
 	received time.Time
 	renewAt  time.Time
 }
+
+// good reports whether it is there and has not run out, by the clock on the wall: a clock that jumps counts at once.
+func (c *held) good(now time.Time) bool { return c != nil && !now.After(c.svid.NotAfter) }
 
 func newHub(is issuer, bundles *trust.Bundles, now func() time.Time, log *slog.Logger, m *metrics) *hub {
 	return &hub{
@@ -148,8 +171,8 @@ func (h *hub) isKnown() bool {
 // whose registration is gone, or names another ID, is dropped with its certificate; one with another lifetime is renewed.
 func (h *hub) setRegistrations(list []identity.Registration) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.registrations = list
+	defer h.unlockAndExpunge(h.entriesOf())
+	h.registrations, h.banned = list, nil
 	h.hashWanted = false
 	byName := make(map[string]identity.Registration, len(list))
 	for _, r := range list {
@@ -158,6 +181,10 @@ func (h *hub) setRegistrations(list []identity.Registration) {
 			return strings.HasPrefix(string(s), "unix:sha256:")
 		})
 	}
+	// Views first: what a registration that is gone gave them is theirs until another has given them its own.
+	for v := range h.views {
+		h.match(v)
+	}
 	for name, e := range h.entries {
 		r, ok := byName[name]
 		switch {
@@ -165,6 +192,7 @@ func (h *hub) setRegistrations(list []identity.Registration) {
 			h.drop(name)
 		case r.ID != e.registration.ID:
 			e.registration, e.current, e.attempts = r, nil, 0
+			e.replaceAt, e.replaced = time.Time{}, 0
 			h.cache.touch(name)
 			h.issueSoon(name, e)
 		case r.TTL != e.registration.TTL:
@@ -173,9 +201,6 @@ func (h *hub) setRegistrations(list []identity.Registration) {
 		default:
 			e.registration = r
 		}
-	}
-	for v := range h.views {
-		h.match(v)
 	}
 	if !h.isKnown() {
 		close(h.known)
@@ -188,6 +213,9 @@ func (h *hub) match(v *view) {
 		return
 	}
 	granted := identity.Match(h.registrations, v.selectors)
+	if len(h.banned) > 0 {
+		granted = slices.DeleteFunc(granted, func(r identity.Registration) bool { _, banned := h.banned[r.ID]; return banned })
+	}
 	if v.socket != "" {
 		// A dedicated socket is for the registrations that name it, and for no other that the caller might fit as well.
 		granted = slices.DeleteFunc(granted, func(r identity.Registration) bool { return !bySocket(r, v.socket) })
@@ -196,11 +224,19 @@ func (h *hub) match(v *view) {
 		return a.Name == b.Name && a.ID == b.ID
 	})
 	v.granted = granted
-	for name := range v.wants {
-		if !slices.ContainsFunc(granted, func(r identity.Registration) bool { return r.Name == name }) {
+	for name, e := range v.wants {
+		i := slices.IndexFunc(granted, func(r identity.Registration) bool { return r.Name == name })
+		if i < 0 {
 			h.release(v, name)
 		}
+		if id := e.registration.ID; e.current != nil && (i < 0 || granted[i].ID != id) {
+			if v.kept == nil {
+				v.kept = map[spiffeid.ID]*held{}
+			}
+			v.kept[id] = e.current
+		}
 	}
+	maps.DeleteFunc(v.kept, func(id spiffeid.ID, _ *held) bool { return !gives(granted, id) })
 	if len(granted) == 0 {
 		h.remember(v)
 		h.end(v, status.Error(codes.PermissionDenied, v.refusal(h.agent)))
@@ -218,20 +254,67 @@ func (h *hub) want(v *view, r identity.Registration) *entry {
 		e = &entry{registration: r, wanted: map[*view]struct{}{}}
 		h.entries[r.Name] = e
 		h.issueSoon(r.Name, e)
-	} else if len(e.wanted) == 0 && e.current != nil && !h.now().Before(e.current.renewAt) {
+	} else if len(e.wanted) == 0 && e.current != nil && !h.now().Before(e.due()) {
 		// Its time came while nobody wanted it.
 		h.issueSoon(r.Name, e)
 	}
 	e.wanted[v] = struct{}{}
-	v.wants[r.Name] = struct{}{}
+	v.wants[r.Name] = e
 	return e
+}
+
+// gives reports whether one of the registrations gives the ID.
+func gives(list []identity.Registration, id spiffeid.ID) bool {
+	return slices.ContainsFunc(list, func(r identity.Registration) bool { return r.ID == id })
+}
+
+// certificate is what a view may have of an ID now; nil = nothing yet. Called with mu held.
+func (h *hub) certificate(v *view, id spiffeid.ID) *held {
+	now := h.now()
+	var best, other *held // of the first registration that has one, and of any other that is wanted
+	asked := false        // an entry is on its way, and has not failed
+	for _, r := range v.granted {
+		if r.ID != id {
+			continue
+		}
+		e := v.wants[r.Name]
+		if e == nil && best == nil && !asked {
+			e = h.want(v, r)
+		}
+		switch {
+		case e == nil:
+		case best != nil: // one is enough
+			h.release(v, r.Name)
+		case e.current.good(now):
+			if asked { // of one further down, until the first has its own
+				if other == nil {
+					other = e.current
+				}
+			} else {
+				best = e.current
+			}
+		case e.attempts == 0:
+			asked = true
+			if e.current != nil { // run out before its renewal: the clock has jumped, and timers have not heard of it yet
+				h.issueSoon(r.Name, e)
+			}
+		}
+	}
+	if best != nil {
+		delete(v.kept, id)
+		return best
+	}
+	if other == nil && v.kept[id].good(now) {
+		other = v.kept[id]
+	}
+	return other
 }
 
 // release is the opposite of want; the entry stays until its time comes. Called with mu held.
 func (h *hub) release(v *view, name string) {
-	delete(v.wants, name)
-	if e, ok := h.entries[name]; ok {
+	if e, ok := v.wants[name]; ok {
 		delete(e.wanted, v)
+		delete(v.wants, name)
 	}
 }
 
@@ -240,7 +323,7 @@ func (h *hub) end(v *view, err error) {
 	for name := range v.wants {
 		h.release(v, name)
 	}
-	v.granted, v.err = nil, err
+	v.granted, v.kept, v.err = nil, nil, err
 	delete(h.views, v)
 	v.notify()
 }
@@ -250,6 +333,62 @@ func (h *hub) drop(name string) {
 	delete(h.entries, name)
 	h.schedule.Remove(name)
 	h.cache.touch(name)
+	h.leaves.ring()
+}
+
+// plan sets the time of an entry. Called with mu held.
+func (h *hub) plan(name string, e *entry, at time.Time) {
+	e.next = at
+	h.schedule.Set(name, at)
+}
+
+// entriesOf are the certificates in use, by registration. Called with mu held.
+func (h *hub) entriesOf() map[string]*held {
+	in := make(map[string]*held, len(h.entries))
+	for name, e := range h.entries {
+		if e.current != nil {
+			in[name] = e.current
+		}
+	}
+	return in
+}
+
+// unlockAndExpunge gives mu back, and deletes from the disk what was in use before and is not any more: a withdrawn identity
+// must not come back with a restart.
+func (h *hub) unlockAndExpunge(before map[string]*held) {
+	maps.DeleteFunc(before, func(name string, _ *held) bool { e, ok := h.entries[name]; return ok && e.current != nil })
+	c := h.cache
+	h.mu.Unlock()
+	if c != nil && len(before) > 0 {
+		c.expunge(slices.Sorted(maps.Keys(before)), h.inUse)
+	}
+}
+
+// shutOut withdraws an identity that the server says is banned, as if its registrations were gone, until it tells its
+// registrations again.
+func (h *hub) shutOut(id spiffeid.ID) {
+	h.mu.Lock()
+	defer h.unlockAndExpunge(h.entriesOf())
+	if h.banned == nil {
+		h.banned = map[spiffeid.ID]struct{}{}
+	}
+	h.banned[id] = struct{}{}
+	for v := range h.views {
+		h.match(v)
+	}
+	for name, e := range h.entries {
+		if e.registration.ID == id {
+			h.drop(name)
+		}
+	}
+	h.log.Error("an identity is banned: it is withdrawn, its certificates are deleted, and it is not asked for until the server tells its registrations again", "spiffe_id", id.String())
+}
+
+// shutsOut reports whether something is withdrawn until the registrations are told again.
+func (h *hub) shutsOut() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.banned) > 0
 }
 
 // issueSoon puts an entry into the next call. Called with mu held.
@@ -258,7 +397,7 @@ func (h *hub) issueSoon(name string, e *entry) {
 		e.again = true
 		return
 	}
-	h.schedule.Set(name, h.now().Add(gather))
+	h.plan(name, e, h.now().Add(gather))
 }
 
 // hurry tries again at once what has failed before: the server has come back, or a bundle has come that a refused
@@ -267,8 +406,11 @@ func (h *hub) hurry() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for name, e := range h.entries {
-		if e.attempts > 0 && !e.inFlight {
-			h.schedule.Set(name, h.now().Add(rotation.RetryAfter([]byte(h.agent), 1, 0)))
+		switch {
+		case e.inFlight:
+			e.hurried = true
+		case e.attempts > 0:
+			h.plan(name, e, h.now().Add(rotation.RetryAfter([]byte(h.agent), 1, 0)))
 		}
 	}
 }
@@ -292,14 +434,19 @@ func (h *hub) due(ctx context.Context, names []string) {
 	now := h.now()
 	for _, name := range names {
 		e, ok := h.entries[name]
-		if !ok {
+		if !ok || e.inFlight { // asked for once more between being handed out and getting here: the call has begun since
 			continue
 		}
 		if len(e.wanted) == 0 {
 			// Not renewed for nobody, but kept while it is good: a workload, or all of them after a restart of this
-			// process, may be back before the server is.
-			if e.current != nil && !now.After(e.current.svid.NotAfter) {
-				h.schedule.Set(name, e.current.svid.NotAfter.Add(time.Second))
+			// process, may be back before the server is. Not so if its issuer is to be replaced: a certificate under a lost
+			// key is not kept for nobody.
+			if e.current.good(now) && !e.toReplace(now) {
+				end := e.current.svid.NotAfter.Add(time.Second)
+				if !e.replaceAt.IsZero() && e.replaceAt.Before(end) {
+					end = e.replaceAt
+				}
+				h.plan(name, e, end)
 			} else {
 				h.drop(name)
 			}
@@ -319,7 +466,7 @@ func (h *hub) due(ctx context.Context, names []string) {
 			j.item.Instance, j.item.Selectors = clip(v.workload.Instance, maxInstance-len("…")), selectorStrings(v.selectors)
 			break
 		}
-		e.inFlight, e.again = true, false
+		e.inFlight, e.again, e.hurried = true, false, false
 		jobs = append(jobs, j)
 	}
 	h.mu.Unlock()
@@ -347,6 +494,14 @@ func (h *hub) issueBatch(ctx context.Context, jobs []*job) {
 	for i, j := range jobs {
 		got, err := h.check(j, results[i])
 		if err != nil {
+			if r := (refused{}); errors.As(err, &r) {
+				switch {
+				case r.turnsAway():
+					h.turnedAway(status.Error(codes.PermissionDenied, err.Error()))
+				case r.banned():
+					h.shutOut(j.id)
+				}
+			}
 			h.failed(j, err)
 			continue
 		}
@@ -399,6 +554,24 @@ func (r refused) Error() string {
 	return fmt.Sprintf("the server %s it (%s)", what, clip(r.refusal.GetMessage(), 128))
 }
 
+// turnsAway reports whether it is about this agent and not about what was asked: the same word as at the connection, where
+// an agent that is banned during a call only hears it as the answer to its items.
+func (r refused) turnsAway() bool {
+	if r.refusal.GetReason() != signetv1.Refusal_REASON_DENIED {
+		return false
+	}
+	switch r.refusal.GetMessage() {
+	case "banned_agent", "unknown_agent":
+		return true
+	}
+	return false
+}
+
+// banned reports whether the identity that was asked for is shut out.
+func (r refused) banned() bool {
+	return r.refusal.GetReason() == signetv1.Refusal_REASON_DENIED && r.refusal.GetMessage() == "banned_identity"
+}
+
 // check looks at the server's answer to one request.
 func (h *hub) check(j *job, r *signetv1.IssueResult) (*held, error) {
 	cert := r.GetCertificate()
@@ -432,7 +605,7 @@ func (h *hub) verify(want spiffeid.ID, der [][]byte, private *ecdsa.PrivateKey, 
 	}
 	id, err := identity.VerifySVID(chain, b.Pool(), now)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the certificate is not good by trust bundle %d: %w", b.Sequence(), err)
 	}
 	if id != want {
 		return nil, fmt.Errorf("a certificate of %s for a registration of %s", id, want)
@@ -447,9 +620,10 @@ func (h *hub) verify(want spiffeid.ID, der [][]byte, private *ecdsa.PrivateKey, 
 	svid := &sds.SVID{
 		ID: id, CertificateChain: text, PrivateKey: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
 		NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, Serial: serialText(leaf),
+		Issuer: issuerOf(leaf),
 	}
 	digest.Sum(svid.Digest[:0])
-	return &held{svid: svid, chain: chain, received: received, renewAt: rotation.RenewAt(leaf.SerialNumber.Bytes(), received, leaf.NotAfter)}, nil
+	return &held{svid: svid, chain: chain, issuer: issuerOf(leaf), received: received, renewAt: rotation.RenewAt(leaf.SerialNumber.Bytes(), received, leaf.NotAfter)}, nil
 }
 
 func serialText(c *x509.Certificate) string { return hex.EncodeToString(c.SerialNumber.Bytes()) }
@@ -486,8 +660,9 @@ func (h *hub) restore(c *cache) {
 	defer h.mu.Unlock()
 	h.cache = c
 	for name, got := range found {
-		h.entries[name] = &entry{registration: byName[name], wanted: map[*view]struct{}{}, current: got}
-		h.schedule.Set(name, got.renewAt)
+		e := &entry{registration: byName[name], wanted: map[*view]struct{}{}, current: got}
+		h.entries[name] = e
+		h.plan(name, e, got.renewAt)
 	}
 	if len(found) > 0 {
 		h.log.Info("certificates restored from the cache", "count", len(found))
@@ -541,16 +716,19 @@ func (h *hub) took(j *job, got *held) {
 		h.issueSoon(j.name, e)
 		return
 	}
+	h.taken.Add(1)
 	first := e.current == nil
 	e.current, e.attempts, e.lastError, e.expiryReported = got, 0, "", false
 	h.cache.touch(j.name)
+	h.ordered(e)
+	h.leaves.ring()
 	h.metrics.renewals.WithLabelValues(resultOK).Inc()
 	h.log.Info("certificate in use", "registration", j.name, "spiffe_id", j.id.String(), "serial", got.svid.Serial,
 		"not_after", utc(got.svid.NotAfter), "renew_at", utc(got.renewAt), "first", first)
 	if e.again {
 		h.issueSoon(j.name, e)
 	} else {
-		h.schedule.Set(j.name, got.renewAt)
+		h.plan(j.name, e, e.due())
 	}
 	for v := range e.wanted {
 		v.notify()
@@ -577,7 +755,7 @@ func (h *hub) putOff(jobs []*job, jitter []byte, result string, err error) {
 	for _, j := range jobs {
 		attempts, left = min(attempts, j.attempts), min(left, j.left)
 	}
-	wait := rotation.RetryAfter(jitter, attempts+1, left)
+	wait := notBefore(err, rotation.RetryAfter(jitter, attempts+1, left))
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	names := make([]string, 0, len(jobs))
@@ -592,7 +770,11 @@ func (h *hub) putOff(jobs []*job, jitter []byte, result string, err error) {
 			}
 			e.attempts++
 			e.lastError = clip(err.Error(), 512)
-			h.schedule.Set(j.name, h.now().Add(wait))
+			next := wait
+			if e.hurried {
+				next = notBefore(err, rotation.RetryAfter(jitter, 1, 0))
+			}
+			h.plan(j.name, e, h.now().Add(next))
 		}
 	}
 	h.log.Warn("could not get a certificate; trying again", "registrations", clip(strings.Join(names, " "), 512), "attempt", attempts+1,
@@ -638,7 +820,7 @@ func (h *hub) bundleChanged() {
 	h.hurry()
 	now, pool := h.now(), b.Pool()
 	for e, cert := range held {
-		if now.After(cert.svid.NotAfter) {
+		if !cert.good(now) {
 			continue // expired: being renewed anyway
 		}
 		if _, err := identity.VerifySVID(cert.chain, pool, now); err == nil {
@@ -675,8 +857,8 @@ func (h *hub) watchViews(ctx context.Context) {
 
 // life is what health and metrics want to know of the entries.
 type life struct {
-	valid, expired, pending, overdue int
-	// earliest is the certificate that ends first among the valid ones.
+	valid, expired, pending, overdue, replacing int
+	// earliest is the certificate that ends first among the valid ones, and where none is valid, among the expired ones.
 	earliest *held
 }
 
@@ -685,22 +867,34 @@ func (h *hub) life() life {
 	defer h.mu.Unlock()
 	var l life
 	now := h.now()
+	first := func(a, b *held) *held {
+		if a == nil || b.svid.NotAfter.Before(a.svid.NotAfter) {
+			return b
+		}
+		return a
+	}
+	var expired *held
 	for _, e := range h.entries {
+		if !e.replaceAt.IsZero() {
+			l.replacing++
+		}
 		switch c := e.current; {
 		case c == nil:
 			l.pending++
-		case now.After(c.svid.NotAfter):
+		case !c.good(now):
 			l.expired++
 			l.overdue++
+			expired = first(expired, c)
 		default:
 			l.valid++
 			if e.attempts > 0 {
 				l.overdue++
 			}
-			if l.earliest == nil || c.svid.NotAfter.Before(l.earliest.svid.NotAfter) {
-				l.earliest = c
-			}
+			l.earliest = first(l.earliest, c)
 		}
+	}
+	if l.earliest == nil {
+		l.earliest = expired
 	}
 	return l
 }

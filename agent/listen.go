@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -23,57 +24,71 @@ const (
 	maxSocketPath = 107
 	// maxConnections of workloads in all, if the limit of open files allows.
 	maxConnections = 16384
+	// Each costs two files: itself, and what holds the process behind it.
+	filesPerConnection = 2
+	// filesOfOurs are those for everything else: state, logs, the server, and attestations under way.
+	filesOfOurs = 256
+	// Connections to the HTTP door, in all and from one address.
+	maxHTTP, maxHTTPFrom = 256, 64
 )
 
-// socketConn is a connection that knows by which socket it came.
+// socketConn is a connection that knows by which socket it came, and who is behind it.
 type socketConn struct {
 	*net.UnixConn
 	socket string
+	peer   connPeer
 	leave  func()
 }
 
-// Close closes the connection and gives its place back.
+// Close closes the connection, lets go of its process and gives its place back.
 func (c *socketConn) Close() error {
 	defer c.leave()
+	defer c.peer.close()
 	return c.UnixConn.Close()
 }
 
-// crowd bounds the connections of all sockets together. One user may take three quarters, so that none can lock out the rest.
-type crowd struct {
-	most int
+// crowd bounds connections, in all and of each peer, so that none can lock out the rest.
+type crowd[K comparable] struct {
+	most, each int
 
 	mu   sync.Mutex
 	open int
-	by   map[uint32]int
+	by   map[K]int
 }
 
-func newCrowd() *crowd {
+func newCrowd[K comparable](most, each int) *crowd[K] {
+	return &crowd[K]{most: most, each: each, by: map[K]int{}}
+}
+
+// workloadCrowd is that of so many sockets together. One user may take three quarters.
+func workloadCrowd(sockets int) *crowd[uint32] {
 	most := maxConnections
 	var files unix.Rlimit
-	// Half of the files this process may open: each connection is one, and attesting it takes more for a moment.
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur/2 < uint64(most) {
-		most = int(files.Cur / 2)
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil {
+		ours := min(files.Cur/4, filesOfOurs) + uint64(sockets) //nolint:gosec // a count
+		left := files.Cur - min(files.Cur, ours)
+		most = int(min(uint64(most), left/filesPerConnection)) //nolint:gosec // at most maxConnections
 	}
-	return &crowd{most: most, by: map[uint32]int{}}
+	return newCrowd[uint32](most, most/4*3)
 }
 
-func (c *crowd) enter(uid uint32) bool {
+func (c *crowd[K]) enter(who K) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.open >= c.most || c.by[uid] >= c.most/4*3 {
+	if c.open >= c.most || c.by[who] >= c.each {
 		return false
 	}
 	c.open++
-	c.by[uid]++
+	c.by[who]++
 	return true
 }
 
-func (c *crowd) leave(uid uint32) {
+func (c *crowd[K]) leave(who K) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.open--
-	if c.by[uid]--; c.by[uid] == 0 {
-		delete(c.by, uid)
+	if c.by[who]--; c.by[who] == 0 {
+		delete(c.by, who)
 	}
 }
 
@@ -83,7 +98,7 @@ type socketListener struct {
 	// name of a dedicated socket; "" = the common one.
 	name, path string
 	inode      uint64
-	crowd      *crowd
+	crowd      *crowd[uint32]
 	// allowed says which users may come in.
 	allowed func(uid uint32) bool
 }
@@ -135,16 +150,16 @@ func inodeOf(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino 
 // listen opens a socket for workloads. One that somebody listens on is left alone, one that a dead process left behind is
 // replaced. It is bound under another name and renamed, so that it is never there with the wrong mode, and a connection
 // finds the old or the new one, never none.
-func listen(s Socket, c *crowd) (*socketListener, error) {
+func listen(s Socket, c *crowd[uint32]) (*socketListener, error) {
 	return listenUnix(s, c, socketMode, func(uint32) bool { return true })
 }
 
 // listenAdmin opens the socket of this agent's admin, which has its own few places.
 func listenAdmin(path string) (*socketListener, error) {
-	return listenUnix(Socket{Path: path}, &crowd{most: adminMaxConns, by: map[uint32]int{}}, adminSocketMode, mayAdminister)
+	return listenUnix(Socket{Path: path}, newCrowd[uint32](adminMaxConns, adminMaxConns/4*3), adminSocketMode, mayAdminister)
 }
 
-func listenUnix(s Socket, c *crowd, mode fs.FileMode, allowed func(uid uint32) bool) (*socketListener, error) {
+func listenUnix(s Socket, c *crowd[uint32], mode fs.FileMode, allowed func(uid uint32) bool) (*socketListener, error) {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("open socket %s: %w", s.Path, fmt.Errorf(format, args...))
 	}
@@ -245,5 +260,38 @@ func listenHTTP(address string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open http at %s: %w", address, cause(err))
 	}
-	return l, nil
+	return &httpListener{Listener: l, crowd: newCrowd[netip.Addr](maxHTTP, maxHTTPFrom)}, nil
+}
+
+// httpListener keeps to its number of connections: what is too many is closed at once, before a byte of it is read.
+type httpListener struct {
+	net.Listener
+	crowd *crowd[netip.Addr]
+}
+
+// Accept passes over connections that are too many.
+func (l *httpListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() //nolint:forcetypeassert // the listener is TCP's
+		if !l.crowd.enter(from) {
+			c.Close()
+			continue
+		}
+		return &httpConn{Conn: c, leave: sync.OnceFunc(func() { l.crowd.leave(from) })}, nil
+	}
+}
+
+type httpConn struct {
+	net.Conn
+	leave func()
+}
+
+// Close closes the connection and gives its place back.
+func (c *httpConn) Close() error {
+	defer c.leave()
+	return c.Conn.Close()
 }

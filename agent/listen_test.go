@@ -12,7 +12,7 @@ import (
 
 func mustListen(t *testing.T, path string) *socketListener {
 	t.Helper()
-	l, err := listen(Socket{Path: path}, newCrowd())
+	l, err := listen(Socket{Path: path}, workloadCrowd(1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +49,7 @@ func TestAStaleSocketIsReplacedAndALiveOneIsLeftAlone(t *testing.T) {
 	dead.SetUnlinkOnClose(false)
 	dead.Close()
 	first := mustListen(t, path)
-	_, err = listen(Socket{Path: path}, newCrowd())
+	_, err = listen(Socket{Path: path}, workloadCrowd(1))
 	if err == nil || !strings.Contains(err.Error(), "in use by another process") || !strings.Contains(err.Error(), path) {
 		t.Fatalf("a second listener: %v", err)
 	}
@@ -85,7 +85,7 @@ func TestWhatMakesASocketUnsafeIsRefused(t *testing.T) {
 		"/" + strings.Repeat("x", 120):       "too long",
 		dir + "/" + strings.Repeat("y", 107): "too long",
 	} {
-		if l, err := listen(Socket{Path: path}, newCrowd()); err == nil || !strings.Contains(err.Error(), want) {
+		if l, err := listen(Socket{Path: path}, workloadCrowd(1)); err == nil || !strings.Contains(err.Error(), want) {
 			if l != nil {
 				l.Close()
 			}
@@ -100,15 +100,14 @@ func TestWhatMakesASocketUnsafeIsRefused(t *testing.T) {
 		if err := os.Chown(foreign, 4242, 4242); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := listen(Socket{Path: filepath.Join(foreign, "s")}, newCrowd()); err == nil || !strings.Contains(err.Error(), "belongs to uid 4242") {
+		if _, err := listen(Socket{Path: filepath.Join(foreign, "s")}, workloadCrowd(1)); err == nil || !strings.Contains(err.Error(), "belongs to uid 4242") {
 			t.Errorf("a folder of another user: %v", err)
 		}
 	}
 }
 
 func TestOneUserCannotTakeAllConnections(t *testing.T) {
-	c := newCrowd()
-	c.most = 8
+	c := newCrowd[uint32](8, 6)
 	for range 6 {
 		if !c.enter(1) {
 			t.Fatal("refused within its share")

@@ -41,7 +41,7 @@ func newMetrics(reg prometheus.Registerer, now func() time.Time, lives func() li
 		return v
 	}
 	attestationTime := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "signet_attestation_duration_seconds", Help: "Time it took to attest a caller.",
+		Name: "signet_attestation_duration_seconds", Help: "Time a new stream waited for its caller to be attested, which happens once a connection.",
 		Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5},
 	}, []string{"attestor"})
 	m := &metrics{
@@ -52,7 +52,7 @@ func newMetrics(reg prometheus.Registerer, now func() time.Time, lives func() li
 			Name: "signet_agent_control_renewals_total", Help: "Tries to renew the agent's own control certificate.",
 		}, []string{"result"})),
 		attestations: results(prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "signet_attestations_total", Help: "Callers attested: ok = at least one registration fits, refused = none does.",
+			Name: "signet_attestations_total", Help: "Streams by who opened them: ok = attested and at least one registration fits, refused = none does.",
 		}, []string{"attestor", "result"}), attestorUnix),
 		attestationTime: attestationTime.WithLabelValues(attestorUnix),
 		inconsistencies: prometheus.NewCounter(prometheus.CounterOpts{
@@ -84,26 +84,28 @@ func newMetrics(reg prometheus.Registerer, now func() time.Time, lives func() li
 		states("valid", func(l life) int { return l.valid }),
 		states("expired", func(l life) int { return l.expired }),
 		states("pending", func(l life) int { return l.pending }),
+		gauge("signet_agent_reissues_pending", "Certificates of workloads that are to be replaced ahead of time because the server wants their issuer replaced.",
+			func() float64 { return float64(lives().replacing) }),
 		gauge("signet_renewals_overdue", "Certificates of workloads whose renewal has failed at least once, or that have expired.",
 			func() float64 { return float64(lives().overdue) }),
-		gauge("signet_agent_earliest_svid_not_after_timestamp_seconds", "End of the valid workload certificate that ends first; NaN = none.",
+		gauge("signet_agent_earliest_svid_not_after_timestamp_seconds", "End of the valid workload certificate that ends first; where all have expired, of the one that ended first; NaN = there is none.",
 			func() float64 {
 				if e := lives().earliest; e != nil {
 					return seconds(e.svid.NotAfter)
 				}
 				return math.NaN()
 			}),
-		gauge("signet_agent_earliest_svid_not_before_timestamp_seconds", "Start of the valid workload certificate that ends first; NaN = none.",
+		gauge("signet_agent_earliest_svid_not_before_timestamp_seconds", "Start of the same certificate; NaN = there is none.",
 			func() float64 {
 				if e := lives().earliest; e != nil {
 					return seconds(e.svid.NotBefore)
 				}
 				return math.NaN()
 			}),
-		gauge("signet_agent_outage_budget_seconds", "How long no workload would notice that the server is away; NaN = no certificate.",
+		gauge("signet_agent_outage_budget_seconds", "How long no workload would notice that the server is away; 0 = all certificates have expired; NaN = there is none.",
 			func() float64 {
 				if e := lives().earliest; e != nil {
-					return e.svid.NotAfter.Sub(now()).Seconds()
+					return max(e.svid.NotAfter.Sub(now()).Seconds(), 0)
 				}
 				return math.NaN()
 			}),

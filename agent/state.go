@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -25,8 +27,10 @@ const (
 	bundleFile        = "bundle.json"
 	registrationsFile = "registrations.json"
 	witnessFile       = "checkpoint"
+	evidenceFile      = witnessFile + ".evidence" // as audit.Witness names it
 	keysDir           = "keys"
 
+	maxEvidence          = 32 << 10 // of what is told of it, in bytes
 	maxEnrolmentFile     = 256 << 10
 	maxBundleFile        = 4 << 20
 	maxRegistrationsFile = 64 << 20
@@ -141,6 +145,22 @@ func remedyFor(file string) string {
 	return "remove it, it is fetched again from the server"
 }
 
+// evidence is what convicts the audit log; "" = nothing does. Its file stays until somebody moves it away.
+func (a *Agent) evidence() string {
+	f, err := os.Open(a.path(evidenceFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return ""
+	}
+	if err == nil {
+		defer f.Close()
+		var text []byte
+		if text, err = io.ReadAll(io.LimitReader(f, maxEvidence)); err == nil {
+			return string(text)
+		}
+	}
+	return "the evidence can't be read: " + err.Error()
+}
+
 func (a *Agent) store(file string, v any) error {
 	raw, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
@@ -164,6 +184,7 @@ func (a *Agent) loadBundle(m *member) error {
 	if err != nil {
 		return fmt.Errorf("%s is damaged: %w; %s", a.path(bundleFile), err, remedyFor(bundleFile))
 	}
+	a.stored.loaded(b)
 	return a.bundles.Set(b)
 }
 

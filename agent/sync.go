@@ -1,10 +1,12 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -19,8 +21,10 @@ import (
 )
 
 const (
-	// settle gathers acknowledgements of many streams into one message.
+	// settle gathers what changes while streams come and go into one message.
 	settle = 200 * time.Millisecond
+	// lookEvery is how often is looked which certificates have ended.
+	lookEvery = 10 * time.Second
 	// maxRegistrations bounds what a server may make an agent hold.
 	maxRegistrations = 100_000
 )
@@ -93,14 +97,31 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 		}
 	}()
 
-	acked := a.acks()
-	if err := stream.Send(&signetv1.SyncRequest{BundleAcks: acked, CheckpointSeen: a.seen()}); err != nil && !errors.Is(err, io.EOF) {
-		return false, c.explain(err)
+	// Each message says everything: it replaces the one before.
+	said := word{acks: a.acks(), held: a.issuersHeld()}
+	say := func(seen *signetv1.CheckpointSeen) error {
+		req := &signetv1.SyncRequest{BundleAcks: said.acks, CheckpointSeen: seen, IssuersHeld: &signetv1.IssuersHeld{KeyIds: said.held}}
+		if err := stream.Send(req); err != nil && !errors.Is(err, io.EOF) {
+			return c.explain(err)
+		}
+		return nil
+	}
+	if err := say(a.seen()); err != nil {
+		return false, err
 	}
 	var settled <-chan time.Time
+	// Certificates end by time alone.
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	leavesChanged := false
 	for {
-		acksChanged, bundleChanged := a.sds.AcksChanged(), a.bundles.Changed()
-		if settled == nil && !sameAcks(acked, a.acks()) {
+		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.next()
+		streamLeaves, hubLeaves := a.sds.LeavesChanged(), a.hub.leaves.next()
+		if acks := a.acks(); !sameAcks(said.acks, acks) {
+			if wait := a.patience(acks); settled == nil || wait == 0 {
+				settled = time.After(wait)
+			}
+		} else if leavesChanged && settled == nil {
 			settled = time.After(settle)
 		}
 		select {
@@ -122,23 +143,46 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 				a.hub.hurry()
 			}
 			if a.take(r) {
-				if err := stream.Send(&signetv1.SyncRequest{BundleAcks: acked, CheckpointSeen: a.seen()}); err != nil && !errors.Is(err, io.EOF) {
-					return heard, c.explain(err)
+				if err := say(a.seen()); err != nil {
+					return heard, err
 				}
 			}
 		case <-acksChanged:
 		case <-bundleChanged:
+		case <-stored:
+		case <-streamLeaves:
+			leavesChanged = true
+		case <-hubLeaves:
+			leavesChanged = true
+		case <-look.C:
+			leavesChanged = true
 		case <-settled:
-			settled, acked = nil, a.acks()
-			if err := stream.Send(&signetv1.SyncRequest{BundleAcks: acked}); err != nil && !errors.Is(err, io.EOF) {
-				return heard, c.explain(err)
+			settled, leavesChanged = nil, false
+			now := word{acks: a.acks(), held: a.issuersHeld()}
+			if now.same(said) {
+				continue
+			}
+			said = now
+			if err := say(nil); err != nil {
+				return heard, err
 			}
 		}
 	}
 }
 
+// word is what the server is told of this agent's workloads.
+type word struct {
+	acks []*signetv1.BundleAck
+	held [][]byte
+}
+
+func (w word) same(x word) bool {
+	return sameAcks(w.acks, x.acks) && slices.EqualFunc(w.held, x.held, bytes.Equal)
+}
+
 // acks says what this agent's workloads believe: the oldest bundle among the streams that have one, or, where nobody
-// subscribes, the bundle that the next one to come would get.
+// subscribes, the bundle that the next one to come would get. A bundle that is not on disk yet is not among them: the one
+// before stands for it.
 func (a *Agent) acks() []*signetv1.BundleAck {
 	td := a.member.Load().td
 	digest, ok := a.sds.OldestBundle(td)
@@ -149,11 +193,24 @@ func (a *Agent) acks() []*signetv1.BundleAck {
 		}
 		digest = b.Digest()
 	}
+	if digest, ok = a.stored.honest(digest); !ok {
+		return nil
+	}
 	return []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: digest[:]}}
 }
 
 func sameAcks(a, b []*signetv1.BundleAck) bool {
 	return len(a) == len(b) && (len(a) == 0 || proto.Equal(a[0], b[0]))
+}
+
+// patience is how long a word waits for more to change. That all believe the newest bundle waits for nothing: the server
+// goes on with a trust change when every agent has said so.
+func (a *Agent) patience(word []*signetv1.BundleAck) time.Duration {
+	newest, ok := a.bundles.Get(a.member.Load().td)
+	if digest := newest.Digest(); ok && len(word) == 1 && bytes.Equal(word[0].Digest, digest[:]) {
+		return 0
+	}
+	return settle
 }
 
 func (a *Agent) seen() *signetv1.CheckpointSeen {
@@ -171,6 +228,8 @@ func (a *Agent) take(r *signetv1.SyncResponse) (tellSeen bool) {
 		err = a.takeRegistrations(u.Registrations)
 	case *signetv1.SyncResponse_Checkpoint:
 		err, tellSeen = a.takeCheckpoint(u.Checkpoint), true
+	case *signetv1.SyncResponse_Reissue:
+		err = a.takeReissue(u.Reissue)
 	}
 	if err != nil {
 		a.log.Error("could not take what the server sent", "err", clip(err.Error(), 1024))
@@ -189,6 +248,7 @@ func (a *Agent) takeBundle(m *signetv1.Bundle) error {
 		return err
 	}
 	old, had := a.bundles.Get(member.td)
+	a.stored.taken(b)
 	if err := a.bundles.Set(b); err != nil {
 		return err
 	}
@@ -196,8 +256,8 @@ func (a *Agent) takeBundle(m *signetv1.Bundle) error {
 		return nil
 	}
 	a.trustNow(b)
-	// In use already: workloads must have it even where the disk is full. It comes again after a restart.
-	return a.storeBundle(b)
+	// In use already: workloads must have it even where the disk is full. It is acknowledged when it is stored.
+	return a.storeNewest()
 }
 
 // trustNow notes that there is a bundle.
@@ -210,8 +270,8 @@ func (a *Agent) trustNow(b trust.Bundle) {
 
 // takeRegistrations takes the whole set. One that is malformed is left out and named; the rest holds.
 func (a *Agent) takeRegistrations(set *signetv1.RegistrationSet) error {
-	a.synced.Store(true)
-	if a.lastSet != nil && proto.Equal(a.lastSet, set) {
+	if a.lastSet != nil && proto.Equal(a.lastSet, set) && !a.hub.shutsOut() {
+		a.synced.Store(true)
 		return nil
 	}
 	if len(set.GetRegistrations()) > maxRegistrations {
@@ -233,10 +293,14 @@ func (a *Agent) takeRegistrations(set *signetv1.RegistrationSet) error {
 		list = append(list, reg)
 	}
 	a.hub.setRegistrations(list)
+	a.synced.Store(true) // not before: who is told that the agent is ready asks at once
 	a.lastSet = set
 	a.log.Info("registrations in use", "count", len(list), "revision", set.Revision)
 	return errors.Join(wrong, a.storeRegistrations(m, set.Revision, list))
 }
+
+// clearing says how a contradiction is put down. It takes hands on the state folder, so that no server can bring it about.
+const clearing = "this shows until the evidence is moved away while the agent is stopped, and with it the file checkpoint if the log that is there now is to be believed"
 
 // takeCheckpoint makes this agent a witness of the audit log: what has been seen must be contained in what is shown.
 func (a *Agent) takeCheckpoint(c *signetv1.Checkpoint) error {
@@ -245,7 +309,7 @@ func (a *Agent) takeCheckpoint(c *signetv1.Checkpoint) error {
 	case errors.Is(err, audit.ErrFork), errors.Is(err, audit.ErrRollback):
 		a.metrics.inconsistencies.Inc()
 		a.inconsistent.Store(true)
-		a.log.Error("THE AUDIT LOG CONTRADICTS WHAT THIS AGENT HAS SEEN: the checkpoint is refused; keep the evidence, stop issuing and compare with other agents", "err", err)
+		a.log.Error("THE AUDIT LOG CONTRADICTS WHAT THIS AGENT HAS SEEN: the checkpoint is refused; keep the evidence, stop issuing and compare with other agents; "+clearing, "err", err)
 		return nil
 	case err != nil:
 		// Not evidence: a proof from another size crosses a message of ours now and then. The server is told again.

@@ -30,8 +30,11 @@ type view struct {
 	socket string
 
 	granted []identity.Registration
-	wants   map[string]struct{}
-	err     error
+	// wants are the entries of this view, by registration.
+	wants map[string]*entry
+	// kept, mostly nil, are certificates that it was given under a registration that is gone, while another still gives the ID.
+	kept map[spiffeid.ID]*held
+	err  error
 	// changed is closed at the next change; nil while nobody waits.
 	changed chan struct{}
 	closed  bool
@@ -41,27 +44,30 @@ var _ sds.View = (*view)(nil)
 
 // Attest implements sds.Workloads: it asks who is behind the connection and which registrations that fits.
 func (a *Agent) Attest(ctx context.Context, conn net.Conn) (sds.View, error) {
-	socket := ""
-	if c, ok := conn.(*socketConn); ok {
-		socket, conn = c.socket, c.UnixConn
+	c, ok := conn.(*socketConn)
+	if !ok {
+		return nil, status.Error(codes.Internal, "the agent cannot tell by which socket this caller came")
 	}
+	a.admitted.Add(1)
 	start := a.now()
-	w, err := a.attestor.AttestWorkload(ctx, conn)
+	w, err := c.peer.attest(ctx, a.attestor, c.UnixConn, a.hub.wantsHash())
 	a.metrics.attestationTime.Observe(a.now().Sub(start).Seconds())
 	if err != nil {
 		a.metrics.attestations.WithLabelValues(attestorUnix, resultFailed).Inc()
-		a.denials.warn("could not attest a caller", "err", err)
+		a.denials.warn("could not attest a caller", "socket", c.socket, "err", err)
+		if identity.NoDescriptors(err) {
+			return nil, status.Error(codes.ResourceExhausted, "the agent has no file descriptor left to look at who is calling: raise its limit of open files (LimitNOFILE= in its unit), or close connections, and connect again")
+		}
 		return nil, status.Error(codes.PermissionDenied, "the agent could not tell who is calling: connect again, and see the agent's log")
 	}
-	v, err := a.view(ctx, w, socket)
+	v, err := a.view(ctx, w, c.socket)
 	if err != nil {
-		if w.Close != nil {
-			w.Close()
-		}
 		result := resultFailed
 		if status.Code(err) == codes.PermissionDenied {
 			result = resultRefused
-			a.denials.warn("refused a caller", "instance", clip(w.Instance, maxInstance), "socket", socket, "err", err)
+		}
+		if ctx.Err() == nil {
+			a.denials.warn("refused a caller", "instance", clip(w.Instance, maxInstance), "socket", c.socket, "code", status.Code(err).String(), "err", status.Convert(err).Message())
 		}
 		a.metrics.attestations.WithLabelValues(attestorUnix, result).Inc()
 		return nil, err
@@ -95,7 +101,7 @@ func (a *Agent) waitKnown(ctx context.Context) error {
 
 // open makes a view of a workload that fits at least one registration.
 func (h *hub) open(w identity.Workload, socket string) (*view, error) {
-	v := &view{hub: h, workload: w, selectors: slices.Clone(w.Selectors), socket: socket, wants: map[string]struct{}{}}
+	v := &view{hub: h, workload: w, selectors: slices.Clone(w.Selectors), socket: socket, wants: map[string]*entry{}}
 	if socket != "" {
 		v.selectors = append(v.selectors, socketSelector(socket))
 	}
@@ -160,15 +166,10 @@ func (v *view) SVID(id spiffeid.ID) *sds.SVID {
 	if v.err != nil || v.closed {
 		return nil
 	}
-	i := slices.IndexFunc(v.granted, func(r identity.Registration) bool { return r.ID == id })
-	if i < 0 {
-		return nil
+	if c := v.hub.certificate(v, id); c != nil {
+		return c.svid
 	}
-	e := v.hub.want(v, v.granted[i])
-	if e.current == nil || v.hub.now().After(e.current.svid.NotAfter) {
-		return nil
-	}
-	return e.current.svid
+	return nil
 }
 
 // alive ends the view if its process is gone.
@@ -178,7 +179,7 @@ func (v *view) alive() bool {
 	if v.closed || v.err != nil {
 		return false
 	}
-	// Under the lock, so that Close can't release the pidfd meanwhile; it is one poll(2) that doesn't wait.
+	// One poll(2) that doesn't wait.
 	if v.workload.Alive == nil || v.workload.Alive() {
 		return true
 	}
@@ -239,7 +240,4 @@ func (v *view) Close() {
 		v.hub.release(v, name)
 	}
 	delete(v.hub.views, v)
-	if v.workload.Close != nil {
-		v.workload.Close()
-	}
 }

@@ -153,8 +153,11 @@ type world struct {
 	refuse    func(*signetv1.IssueItem) *signetv1.Refusal
 	failEnrol error
 	// ban makes every call on the agent door fail as the server's does for an agent that it does not want.
-	ban        bool
-	loseEnrol  bool
+	ban bool
+	// loseEnrol is how many answers at the enrol door are lost; enrolled counts those that were made.
+	loseEnrol, enrolled int
+	// used has the keys that tokens were used with.
+	used       map[[32]byte][]byte
 	controlTTL time.Duration
 	acks       map[string][]*signetv1.BundleAck
 	seen       []uint64
@@ -165,7 +168,7 @@ type world struct {
 func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{
-		t: t, now: time.Now, tokens: map[[32]byte]string{}, agents: map[string][]byte{}, issued: map[string]int{},
+		t: t, now: time.Now, tokens: map[[32]byte]string{}, used: map[[32]byte][]byte{}, agents: map[string][]byte{}, issued: map[string]int{},
 		changed: make(chan struct{}), controlTTL: 7 * 24 * time.Hour, acks: map[string][]*signetv1.BundleAck{},
 	}
 	w.control = newCA(t, "control", nil)
@@ -282,20 +285,20 @@ func (w enrolDoor) Enrol(_ context.Context, req *signetv1.EnrolRequest) (*signet
 	case *signetv1.EnrolRequest_JoinToken:
 		hash := sha256.Sum256(e.JoinToken.Secret)
 		var ok bool
-		if agent, ok = w.tokens[hash]; !ok {
+		if agent, ok = w.tokens[hash]; !ok || w.used[hash] != nil && !slices.Equal(w.used[hash], pub.SPKI()) {
 			return nil, status.Error(codes.PermissionDenied, identity.ErrTokenUnusable.Error())
 		}
-		delete(w.tokens, hash)
-		w.agents[agent] = pub.SPKI()
+		w.agents[agent], w.used[hash] = pub.SPKI(), pub.SPKI()
 	case *signetv1.EnrolRequest_EnrolledKey:
 		agent = e.EnrolledKey.Agent
 		if !slices.Equal(w.agents[agent], pub.SPKI()) {
 			return nil, status.Error(codes.PermissionDenied, "not allowed")
 		}
 	}
-	if w.loseEnrol {
-		w.loseEnrol = false
-		return nil, status.Error(codes.PermissionDenied, "the answer was lost on the way")
+	w.enrolled++
+	if w.loseEnrol > 0 {
+		w.loseEnrol--
+		return nil, status.Error(codes.Unavailable, "the answer was lost on the way")
 	}
 	return &signetv1.EnrolResponse{
 		Agent: agent, TrustDomain: td.Name(), Cluster: "east", AgentDoor: w.agentAddr, LogVerifierKey: w.vkey,

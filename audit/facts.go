@@ -2,8 +2,10 @@ package audit
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -28,6 +30,8 @@ type Facts struct {
 	NotBefore, NotAfter time.Time
 	// Agent is the agent the event is about, or on whose word it happened.
 	Agent string
+	// Registration is the name of the one it is about, or by which a certificate was given; Token the id of a join token.
+	Registration, Token string
 	// Certificate is what of the entry's certificate was logged: its signature is not. Nil where there is none.
 	Certificate *x509.Certificate
 	Evidence    *auditv1.Evidence
@@ -62,10 +66,19 @@ func FactsOf(e *auditv1.Entry) (Facts, error) {
 	event := e.ProtoReflect().Get(field).Message().Interface()
 	if ev, ok := event.(interface{ GetEvidence() *auditv1.Evidence }); ok {
 		f.Evidence = ev.GetEvidence()
-		f.Agent = f.Evidence.GetAgent()
+		f.Agent, f.Registration = f.Evidence.GetAgent(), f.Evidence.GetRegistration()
+	}
+	if ev, ok := event.(interface{ GetTokenId() string }); ok {
+		f.Token = ev.GetTokenId()
+	}
+	if ev := e.GetRegistrationChanged(); ev != nil {
+		f.Registration = cmp.Or(nameIn(ev.GetAfter()), nameIn(ev.GetBefore()), f.Registration)
 	}
 	if ev, ok := event.(interface{ GetAgent() string }); ok {
 		f.Agent = ev.GetAgent()
+	}
+	if ev, ok := event.(interface{ GetSpiffeId() string }); ok {
+		f.SPIFFEID = ev.GetSpiffeId()
 	}
 	var err error
 	switch ev := event.(type) {
@@ -87,6 +100,17 @@ func FactsOf(e *auditv1.Entry) (Facts, error) {
 		}
 	}
 	return f, nil
+}
+
+// nameIn is the name of a registration in its JSON form; "" where there is none.
+func nameIn(text string) string {
+	var r struct {
+		Name string `json:"name"`
+	}
+	if json.Unmarshal([]byte(text), &r) != nil {
+		return ""
+	}
+	return r.Name
 }
 
 // Covers reports whether the entry is the record of this certificate: its to-be-signed part, byte for byte.

@@ -27,6 +27,8 @@ type Query struct {
 	Serial   string
 	SPIFFEID string
 	Agent    string
+	// Registration is a name, Token the id of a join token.
+	Registration, Token string
 	// Kind is one of Kinds.
 	Kind string
 	// Since is included, Until is not.
@@ -38,6 +40,7 @@ type Query struct {
 func (q Query) matches(f Facts) bool {
 	return (q.Serial == "" || q.Serial == f.Serial) && (q.SPIFFEID == "" || q.SPIFFEID == f.SPIFFEID) &&
 		(q.Agent == "" || q.Agent == f.Agent) && (q.Kind == "" || q.Kind == f.Kind) &&
+		(q.Registration == "" || q.Registration == f.Registration) && (q.Token == "" || q.Token == f.Token) &&
 		(q.Since.IsZero() || !f.Time.Before(q.Since)) && (q.Until.IsZero() || f.Time.Before(q.Until))
 }
 
@@ -149,14 +152,16 @@ func (e *indexError) unwritable() bool {
 }
 
 // indexVersion changes with the schema, and with what FactsOf makes of an entry.
-const indexVersion = "1"
+const indexVersion = "2"
 
 const indexSchema = `
 CREATE TABLE IF NOT EXISTS progress (one INTEGER PRIMARY KEY CHECK (one = 1), version TEXT NOT NULL, size INTEGER NOT NULL, nodes BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS entries (i INTEGER PRIMARY KEY, time INTEGER NOT NULL, kind TEXT NOT NULL, serial TEXT, spiffe_id TEXT, agent TEXT);
+CREATE TABLE IF NOT EXISTS entries (i INTEGER PRIMARY KEY, time INTEGER NOT NULL, kind TEXT NOT NULL, serial TEXT, spiffe_id TEXT, agent TEXT, registration TEXT, token TEXT);
 CREATE INDEX IF NOT EXISTS entries_serial ON entries (serial) WHERE serial IS NOT NULL;
 CREATE INDEX IF NOT EXISTS entries_spiffe_id ON entries (spiffe_id, time) WHERE spiffe_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS entries_agent ON entries (agent, time) WHERE agent IS NOT NULL;
+CREATE INDEX IF NOT EXISTS entries_registration ON entries (registration, time) WHERE registration IS NOT NULL;
+CREATE INDEX IF NOT EXISTS entries_token ON entries (token) WHERE token IS NOT NULL;
 CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
 `
 
@@ -272,14 +277,14 @@ func (ix *index) step(ctx context.Context, r *Reader, q Query) (cp Checkpoint, p
 		return cp, nil, false, &indexError{err}
 	}
 
-	insert, err := tx.PrepareContext(ctx, "INSERT INTO entries (i, time, kind, serial, spiffe_id, agent) VALUES (?, ?, ?, nullif(?, ''), nullif(?, ''), nullif(?, ''))")
+	insert, err := tx.PrepareContext(ctx, "INSERT INTO entries (i, time, kind, serial, spiffe_id, agent, registration, token) VALUES (?, ?, ?, nullif(?, ''), nullif(?, ''), nullif(?, ''), nullif(?, ''), nullif(?, ''))")
 	if err != nil {
 		return cp, nil, false, &indexError{err}
 	}
 	defer insert.Close()
 	w := walk{folder: r.folder, rng: rng, size: cp.Size, leaf: func(i uint64, raw []byte) error {
 		_, f := read(raw)
-		if _, err := insert.ExecContext(ctx, i, f.Time.UnixNano(), f.Kind, f.Serial, f.SPIFFEID, f.Agent); err != nil {
+		if _, err := insert.ExecContext(ctx, i, f.Time.UnixNano(), f.Kind, f.Serial, f.SPIFFEID, f.Agent, f.Registration, f.Token); err != nil {
 			return &indexError{err}
 		}
 		return nil
@@ -325,6 +330,8 @@ func ask(ctx context.Context, tx *sql.Tx, q Query) ([]uint64, error) {
 		{q.Serial != "", "serial = ?", q.Serial},
 		{q.SPIFFEID != "", "spiffe_id = ?", q.SPIFFEID},
 		{q.Agent != "", "agent = ?", q.Agent},
+		{q.Registration != "", "registration = ?", q.Registration},
+		{q.Token != "", "token = ?", q.Token},
 		{q.Kind != "", "kind = ?", q.Kind},
 		{!q.Since.IsZero(), "time >= ?", q.Since.UnixNano()},
 		{!q.Until.IsZero(), "time < ?", q.Until.UnixNano()},

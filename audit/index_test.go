@@ -28,7 +28,7 @@ func mixed(t testing.TB) ([]*auditv1.Entry, []*x509.Certificate) {
 	return []*auditv1.Entry{
 		{Time: at(0), Event: &auditv1.Entry_AuthorityCreated{AuthorityCreated: &auditv1.AuthorityCreated{Kind: "root", Tbs: certs[3].RawTBSCertificate}}},
 		{Time: at(1), Event: &auditv1.Entry_AuthorityInstalled{AuthorityInstalled: &auditv1.AuthorityInstalled{Kind: "root", Chain: [][]byte{certs[3].Raw}}}},
-		{Time: at(2), Event: &auditv1.Entry_RegistrationChanged{RegistrationChanged: &auditv1.RegistrationChanged{After: "{}", Revision: 1, Evidence: &auditv1.Evidence{Caller: "uid:0", Door: "admin"}}}},
+		{Time: at(2), Event: &auditv1.Entry_RegistrationChanged{RegistrationChanged: &auditv1.RegistrationChanged{Before: `{"name":"frontend"}`, Revision: 1, Evidence: &auditv1.Evidence{Caller: "uid:0", Door: "admin"}}}},
 		{Time: at(3), Event: &auditv1.Entry_JoinTokenCreated{JoinTokenCreated: &auditv1.JoinTokenCreated{TokenId: "t", Agent: "node-1"}}},
 		{Time: at(4), Event: &auditv1.Entry_JoinTokenUsed{JoinTokenUsed: &auditv1.JoinTokenUsed{TokenId: "t", Agent: "node-1"}}},
 		{Time: at(5), Event: &auditv1.Entry_AgentEnrolled{AgentEnrolled: &auditv1.AgentEnrolled{Agent: "node-1"}}},
@@ -38,6 +38,9 @@ func mixed(t testing.TB) ([]*auditv1.Entry, []*x509.Certificate) {
 		{Time: at(9), Event: &auditv1.Entry_JoinTokenRevoked{JoinTokenRevoked: &auditv1.JoinTokenRevoked{TokenId: "t"}}},
 		{Time: at(10), Event: &auditv1.Entry_AgentBanned{AgentBanned: &auditv1.AgentBanned{Agent: "node-3"}}},
 		{Time: at(11), Event: &auditv1.Entry_AgentUnbanned{AgentUnbanned: &auditv1.AgentUnbanned{Agent: "node-3"}}},
+		{Time: at(12), Event: &auditv1.Entry_AuthorityChanged{AuthorityChanged: &auditv1.AuthorityChanged{Authority: "intermediate-2", To: "active"}}},
+		{Time: at(13), Event: &auditv1.Entry_IdentityBanned{IdentityBanned: &auditv1.IdentityBanned{SpiffeId: "spiffe://example.org/ns/bad/sa/one"}}},
+		{Time: at(14), Event: &auditv1.Entry_IdentityUnbanned{IdentityUnbanned: &auditv1.IdentityUnbanned{SpiffeId: "spiffe://example.org/ns/bad/sa/one"}}},
 	}, certs
 }
 
@@ -78,11 +81,15 @@ func TestEntriesAreFoundByWhatTheySay(t *testing.T) {
 			"SPIFFE ID":         {Query{SPIFFEID: "spiffe://example.org/ns/shop/sa/frontend"}, []uint64{8, 6}},
 			"not a prefix":      {Query{SPIFFEID: "spiffe://example.org/ns/shop"}, []uint64{}},
 			"agent":             {Query{Agent: "node-1"}, []uint64{8, 6, 5, 4, 3}},
+			"banned identity":   {Query{SPIFFEID: "spiffe://example.org/ns/bad/sa/one"}, []uint64{13, 12}},
 			"kind":              {Query{Kind: "certificate-issued"}, []uint64{8, 7, 6}},
 			"agent and kind":    {Query{Agent: "node-1", Kind: "agent-enrolled"}, []uint64{5}},
 			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{11, 10, 9, 8}},
 			"until is not":      {Query{Until: testTime.Add(time.Minute)}, []uint64{0}},
 			"a window":          {Query{Since: testTime.Add(3 * time.Minute), Until: testTime.Add(5 * time.Minute)}, []uint64{4, 3}},
+			"registration":      {Query{Registration: "frontend"}, []uint64{8, 7, 6, 2}},
+			"token":             {Query{Token: "t"}, []uint64{9, 4, 3}},
+			"token and agent":   {Query{Token: "t", Agent: "node-1"}, []uint64{4, 3}},
 			"nothing":           {Query{Agent: "node-9"}, []uint64{}},
 			"a quote":           {Query{Agent: "' OR 1=1 --"}, []uint64{}},
 		} {

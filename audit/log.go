@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,12 +33,15 @@ import (
 // How the log is run. The figures are measured: BenchmarkAppend.
 const (
 	// A batch is written when it has this many entries, or when its first is batchAge old and nothing has joined within
-	// batchPoll, at the latest at batchMaxAge. Each costs about seven files with fsync, whatever is in it, so that under
-	// load a few milliseconds more halve the CPU per entry.
+	// batchPoll, at the latest at batchMaxAge. Each costs three files with fsync, whatever is in it, so that under load a
+	// few milliseconds more halve the CPU per entry. A batch that goes over the end of a bundle costs three more, and two
+	// folders: so where the next bundle fills within batchFillAge at the pace of those before, it is waited for, and what
+	// is beyond a bundle's end is left to the next batch.
 	batchEntries = 1024
 	batchAge     = 10 * time.Millisecond
 	batchPoll    = 2 * time.Millisecond
 	batchMaxAge  = 30 * time.Millisecond
+	batchFillAge = 100 * time.Millisecond
 	// handOver is how long Tessera waits for the rest of a batch that is complete already, and handOverEntries what it
 	// takes at once: more than a batch, since the last call that joins may bring more than one entry.
 	handOver        = 2 * time.Millisecond
@@ -233,7 +237,7 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	if err := l.firstCheckpoint(ctx); err != nil {
 		return nil, err
 	}
-	go l.write()
+	go l.write(size)
 	return l, nil
 }
 
@@ -368,11 +372,19 @@ func (l *Log) append(ctx context.Context, entries []*auditv1.Entry) ([]Receipt, 
 // write makes batches of what is fed, hands them to Tessera and waits for their places, one batch after the other, as
 // Tessera does. Its Add blocks while the disk does, and its futures do, and neither knows a context: so callers, who do,
 // wait beside it. What a call holds is given back when it is settled, not when its caller loses patience: that is what
-// bounds what a stuck disk can pile up.
-func (l *Log) write() {
-	var batch []*call
-	for first := range l.fed {
-		batch = l.gather(append(batch[:0], first))
+// bounds what a stuck disk can pile up. next is the place of the next entry.
+func (l *Log) write(next uint64) {
+	var waiting []*call
+	for {
+		if len(waiting) == 0 {
+			first, fed := <-l.fed
+			if !fed {
+				return
+			}
+			waiting = append(waiting, first)
+		}
+		waiting = l.gather(waiting)
+		batch := waiting[:fitting(waiting, next)]
 		// Tessera panics when the folder is gone, so this is asked as late as can be.
 		covered, err := l.covered.Load(), l.Usable()
 		if err == nil {
@@ -388,22 +400,25 @@ func (l *Log) write() {
 			if err == nil {
 				r.receipts, r.err = l.places(c, covered)
 			}
+			if r.err == nil {
+				next = r.receipts[len(r.receipts)-1].Index + 1
+			}
 			l.report(r.err)
 			l.leave(len(c.leaves), c.size)
 			c.done <- r
 		}
-		clear(batch)
+		waiting = slices.Delete(waiting, 0, len(batch))
 	}
 }
 
-// gather waits for others to join a batch.
-func (l *Log) gather(batch []*call) []*call {
-	n := len(batch[0].leaves)
+// gather waits for others to join those that wait.
+func (l *Log) gather(waiting []*call) []*call {
+	n := entriesOf(waiting)
 	joined := func() (some bool) {
 		for n < batchEntries {
 			select {
 			case c := <-l.fed: // not closed while something is pending
-				batch, n, some = append(batch, c), n+len(c.leaves), true
+				waiting, n, some = append(waiting, c), n+len(c.leaves), true
 			default:
 				return some
 			}
@@ -412,13 +427,41 @@ func (l *Log) gather(batch []*call) []*call {
 	}
 	begun := time.Now()
 	joined() // what has come while the batch before was written
-	for wait := batchAge - handOver; n < batchEntries && time.Since(begun) < batchMaxAge; wait = batchPoll {
+	for wait := batchAge - handOver; n < batchEntries; wait = batchPoll {
+		age := time.Since(begun)
+		// n / age is the pace, and a bundle / batchFillAge what it must be.
+		soon := n < layout.EntryBundleWidth && time.Duration(n)*batchFillAge >= layout.EntryBundleWidth*age
+		if age >= batchMaxAge && !soon {
+			break
+		}
 		time.Sleep(wait)
 		if !joined() {
 			break
 		}
 	}
-	return batch
+	return waiting
+}
+
+// fitting is how many of the calls make the batch whose first entry is at next: all, but of a bundle's worth and more only
+// those up to the last that ends where a bundle does.
+func fitting(calls []*call, next uint64) int {
+	fit := len(calls)
+	if entriesOf(calls) < layout.EntryBundleWidth {
+		return fit
+	}
+	for i, c := range calls {
+		if next += uint64(len(c.leaves)); next%layout.EntryBundleWidth == 0 {
+			fit = i + 1
+		}
+	}
+	return fit
+}
+
+func entriesOf(calls []*call) (n int) {
+	for _, c := range calls {
+		n += len(c.leaves)
+	}
+	return n
 }
 
 // marshal makes the bytes that are stored and hashed, once.
@@ -441,11 +484,17 @@ func (l *Log) Usable() error {
 	if err := l.damaged.Load(); err != nil {
 		return fmt.Errorf("%w; nothing more is appended to it: run `signet log verify --dir %s`", *err, l.dir)
 	}
-	// Tessera panics when it cannot open its lock file, so a folder that is gone or read-only must be seen before it is
-	// asked. (Not by opening the file: closing it would drop Tessera's lock, fcntl(2) F_SETLK.)
+	// Tessera panics, on a goroutine of its own, when it cannot open its lock file; so that it could not has to be seen before
+	// it is asked: the folder is gone or read-only, or no descriptor is left. Not by opening the file: closing it would drop
+	// Tessera's lock (fcntl(2) F_SETLK), but for O_PATH, which opens no more than the way there.
 	path := filepath.Join(l.dir, treeLockFile)
-	if err := unix.Access(path, unix.W_OK); err != nil {
-		return fmt.Errorf("the log cannot be written: %w", &fs.PathError{Op: "access", Path: path, Err: err})
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err == nil {
+		_ = unix.Close(fd) // no data hangs on it
+		err = unix.Access(path, unix.W_OK)
+	}
+	if err != nil {
+		return fmt.Errorf("the log cannot be written: %w", &fs.PathError{Op: "open", Path: path, Err: err})
 	}
 	return nil
 }

@@ -347,6 +347,13 @@ func TestNothingIsSignedOverADiskThatLies(t *testing.T) {
 		"a hash changed": func(t *testing.T, dir string) {
 			rewrite(t, filepath.Join(dir, "tile/0/000.p/9"), func(b []byte) []byte { b[len(b)-1] ^= 1; return b })
 		},
+		// Under a checkpoint already, and carried into every later bundle (the file of 9 is a copy of that of 4, and more).
+		"an old entry of the last bundle rotten": func(t *testing.T, dir string) {
+			rewrite(t, filepath.Join(dir, "tile/entries/000.p/9"), func(b []byte) []byte { b[10] ^= 1; return b })
+		},
+		"an old hash of the last tile rotten": func(t *testing.T, dir string) {
+			rewrite(t, filepath.Join(dir, "tile/0/000.p/9"), func(b []byte) []byte { b[10] ^= 1; return b })
+		},
 		"the state's root changed": func(t *testing.T, dir string) {
 			rewrite(t, filepath.Join(dir, treeStateFile), func(b []byte) []byte {
 				return bytes.Replace(b, []byte(`"root":"`), []byte(`"root":"AAAA`), 1)
@@ -387,6 +394,34 @@ func TestNothingIsSignedOverADiskThatLies(t *testing.T) {
 				t.Errorf("signet_log_inconsistencies_total = %v", n)
 			}
 		})
+	}
+}
+
+// A bundle may rot on the disk between two checkpoints: Tessera copies it into the next one as it is.
+func TestWhatTheNextEntryIsWrittenBesideIsReadAgain(t *testing.T) {
+	for _, size := range []int{1, 4, 255, 257, 300} {
+		for _, what := range []string{"tile/entries", "tile/0"} {
+			t.Run(fmt.Sprintf("%s of %d", what, size), func(t *testing.T) {
+				dir := filepath.Join(t.TempDir(), "log")
+				l := open(t, testConfig(dir, testKey(t)))
+				add(t, l, events(0, size)...)
+				good := awaitSize(t, l, uint64(size))
+				rewrite(t, filepath.Join(dir, what, fmt.Sprintf("%03d.p/%d", size/256, size%256)), func(b []byte) []byte { b[10] ^= 1; return b })
+				// Entries that no checkpoint will hold; what a client was given before the verdict can't be told from here.
+				_, _ = l.Append(t.Context(), events(size, 1))
+				deadline := time.Now().Add(20 * time.Second)
+				for l.damaged.Load() == nil {
+					if time.Now().After(deadline) {
+						t.Fatal("was not noticed")
+					}
+					time.Sleep(5 * time.Millisecond)
+				}
+				raw, err := os.ReadFile(filepath.Join(dir, "checkpoint"))
+				if err != nil || !bytes.Equal(raw, good.Note) {
+					t.Errorf("a checkpoint was published over it: %s (%v)", raw, err)
+				}
+			})
+		}
 	}
 }
 
@@ -451,6 +486,32 @@ func TestTheLogFailsClosedAndRecovers(t *testing.T) {
 	}
 	if s := said.String(); strings.Count(s, "level=ERROR") != 1 || strings.Count(s, "can be written again") != 1 {
 		t.Errorf("the failure and its end are not logged once each:\n%s", s)
+	}
+}
+
+func TestWithoutADescriptorTheLogFailsClosedAndTheProcessLives(t *testing.T) {
+	l := open(t, testConfig(filepath.Join(t.TempDir(), "log"), testKey(t)))
+	add(t, l, event(0))
+	awaitSize(t, l, 1)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := l.Append(t.Context(), events(1, 1))
+	ready := l.Ready()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, unix.EMFILE) || !errors.Is(ready, unix.EMFILE) {
+		t.Errorf("without a descriptor: append %v, ready %v", err, ready)
+	}
+	add(t, l, event(2))
+	awaitSize(t, l, 2)
+	if err := l.Ready(); err != nil {
+		t.Error(err)
 	}
 }
 

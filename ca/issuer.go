@@ -249,6 +249,30 @@ func (c *IssuerConfig) path() ([]*x509.Certificate, error) {
 		shorten(top.Issuer.String(), 128), c.TrustDomain, listNames(c.Roots))
 }
 
+// CheckRoot says why validators of the trust domain should not be told to believe a root. One that begins later is fine.
+func CheckRoot(td spiffeid.TrustDomain, root *x509.Certificate, now time.Time) error {
+	fail := func(err error) error { return fmt.Errorf("root %s %w", nameOf(root), err) }
+	c := IssuerConfig{TrustDomain: td}
+	if err := c.checkCA(root, false); err != nil {
+		return fail(err)
+	}
+	switch {
+	case !selfSigned(root):
+		return fail(errors.New("is not self-signed; only roots are believed by themselves"))
+	case now.After(root.NotAfter):
+		return fail(fmt.Errorf("expired on %s, and now is %s", stamp(root.NotAfter), stamp(now)))
+	case len(root.UnhandledCriticalExtensions) > 0:
+		return fail(fmt.Errorf("carries the critical extension %s, which validators may not know", root.UnhandledCriticalExtensions[0]))
+	}
+	if err := identity.AllowedKey(root.PublicKey); err != nil {
+		return fail(fmt.Errorf("can't be believed: %w", err))
+	}
+	if err := signedBy(root, root); err != nil {
+		return fail(fmt.Errorf("is not signed by its own key: %w", err))
+	}
+	return nil
+}
+
 // listNames names a few certificates for a sentence.
 func listNames(certs []*x509.Certificate) string {
 	var all []string

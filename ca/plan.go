@@ -472,6 +472,37 @@ func names(c *x509.Certificate) string {
 // ParseChain reads certificates in PEM, in the order they stand. Anything else in the text is an error: a private key
 // that somebody put beside its certificate must not pass unnoticed.
 func ParseChain(text []byte) ([]*x509.Certificate, error) {
+	chain, err := parseCertificates(text)
+	if err == nil && len(chain) > MaxChain {
+		err = fmt.Errorf("certificate chain of more than %d certificates", MaxChain)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return chain, nil
+}
+
+// ParseChains reads several chains, one after the other as a ceremony writes them: each ends with its root, or with the text.
+func ParseChains(text []byte) ([][]*x509.Certificate, error) {
+	all, err := parseCertificates(text)
+	if err != nil {
+		return nil, err
+	}
+	var chains [][]*x509.Certificate
+	begin := 0
+	for i, c := range all {
+		if !selfSigned(c) && i+1 < len(all) {
+			continue
+		}
+		if i-begin >= MaxChain {
+			return nil, fmt.Errorf("certificate chain of more than %d certificates", MaxChain)
+		}
+		chains, begin = append(chains, all[begin:i+1]), i+1
+	}
+	return chains, nil
+}
+
+func parseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxChainPEM {
 		return nil, fmt.Errorf("certificate chain of %d bytes: at most %d are allowed", len(text), maxChainPEM)
 	}
@@ -493,9 +524,7 @@ func ParseChain(text []byte) ([]*x509.Certificate, error) {
 		if err != nil {
 			return nil, fmt.Errorf("certificate %d of the chain can't be read: %w", len(chain)+1, err)
 		}
-		if chain = append(chain, c); len(chain) > MaxChain {
-			return nil, fmt.Errorf("certificate chain of more than %d certificates", MaxChain)
-		}
+		chain = append(chain, c)
 	}
 	if len(chain) == 0 {
 		return nil, errors.New("certificate chain is empty")

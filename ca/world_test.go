@@ -136,6 +136,8 @@ type world struct {
 
 type directory map[string]identity.Registration
 
+func (d directory) BannedIdentity(spiffeid.ID) bool { return false }
+
 func (d directory) Registration(name string) (identity.Registration, bool) {
 	r, ok := d[name]
 	return r, ok

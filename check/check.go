@@ -1,5 +1,6 @@
-// Package check looks at an installation and says what is wrong with it, or will be: one engine for whoever asks. It
-// changes nothing but a probe file that it writes and removes, and needs nothing that runs.
+// Package check looks at an installation and says what is wrong with it, or will be: one engine for whoever asks. `signet
+// check` looks from outside and needs nothing that runs; a process looks at itself with a Watch, and its readiness is what
+// that finds. It changes nothing but probe files, which it removes.
 //
 // A Finding has a code that stands for ever, one sentence, and the command that mends it. What can't be looked at is a
 // finding too (Unknown), never silence.
@@ -50,6 +51,19 @@ const (
 	CodeLog       = "SGN1010" // the audit log against itself
 	CodeState     = "SGN1011" // the state database, or an agent's enrolment
 	CodeInstalled = "SGN1012" // an intermediate is there and trusted
+	CodeBundle    = "SGN1013" // an agent's trust bundle
+	CodeServed    = "SGN1014" // certificates of an agent's workloads
+	CodeServer    = "SGN1015" // an agent's way to its server
+	CodeSeal      = "SGN1016" // what protects keys at rest
+)
+
+// What can stand still. Without the first three a process is not ready.
+const (
+	Issuing   = "issuing"   // a server makes certificates
+	Answering = "answering" // a server's doors are open and can prove who they are
+	Serving   = "serving"   // an agent gives workloads what they need
+	Enrolling = "enrolling" // nodes join
+	Changing  = "changing"  // registrations, tokens and bans
 )
 
 // Finding is one thing that was looked at.
@@ -62,6 +76,13 @@ type Finding struct {
 	Message string `json:"message"`
 	// Mend is the command that mends it; empty where all is well or no command can.
 	Mend string `json:"mend,omitempty"`
+	// Stops is what stands still now because of it; empty for what is only going to be bad.
+	Stops []string `json:"stops,omitempty"`
+}
+
+// Blocks reports whether the process can't do what it is there for.
+func (f Finding) Blocks() bool {
+	return f.Level == Error && slices.ContainsFunc(f.Stops, func(s string) bool { return s == Issuing || s == Answering || s == Serving })
 }
 
 // Findings of one run.
@@ -79,6 +100,9 @@ func (f Findings) Worst() Level {
 	}
 	return worst
 }
+
+// Ready reports whether none of them blocks.
+func (f Findings) Ready() bool { return !slices.ContainsFunc(f, Finding.Blocks) }
 
 // Sort puts the worst first, then by code.
 func (f Findings) Sort() {

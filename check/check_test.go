@@ -186,3 +186,17 @@ func TestTheWorstComesFirst(t *testing.T) {
 		t.Errorf("the order is %s", order)
 	}
 }
+
+func TestWhatAnAgentHasSeenOfTheLogIsLookedAt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "checkpoint")
+	is(t, Witness(path, "key"), OK, "no checkpoint")
+	if err := os.WriteFile(path, []byte("example.org/east/east-1\n1\nAAAA\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	is(t, Witness(path, "key"), Error, "does not pass")
+	if err := os.WriteFile(path+".evidence", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	is(t, Witness(path, "key"), Error, "contradicted", "checkpoint.evidence")
+	is(t, Seal("d", true), OK, "file mode alone")
+}

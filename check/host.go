@@ -2,6 +2,7 @@ package check
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -119,6 +120,16 @@ func Host() (found Findings) {
 		return found
 	}
 	return Swap(string(text))
+}
+
+// Machine is what a running process looks at about its machine and its folder.
+func Machine(p Private) []Part {
+	return []Part{
+		{Code: CodeSpace, About: p.Dir, Every: 5 * time.Second, Look: func(context.Context) Findings { return Space(p.Dir) }},
+		{Code: CodeDisk, About: p.Dir, Every: time.Minute, Look: func(context.Context) Findings { return Disk(p.Dir) }},
+		{Code: CodeModes, About: p.Dir, Every: time.Minute, Look: func(context.Context) Findings { return Modes(p) }},
+		{Code: CodeSwap, About: "swap", Every: time.Minute, Look: func(context.Context) Findings { return Host() }},
+	}
 }
 
 // Space looks at the room that is left where a folder lies, in bytes and in files.

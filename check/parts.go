@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"time"
 
 	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/internal/durable"
 )
 
 const (
@@ -26,24 +28,44 @@ const (
 )
 
 // Expiry looks at how much of a certificate's life is left.
-func Expiry(about string, c *x509.Certificate, now time.Time, mend string) (found Findings) {
-	life, left := c.NotAfter.Sub(c.NotBefore), c.NotAfter.Sub(now)
-	share := float64(left) / float64(life)
-	when := c.NotAfter.UTC().Format(time.RFC3339)
+func Expiry(about string, c *x509.Certificate, now time.Time, mend string) Findings {
+	return Life(about, c.NotBefore, c.NotAfter, now, mend)
+}
+
+// Life looks at how much of a life is left, in shares of it: what is short for ten years is long for an hour.
+func Life(about string, from, until, now time.Time, mend string) (found Findings) {
+	left := until.Sub(now)
+	share := float64(left) / float64(until.Sub(from))
+	message := fmt.Sprintf("%.0f %% of its life are left, until %s, in %s", share*100, stamp(until), short(left))
 	switch {
-	case now.Before(c.NotBefore):
-		found.add(CodeClock, Error, about, fmt.Sprintf("it begins at %s, and it is %s here: the clock is behind", c.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)), "timedatectl set-ntp true")
+	case now.Before(from):
+		found.add(CodeClock, Error, about, fmt.Sprintf("it begins at %s, and it is %s here: the clock is behind", stamp(from), stamp(now)), "timedatectl set-ntp true")
 	case left <= 0:
-		found.add(CodeExpiry, Error, about, fmt.Sprintf("it expired at %s", when), mend)
+		found.add(CodeExpiry, Error, about, fmt.Sprintf("it expired at %s", stamp(until)), mend)
 	case share < lifeError:
-		found.add(CodeExpiry, Error, about, fmt.Sprintf("%.0f %% of its life are left, until %s", share*100, when), mend)
+		found.add(CodeExpiry, Error, about, message, mend)
 	case share < lifeWarning:
-		found.add(CodeExpiry, Warning, about, fmt.Sprintf("%.0f %% of its life are left, until %s", share*100, when), mend)
+		found.add(CodeExpiry, Warning, about, message, mend)
 	default:
-		found.add(CodeExpiry, OK, about, fmt.Sprintf("%.0f %% of its life are left, until %s", share*100, when), "")
+		found.add(CodeExpiry, OK, about, message, "")
 	}
 	return found
 }
+
+// Left says how long a server may stay away from an agent: until the first certificate that is in use ends. It is worth a
+// warning only while the server is away.
+func Left(about string, from, until, now time.Time, away bool) (found Findings) {
+	level := OK
+	if share := float64(until.Sub(now)) / float64(until.Sub(from)); away && share < lifeError {
+		level = Error
+	} else if away && share < lifeWarning {
+		level = Warning
+	}
+	found.add(CodeBudget, level, about, fmt.Sprintf("the first certificate in use ends at %s, in %s: so long the server may be away", stamp(until), short(until.Sub(now))), "")
+	return found
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // Key holds a key against the certificate it should belong to. open is asked for the key.
 func Key(about string, c *x509.Certificate, open func() (crypto.PublicKey, error), mend string) (found Findings) {
@@ -148,6 +170,44 @@ func Log(ctx context.Context, dir, verifierKey string, now time.Time) (found Fin
 	} else {
 		found.add(CodeClock, OK, "clock", "it is not behind the log's last entry", "")
 	}
+	return found
+}
+
+// maxCheckpoint bounds a checkpoint's file, in bytes.
+const maxCheckpoint = 64 << 10
+
+// Witness looks at the newest checkpoint that an agent has seen of its server's log, and whether the log has contradicted
+// itself since: then the evidence lies beside it.
+func Witness(path, verifierKey string) (found Findings) {
+	if _, err := os.Lstat(path + ".evidence"); err == nil {
+		found.add(CodeLog, Error, path, "the server's audit log has contradicted what this agent had seen: the evidence is in "+path+".evidence", "signet log verify --dir DIR")
+		return found
+	}
+	raw, err := durable.ReadFile(path, "checkpoint", maxCheckpoint)
+	if errors.Is(err, fs.ErrNotExist) {
+		found.add(CodeLog, OK, path, "no checkpoint of the server's log was seen yet", "")
+		return found
+	}
+	if err != nil {
+		found.add(CodeLog, Unknown, path, fmt.Sprintf("the newest checkpoint seen could not be read: %v", err), "")
+		return found
+	}
+	cp, err := audit.ParseCheckpoint(raw, verifierKey)
+	if err != nil {
+		found.add(CodeLog, Error, path, fmt.Sprintf("the newest checkpoint seen does not pass: %v", err), "")
+		return found
+	}
+	found.add(CodeLog, OK, path, fmt.Sprintf("the newest checkpoint seen of %s has %d entries", cp.Origin, cp.Size), "")
+	return found
+}
+
+// Seal says what protects an agent's keys at rest; local = a secret that lies beside them.
+func Seal(dir string, local bool) (found Findings) {
+	message := "keys at rest are sealed with a passphrase that does not lie beside them"
+	if local {
+		message = "keys at rest are protected by file mode alone: no seal is configured"
+	}
+	found.add(CodeSeal, OK, dir, message, "")
 	return found
 }
 

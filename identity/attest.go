@@ -7,8 +7,8 @@ import (
 
 // NodeAttestor turns evidence about a node into the name of the agent it may be. Join tokens are the first kind.
 type NodeAttestor interface {
-	// AttestNode spends the evidence: a second call with the same fails.
-	AttestNode(ctx context.Context, evidence []byte) (AttestedNode, error)
+	// AttestNode spends the evidence for a key that its holder has proved: with another key, the same evidence fails.
+	AttestNode(ctx context.Context, evidence []byte, key PublicKey) (AttestedNode, error)
 }
 
 // AttestedNode is a node whose evidence was accepted. Only this package makes one.

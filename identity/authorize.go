@@ -96,6 +96,8 @@ type AgentRow struct {
 type Directory interface {
 	Registration(name string) (Registration, bool)
 	Agent(name string) (AgentRow, bool)
+	// BannedIdentity reports whether nobody may have certificates for this identity.
+	BannedIdentity(id spiffeid.ID) bool
 }
 
 // Policy is what the cluster's configuration fixes for every grant.
@@ -136,7 +138,7 @@ func NewAuthorizer(p Policy, d Directory) (*Authorizer, error) {
 
 // Denied is a refusal by name.
 type Denied struct {
-	// Reason is one of "not_allowed", "no_key", "unknown_agent", "banned_agent", "other_key", "not_registered",
+	// Reason is one of "not_allowed", "no_key", "unknown_agent", "banned_agent", "banned_identity", "other_key", "not_registered",
 	// "selectors_differ", "evidence_too_long", "evidence_malformed"; it may label a metric.
 	Reason  string
 	message string
@@ -202,6 +204,9 @@ func (a *Authorizer) workload(agent string, ask WorkloadAsk) (*Grant, error) {
 	// Checked when it was applied; once more here, because this is the last place that can say no.
 	if !r.ID.MemberOf(a.policy.TrustDomain) || r.ID.Path() == "" || Reserved(r.ID) {
 		return nil, deny("not_allowed", "registration %s is for %s, which is not a workload's name in trust domain %s", r.Name, r.ID, a.policy.TrustDomain)
+	}
+	if a.directory.BannedIdentity(r.ID) {
+		return nil, deny("banned_identity", "identity %s is banned; lift it with: signet identity unban %s", r.ID, r.ID)
 	}
 	// An agent that says which selectors it saw must have seen the registration's.
 	if !r.Matches(ask.Selectors) {

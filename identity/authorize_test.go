@@ -15,7 +15,10 @@ import (
 type fakeDirectory struct {
 	registrations map[string]Registration
 	agents        map[string]AgentRow
+	banned        map[spiffeid.ID]bool
 }
+
+func (d fakeDirectory) BannedIdentity(id spiffeid.ID) bool { return d.banned[id] }
 
 func (d fakeDirectory) Registration(name string) (Registration, bool) {
 	r, ok := d.registrations[name]
@@ -48,7 +51,7 @@ func policy(change ...func(*Policy)) Policy {
 func world(t testing.TB) (a *Authorizer, enrolled map[string]PublicKey) {
 	t.Helper()
 	enrolled = map[string]PublicKey{}
-	d := fakeDirectory{map[string]Registration{}, map[string]AgentRow{}}
+	d := fakeDirectory{map[string]Registration{}, map[string]AgentRow{}, nil}
 	for _, agent := range []string{"node-1", "node-2", "banned", "node.1"} {
 		enrolled[agent] = newKey(t)
 		d.agents[agent] = AgentRow{Name: agent, SPKI: enrolled[agent].SPKI(), Banned: agent == "banned"}
@@ -256,7 +259,7 @@ func TestLeavesLiveAsRegisteredWithinWhatThePolicyAllows(t *testing.T) {
 	for name, c := range map[string]struct{ ttl, want time.Duration }{
 		"default": {0, time.Hour}, "own": {time.Minute, time.Minute}, "longest": {24 * time.Hour, 24 * time.Hour}, "clamped": {48 * time.Hour, 24 * time.Hour},
 	} {
-		d := fakeDirectory{map[string]Registration{"web": web(func(r *Registration) { r.TTL = c.ttl })}, map[string]AgentRow{"node-1": {Name: "node-1"}}}
+		d := fakeDirectory{map[string]Registration{"web": web(func(r *Registration) { r.TTL = c.ttl })}, map[string]AgentRow{"node-1": {Name: "node-1"}}, nil}
 		a, err := NewAuthorizer(policy(), d)
 		if err != nil {
 			t.Fatal(err)

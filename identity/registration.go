@@ -29,8 +29,8 @@ const (
 // Selectors are compared whole; there are no patterns.
 type Selector string
 
-// ParseSelector checks the form "type:value", and the value where Signet attests the type. Types that only a newer Signet
-// knows are left alone: they match nothing here.
+// ParseSelector checks the form "type:value", and the value where Signet attests the type. Types, and kinds of unix and
+// systemd selectors, that only a newer Signet knows are left alone: they match nothing here.
 func ParseSelector(s string) (Selector, error) {
 	typ, value, ok := strings.Cut(s, ":")
 	if !ok || typ == "" || value == "" || len(s) > MaxSelectorLength {
@@ -40,7 +40,7 @@ func ParseSelector(s string) (Selector, error) {
 		return "", fmt.Errorf("selector %q: only printable characters are allowed", clip(s))
 	}
 	if check, ok := selectorTypes[typ]; ok {
-		if want := check(value); want != "" {
+		if want := check(value); want != "" && Selector(s).knownKind() {
 			return "", fmt.Errorf("selector %q: want %s", clip(s), want)
 		}
 	}
@@ -53,7 +53,25 @@ func (s Selector) known() error {
 	if _, ok := selectorTypes[typ]; !ok {
 		return fmt.Errorf("selector %q: there is no type %q; the types are %s", clip(string(s)), clip(typ), strings.Join(slices.Sorted(maps.Keys(selectorTypes)), ", "))
 	}
+	if !s.knownKind() {
+		_, value, _ := strings.Cut(string(s), ":")
+		return fmt.Errorf("selector %q: want %s", clip(string(s)), selectorTypes[typ](value))
+	}
 	return nil
+}
+
+// selectorKinds are the kinds of the types that have some.
+var selectorKinds = map[string][]string{
+	"unix":    {"uid", "gid", "supplementary_gid", "path", "sha256"},
+	"systemd": {"unit"},
+}
+
+// knownKind reports whether the selector's kind is one that is attested here; a type without kinds has no unknown ones.
+func (s Selector) knownKind() bool {
+	typ, value, _ := strings.Cut(string(s), ":")
+	kinds, ok := selectorKinds[typ]
+	kind, _, _ := strings.Cut(value, ":")
+	return !ok || slices.Contains(kinds, kind)
 }
 
 // selectorTypes check the part after the type, and say what it should have been when it is wrong.

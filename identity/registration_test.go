@@ -90,6 +90,24 @@ func TestARegistrationSaysWhatIsWrongWithIt(t *testing.T) {
 	}
 }
 
+// What a newer agent saw of a workload must not keep it from what an older server can tell.
+func TestKindsThatOnlyANewerAgentKnowsAreCarriedAndMatchNothing(t *testing.T) {
+	for _, s := range []string{"unix:seccomp:strict", "unix:label", "systemd:slice:web.slice", "k8s:ns:default"} {
+		if _, err := ParseSelector(s); err != nil {
+			t.Errorf("shown: %v", err)
+		}
+		r := Registration{Name: "web", ID: spiffeid.RequireFromString("spiffe://example.org/web"), Agents: []string{"n"}, Selectors: []Selector{Selector(s)}}
+		if err := r.Validate(spiffeid.RequireTrustDomainFromString("example.org")); err == nil {
+			t.Errorf("a registration by %s is accepted, which nothing here attests", s)
+		}
+	}
+	for _, s := range []string{"unix:uid", "unix:uid:x", "unix:uid:01", "systemd:unit:x.slice", "unix:", "unix:seccomp:\n"} {
+		if _, err := ParseSelector(s); err == nil {
+			t.Errorf("%q is accepted", s)
+		}
+	}
+}
+
 func selectorsOf(s []string) []Selector {
 	var out []Selector
 	for _, x := range s {

@@ -44,9 +44,10 @@ type Token struct {
 // TokenStore keeps join tokens.
 type TokenStore interface {
 	CreateToken(ctx context.Context, t Token) error
-	// UseToken marks the token used and returns it, durably, for exactly one of any number of concurrent callers. Everybody
-	// else, and who shows an unknown, used, revoked or expired token, gets an *UnusableToken.
-	UseToken(ctx context.Context, hash [sha256.Size]byte, now time.Time) (Token, error)
+	// UseToken marks the token used by a key (SubjectPublicKeyInfo, DER) and returns it, durably, for exactly one of any
+	// number of concurrent keys. That key gets it again until it expires, for the answer may have been lost; it must have
+	// been proved. Everybody else, and who shows an unknown, used, revoked or expired token, gets an *UnusableToken.
+	UseToken(ctx context.Context, hash [sha256.Size]byte, key []byte, now time.Time) (Token, error)
 	ListTokens(ctx context.Context) ([]Token, error)
 	RevokeToken(ctx context.Context, id string, now time.Time) error
 }
@@ -110,11 +111,14 @@ func (j *JoinTokens) Create(ctx context.Context, agent string, ttl time.Duration
 }
 
 // AttestNode spends the token with this secret. A refusal is an *UnusableToken; any other error is the store's.
-func (j *JoinTokens) AttestNode(ctx context.Context, secret []byte) (AttestedNode, error) {
+func (j *JoinTokens) AttestNode(ctx context.Context, secret []byte, key PublicKey) (AttestedNode, error) {
 	if len(secret) != tokenSecretSize {
 		return AttestedNode{}, &UnusableToken{Reason: "malformed"}
 	}
-	t, err := j.store.UseToken(ctx, sha256.Sum256(secret), j.now())
+	if len(key.spki) == 0 {
+		return AttestedNode{}, errNoKey
+	}
+	t, err := j.store.UseToken(ctx, sha256.Sum256(secret), key.spki, j.now())
 	if err != nil {
 		return AttestedNode{}, err
 	}

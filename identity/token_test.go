@@ -20,6 +20,7 @@ type recorder struct {
 	TokenStore
 	created Token
 	used    [32]byte
+	key     []byte
 	at      time.Time
 	err     error
 }
@@ -29,8 +30,8 @@ func (r *recorder) CreateToken(_ context.Context, t Token) error {
 	return r.err
 }
 
-func (r *recorder) UseToken(_ context.Context, hash [32]byte, now time.Time) (Token, error) {
-	r.used, r.at = hash, now
+func (r *recorder) UseToken(_ context.Context, hash [32]byte, key []byte, now time.Time) (Token, error) {
+	r.used, r.key, r.at = hash, key, now
 	return r.created, r.err
 }
 
@@ -48,8 +49,8 @@ func TestAJoinTokenIsKeptAsItsHashAndForAWhile(t *testing.T) {
 			!token.Created.Equal(now) || !token.Expires.Equal(now.Add(want)) || !token.Used.IsZero() || !token.Revoked.IsZero() {
 			t.Errorf("%s: %+v", ttl, token)
 		}
-		node, err := j.AttestNode(t.Context(), secret)
-		if err != nil || node.Agent() != "node-1" || node.TokenID() != token.ID || r.used != hash || !r.at.Equal(now) {
+		node, err := j.AttestNode(t.Context(), secret, PublicKey{spki: []byte{7}})
+		if err != nil || node.Agent() != "node-1" || node.TokenID() != token.ID || r.used != hash || !bytes.Equal(r.key, []byte{7}) || !r.at.Equal(now) {
 			t.Errorf("%+v %v", node, err)
 		}
 	}
@@ -76,9 +77,16 @@ func TestEvidenceOfAnotherSizeNeverReachesTheStore(t *testing.T) {
 	r := &recorder{}
 	j := NewJoinTokens(r, nil)
 	for _, n := range []int{0, 31, 33, 1 << 20} {
-		if _, err := j.AttestNode(t.Context(), make([]byte, n)); !errors.Is(err, ErrTokenUnusable) || !r.at.IsZero() {
+		if _, err := j.AttestNode(t.Context(), make([]byte, n), PublicKey{spki: []byte{7}}); !errors.Is(err, ErrTokenUnusable) || !r.at.IsZero() {
 			t.Errorf("%d bytes: %v", n, err)
 		}
+	}
+}
+
+func TestATokenIsNotSpentWithoutAKey(t *testing.T) {
+	r := &recorder{}
+	if _, err := NewJoinTokens(r, nil).AttestNode(t.Context(), make([]byte, 32), PublicKey{}); err == nil || !r.at.IsZero() {
+		t.Errorf("without a key: %v", err)
 	}
 }
 

@@ -45,7 +45,8 @@ const (
 // nothing about what else runs in the process; they narrow a registration, they don't carry one.
 //
 // The process is held by a pidfd taken from the socket itself (SO_PEERPIDFD, Linux 6.5), and what /proc says is believed only
-// if the process still lives after it was read: until then its PID can't have been given to another.
+// if the process still lives after it was read: until then its PID can't have been given to another. An attested process
+// costs one descriptor: the pidfd, or where the kernel has none its /proc/PID/stat.
 //
 // Selectors: unix:uid:N, unix:gid:N, unix:supplementary_gid:N, unix:path:/abs, unix:sha256:HEX, systemd:unit:NAME, cgroup:/PATH.
 type UnixAttestor struct {
@@ -155,6 +156,7 @@ func (a *UnixAttestor) AttestWorkload(ctx context.Context, conn net.Conn) (Workl
 		h.close()
 		return Workload{}, fmt.Errorf("attest pid %d uid %d: %w", p.Pid, p.Uid, err)
 	}
+	h.slim()
 	for _, note := range w.Notes {
 		a.logger.DebugContext(ctx, "selector withheld", "instance", w.Instance, "reason", note)
 	}
@@ -197,6 +199,12 @@ func (a *UnixAttestor) peerOf(conn *net.UnixConn) (peer, error) {
 	return p, inner
 }
 
+// NoDescriptors reports whether an attestation failed because this process, or the machine, has no file descriptor left. It
+// says nothing about the caller.
+func NoDescriptors(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE)
+}
+
 var errTooManyGroups = fmt.Errorf("it is in more than %d supplementary groups", maxGroups)
 
 // peerGroups returns the supplementary groups the process had when it connected (SO_PEERGROUPS, Linux 4.13).
@@ -219,19 +227,18 @@ func peerGroups(fd int) ([]uint32, error) {
 
 // held is a process that can be asked whether it is still the same one.
 type held struct {
-	// dir is /proc/PID, opened once: it never shows another process, even after the PID is recycled.
-	dir int
-
 	mu sync.RWMutex
-	// pidfd is -1 where the kernel has none; then start is compared.
-	pidfd  int
-	start  string
-	closed bool
+	// dir is /proc/PID, opened once: it never shows another process, even after the PID is recycled. It is -1 after slim.
+	dir int
+	// pidfd is -1 where the kernel has none; then stat is /proc/PID/stat, opened once too, whose start time is compared.
+	pidfd, stat int
+	start       string
+	closed      bool
 }
 
 func hold(p peer) (*held, error) {
 	dir, err := unix.Open("/proc/"+strconv.Itoa(int(p.Pid)), unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
-	h := &held{dir: dir, pidfd: p.pidfd}
+	h := &held{dir: dir, pidfd: p.pidfd, stat: -1}
 	if err != nil {
 		h.close()
 		if errors.Is(err, unix.ENOENT) {
@@ -240,9 +247,12 @@ func hold(p peer) (*held, error) {
 		return nil, fmt.Errorf("open its folder in /proc: %w", err)
 	}
 	if h.pidfd < 0 {
-		if h.start, err = h.startTime(); err != nil {
+		if h.stat, err = unix.Openat(dir, "stat", unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0); err == nil {
+			h.start, err = h.startTime()
+		}
+		if err != nil {
 			h.close()
-			return nil, err
+			return nil, fmt.Errorf("read its start time: %w", err)
 		}
 	}
 	return h, nil
@@ -251,14 +261,22 @@ func hold(p peer) (*held, error) {
 func (h *held) close() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.closed {
-		return
-	}
 	h.closed = true
-	for _, fd := range []int{h.dir, h.pidfd} {
-		if fd >= 0 {
-			_ = unix.Close(fd)
+	for _, fd := range []*int{&h.dir, &h.pidfd, &h.stat} {
+		if *fd >= 0 {
+			_ = unix.Close(*fd)
+			*fd = -1
 		}
+	}
+}
+
+// slim gives up the folder: all that is asked from now on is whether the process is still there.
+func (h *held) slim() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.dir >= 0 {
+		_ = unix.Close(h.dir)
+		h.dir = -1
 	}
 }
 
@@ -324,14 +342,19 @@ func (h *held) link(name string) (string, error) {
 
 // startTime is field 22 of /proc/PID/stat, in clock ticks since boot; an error when the process has ended.
 func (h *held) startTime() (string, error) {
-	stat, err := h.read("stat")
-	if err != nil {
-		return "", fmt.Errorf("read its start time: %w", err)
+	stat := make([]byte, 4096) // its 52 numbers and a name of 64 bytes are far less (proc(5))
+	n, err := unix.Pread(h.stat, stat, 0)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Pread(h.stat, stat, 0)
 	}
+	if err != nil {
+		return "", err
+	}
+	stat = stat[:n]
 	// The name, field 2, is in parentheses and may hold anything.
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 20 {
-		return "", errors.New("read its start time: /proc/PID/stat has too few fields")
+		return "", errors.New("/proc/PID/stat has too few fields")
 	}
 	if state := string(fields[0]); state == "Z" || state == "X" {
 		return "", errors.New("the process has ended")
@@ -374,7 +397,9 @@ func (a *UnixAttestor) attest(ctx context.Context, p peer, h *held) (Workload, e
 		note("unix:uid, unix:gid, unix:supplementary_gid and unix:path are left out: %s", why)
 	}
 
-	if text, err := h.read("cgroup"); err != nil {
+	if text, err := h.read("cgroup"); NoDescriptors(err) {
+		return Workload{}, fmt.Errorf("read its cgroup: %w", err)
+	} else if err != nil {
 		note("cgroup and systemd:unit are left out: %v", err)
 	} else if cgroup, err := parseCgroup(text); err != nil {
 		note("cgroup and systemd:unit are left out: %v", err)
@@ -397,7 +422,9 @@ func (a *UnixAttestor) attest(ctx context.Context, p peer, h *held) (Workload, e
 		add("unix:path", exe)
 	}
 	if a.wantsHash() {
-		if sum, err := a.hasher.sum(ctx, h.dir); err != nil {
+		if sum, err := a.hasher.sum(ctx, h.dir); NoDescriptors(err) {
+			return Workload{}, fmt.Errorf("hash its executable: %w", err)
+		} else if err != nil {
 			note("unix:sha256 is left out: %v", err)
 		} else {
 			add("unix:sha256", sum)

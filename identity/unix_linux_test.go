@@ -718,7 +718,7 @@ func TestFilesOfProcAreReadWholeOrNotAtAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	h := &held{dir: fd}
+	h := &held{dir: fd, pidfd: -1, stat: -1}
 	for _, n := range []int{0, 1, 1023, 1024, 1025, 5000, maxProcFile, maxProcFile + 1, maxProcFile * 3} {
 		want := bytes.Repeat([]byte("0123456789"), n/10+1)[:n]
 		if err := os.WriteFile(filepath.Join(dir, "cgroup"), want, 0o600); err != nil {
@@ -782,6 +782,92 @@ func TestAttestationLeavesNoDescriptorsBehind(t *testing.T) {
 			t.Errorf("%d descriptors before, %d after", before, after)
 		}
 		stays.end()
+	})
+}
+
+// openDescriptors counts those of this process.
+func openDescriptors(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+func TestAnAttestedProcessCostsOneDescriptor(t *testing.T) {
+	eachWay(t, func(t *testing.T, b *bench) {
+		p := b.start(t, "stay", nil)
+		conn := b.accept(t)
+		before := openDescriptors(t)
+		w := b.attestConn(t, conn)
+		if after := openDescriptors(t); after != before+1 {
+			t.Errorf("it costs %d descriptors", after-before)
+		}
+		if !w.Alive() {
+			t.Error("it passes for dead")
+		}
+		p.end()
+		if w.Alive() {
+			t.Error("it passes for alive")
+		}
+	})
+}
+
+// The limit of open files is lowered step by step, so that the attestation fails at each of its own: always for want of
+// descriptors, never with fewer selectors than the process has.
+func TestTooFewDescriptorsAreNoWordAboutTheCaller(t *testing.T) {
+	if os.Getenv(innerEnv) == "" {
+		inner(t, &syscall.SysProcAttr{}, nil) // a process of its own: the limit holds for all of it
+		return
+	}
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	eachWay(t, func(t *testing.T, b *bench) {
+		b.wantsHash = func() bool { return true }
+		b.start(t, "stay", nil)
+		conn := b.accept(t)
+		whole := b.attestConn(t, conn)
+		highest := 0
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			n, _ := strconv.Atoi(e.Name())
+			highest = max(highest, n)
+		}
+		failed := 0
+		for limit := uint64(highest) + 8; limit > 3; limit-- {
+			lower := files
+			lower.Cur = limit
+			if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &lower); err != nil {
+				t.Fatal(err)
+			}
+			w, err := b.AttestWorkload(t.Context(), conn)
+			if err2 := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err2 != nil {
+				t.Fatal(err2)
+			}
+			switch {
+			case err == nil:
+				if !slices.Equal(w.Selectors, whole.Selectors) {
+					t.Errorf("limit %d: %q, want %q", limit, w.Selectors, whole.Selectors)
+				}
+				w.Close()
+			case !NoDescriptors(err):
+				t.Errorf("limit %d: %v", limit, err)
+			default:
+				failed++
+			}
+			if !whole.Alive() {
+				t.Fatalf("limit %d: who was attested before passes for dead", limit)
+			}
+		}
+		if failed < 3 {
+			t.Errorf("it failed %d times only", failed)
+		}
 	})
 }
 

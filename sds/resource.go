@@ -62,8 +62,11 @@ func (d digest) version() string { return hex.EncodeToString(d[:16]) }
 type content struct {
 	kind   string
 	digest digest
-	serial string   // of an SVID
+	serial string   // of an SVID, as what follows
+	issuer string   // the authority key identifier
 	says   []stated // of bundles: what an acknowledgement of them says, in the order of their trust domains
+	// notAfter of an SVID.
+	notAfter time.Time
 }
 
 // secret is a rendered Secret. Immutable, and shared by all streams that it goes to.
@@ -86,6 +89,11 @@ type target struct {
 // known reports whether the name has a meaning here, whoever asks.
 func (t target) known() bool {
 	return !t.id.IsZero() || t.name == nameDefault || t.name == nameOwnRoot || t.name == nameAllRoots
+}
+
+// bundles reports whether the name is of bundles.
+func (t target) bundles() bool {
+	return t.name == nameOwnRoot || t.name == nameAllRoots || !t.id.IsZero() && t.id.Path() == ""
 }
 
 // LogValue implements slog.LogValuer: a name is a peer's text unless it is known.
@@ -264,7 +272,7 @@ func (r *renderer) svid(v View, name string, id spiffeid.ID) (*secret, absence, 
 	defer svid.shared.mu.Unlock()
 	if !svid.shared.verdict.holds(b, now) {
 		was := svid.shared.verdict
-		svid.shared.verdict = r.check(svid, b, now)
+		aside(func() { svid.shared.verdict = r.check(svid, b, now) })
 		if err := svid.shared.verdict.err; err != nil && svid.shared.verdict.reason != was.reason {
 			r.metrics.withheld.WithLabelValues(svid.shared.verdict.reason).Inc()
 			r.log.Warn("certificate is not sent because it failed the check before sending; the workload keeps what it has until the next one",
@@ -286,7 +294,7 @@ func (r *renderer) svid(v View, name string, id spiffeid.ID) (*secret, absence, 
 		r.log.Error("certificate can't be encoded for Envoy and is not sent", "spiffe_id", id.String())
 		return nil, absentWithheld, time.Time{}
 	}
-	s := &secret{body: body, content: &content{kind: kindSVID, digest: digestOf(kindSVID, name, string(svid.Digest[:])), serial: clip(svid.Serial, 64)}}
+	s := &secret{body: body, content: &content{kind: kindSVID, digest: digestOf(kindSVID, name, string(svid.Digest[:])), serial: clip(svid.Serial, 64), issuer: svid.Issuer, notAfter: svid.NotAfter}}
 	if svid.shared.secrets == nil {
 		svid.shared.secrets = map[string]*secret{}
 	}
@@ -308,8 +316,8 @@ type verdict struct {
 	bundle  trust.Digest
 	reason  string
 	err     error
-	// until is when a good verdict ends; retry is when a bad one may become good by time alone, or zero.
-	until, retry time.Time
+	// from and until are the ends of a good verdict; retry is when a bad one may become good by time alone, or zero.
+	from, until, retry time.Time
 }
 
 // holds reports whether the verdict answers for this bundle at this time.
@@ -318,7 +326,7 @@ func (v verdict) holds(b trust.Bundle, now time.Time) bool {
 	case !v.checked || v.bundle != b.Digest():
 		return false
 	case v.err == nil:
-		return !now.After(v.until)
+		return !now.Before(v.from) && !now.After(v.until) // a clock may be set back too
 	default:
 		return v.retry.IsZero() || now.Before(v.retry)
 	}
@@ -370,6 +378,7 @@ func checkSVID(s *SVID, b trust.Bundle, now time.Time) verdict {
 	if err != nil {
 		return bad(withheldChain, fmt.Errorf("certificate does not lead to the trust bundle of %s that is served now (digest %s): %w", b.TrustDomain(), b.Digest(), err))
 	}
+	v.from = notBefore
 	for _, path := range chains {
 		end := notAfter
 		for _, c := range path {

@@ -3,7 +3,7 @@
 //
 // A stream reads in this order: stream.go is its life, sotw.go and delta.go the two ways to speak, subscription.go what it
 // wants and has been told, resource.go what a name stands for and whether it may leave, acks.go what all streams together
-// believe. fetch.go answers once without a stream, status.go shows the streams to people.
+// believe, leaves.go what they use. fetch.go answers once without a stream, status.go shows the streams to people.
 package sds
 
 import (
@@ -29,6 +29,8 @@ type SVID struct {
 	NotBefore, NotAfter time.Time
 	// Serial of the leaf, hexadecimal.
 	Serial string
+	// Issuer is the authority key identifier of the leaf.
+	Issuer string
 	// Digest of the chain; SVIDs of equal digest are equal.
 	Digest [sha256.Size]byte
 
@@ -43,7 +45,8 @@ func (s *SVID) LogValue() slog.Value { return slog.StringValue(fmt.Sprint(s)) }
 
 // Workloads tells who is behind a connection.
 type Workloads interface {
-	// Attest is called once a stream. An error ends the stream with its gRPC status.
+	// Attest is called once a stream, also when another stream of the connection was attested before. An error ends the
+	// stream; one with a gRPC status has been logged by whoever worded it, and is passed on.
 	Attest(ctx context.Context, conn net.Conn) (View, error)
 }
 

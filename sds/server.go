@@ -57,6 +57,7 @@ type Server struct {
 	secrets   *renderer
 
 	beliefs beliefs
+	leaves  leavesBell
 	callers callers
 	live    liveStreams
 	streams atomic.Uint64 // number of the last stream
@@ -171,26 +172,42 @@ func (s *Server) open(ctx context.Context) (v View, info *connInfo, leave func()
 		s.logRefusal(slog.LevelWarn, "SDS stream refused: too many of one process", "peer", info.caller.String(), "limit", s.limits.StreamsPerCaller)
 		return nil, nil, nil, status.Errorf(codes.ResourceExhausted, "more than %d SDS streams of one process", s.limits.StreamsPerCaller)
 	}
-	v, err = s.workloads.Attest(ctx, info.conn)
+	aside(func() { v, err = s.workloads.Attest(ctx, info.conn) })
 	if err != nil {
 		s.callers.leave(info.caller)
-		return nil, nil, nil, s.ending("SDS caller is not attested", info, err)
+		return nil, nil, nil, s.refused(info, err)
 	}
 	return v, info, func() { v.Close(); s.callers.leave(info.caller) }, nil
 }
 
-// ending is how an error of Workloads or View leaves: with its own status, which was worded for the caller, or with an
-// opaque one. Never Canceled: SPIFFE clients take it as their own wish and stop watching for ever.
+// refused is how an error of Workloads leaves. One with a status was worded by whoever knows the caller, and has logged it.
+func (s *Server) refused(info *connInfo, err error) error {
+	if worded(err) {
+		return err
+	}
+	return s.ending("SDS caller is not attested", info, err)
+}
+
+// ending is how an error of a View leaves: with its own status, which was worded for the caller, or with an opaque one.
 func (s *Server) ending(what string, info *connInfo, err error) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return status.Error(codes.Unavailable, "the call ended before the caller was known; try again")
 	}
-	st, ok := status.FromError(err)
-	s.logRefusal(slog.LevelInfo, what, "peer", info.caller.String(), "code", st.Code().String(), "err", err)
-	if !ok || st.Code() == codes.OK || st.Code() == codes.Canceled || st.Code() == codes.Unknown {
+	s.logRefusal(slog.LevelInfo, what, "peer", info.caller.String(), "code", status.Code(err).String(), "err", err)
+	if !worded(err) {
 		return status.Error(codes.Unavailable, "the agent cannot tell who is calling; its log says why")
 	}
 	return err
+}
+
+// worded reports whether an error has a status for the caller. Never Canceled: SPIFFE clients take it as their own wish and
+// stop watching for ever.
+func worded(err error) bool {
+	switch status.Code(err) {
+	case codes.OK, codes.Canceled, codes.Unknown:
+		return false
+	}
+	return true
 }
 
 func (s *Server) logRefusal(level slog.Level, msg string, args ...any) {

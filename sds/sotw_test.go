@@ -218,7 +218,7 @@ func TestS06TheSameSetWithAnOlderVersionIsSentAgain(t *testing.T) {
 		c.silence("the current version")
 		for _, version := range []string{"", "older"} {
 			c.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"default", "ROOTCA"}, VersionInfo: version})
-			if n := names(c.take()); !slices.Equal(n, []string{"default", "ROOTCA"}) {
+			if n := names(c.take()); !slices.Equal(n, []string{"ROOTCA", "default"}) {
 				t.Errorf("version %q: got %v, want both again", version, n)
 			}
 		}
@@ -252,8 +252,8 @@ func TestS08OnlyWhatChangedIsPushed(t *testing.T) {
 		all := []string{"default", "ROOTCA", api.String(), exampleTD.IDString()}
 		c.subscribe(all...)
 		got := c.take()
-		if n := names(got); !slices.Equal(n, all) {
-			t.Fatalf("got %v, want %v", n, all)
+		if n, want := names(got), []string{"ROOTCA", exampleTD.IDString(), "default", api.String()}; !slices.Equal(n, want) {
+			t.Fatalf("got %v, want the bundles first: %v", n, want)
 		}
 		for _, resp := range got {
 			c.ack(resp, all...)
@@ -279,7 +279,7 @@ func TestS09ANameAskedTwiceIsSentOnce(t *testing.T) {
 	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open()
 		c.subscribe("default", "default", "ROOTCA", "default")
-		if n := names(c.take()); !slices.Equal(n, []string{"default", "ROOTCA"}) {
+		if n := names(c.take()); !slices.Equal(n, []string{"ROOTCA", "default"}) {
 			t.Errorf("got %v", n)
 		}
 	})
@@ -385,6 +385,61 @@ func TestS14ALeafOfANewRootWaitsForItsBundle(t *testing.T) {
 			t.Errorf("serial %s", s)
 		}
 	})
+}
+
+// Whatever order the names are asked in, and whatever changes while it is sent.
+func TestS14ARootIsSentBeforeTheLeafThatIsUnderIt(t *testing.T) {
+	for _, all := range [][]string{{"default", "ROOTCA"}, {web.String(), "ALL"}, {"default", exampleTD.IDString(), web.String()}} {
+		bubble(t, Config{}, func(t *testing.T, r *rig, w *world, before *root) {
+			c := r.open()
+			c.subscribe(all...)
+			for _, resp := range c.take() {
+				c.ack(resp, all...)
+			}
+			for i := range uint64(8) {
+				next := newRoot(t, "next")
+				w.change(func(w *world) {
+					w.bundles[exampleTD] = bundleOf(exampleTD, 2+i, before, next)
+					w.svids[web] = next.issue(t, leaf{id: web})
+				})
+				rootCame := false
+				for _, resp := range c.take() {
+					if s := secretOf(t, resp); s.GetTlsCertificate() == nil {
+						rootCame = true
+					} else if !rootCame {
+						t.Fatalf("%v, change %d: %s came before the root above it", all, i, s.Name)
+					}
+					c.ack(resp, all...)
+				}
+				before = next
+			}
+		})
+	}
+}
+
+// A bundle that comes between two sends of one round waits for the next round, and so do the leaves that need it.
+func TestS14ARoundIsOfOneBundle(t *testing.T) {
+	w, before := newWorld(t)
+	next := newRoot(t, "next")
+	round := &steady{View: &seen{world: w}}
+	first, _ := round.Bundle(exampleTD)
+	w.change(func(w *world) {
+		w.bundles[exampleTD] = bundleOf(exampleTD, 2, before, next)
+		w.svids[web] = next.issue(t, leaf{id: web})
+	})
+	if b, ok := round.Bundle(exampleTD); !ok || b.Sequence() != first.Sequence() {
+		t.Fatalf("the bundle of the round changed from %d to %d", first.Sequence(), b.Sequence())
+	}
+	s, err := New(Config{Workloads: w})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sec, why, _ := s.secrets.resolve(round, parseTarget("default"), SPIFFE); sec != nil || why != absentWithheld {
+		t.Fatalf("a leaf under a root that this round has not sent: %v, %q", sec, why)
+	}
+	if sec, _, _ := s.secrets.resolve(&steady{View: &seen{world: w}}, parseTarget("default"), SPIFFE); sec == nil {
+		t.Fatal("the next round does not have it")
+	}
 }
 
 func TestS14ALeafFromTheFutureIsSentWhenItsTimeComes(t *testing.T) {

@@ -25,11 +25,12 @@ func TestStreamsShowsWhoHasWhatAndWhatWasRefused(t *testing.T) {
 		d := r.delta()
 		d.subscribe("default")
 		d.one()
+		root, svid := got[0].VersionInfo, got[1].VersionInfo
 		good := w.svids[web]
 		renewed := ca.issue(t, leaf{id: web})
 		w.setSVID(renewed)
 		bad := c.one()
-		c.nack(bad, got[0].VersionInfo, "KEY_VALUES_MISMATCH\n"+strings.Repeat("A", 100), "default", "ROOTCA", "x\ny")
+		c.nack(bad, svid, "KEY_VALUES_MISMATCH\n"+strings.Repeat("A", 100), "default", "ROOTCA", "x\ny")
 		d.take()
 		synctest.Wait()
 
@@ -45,8 +46,8 @@ func TestStreamsShowsWhoHasWhatAndWhatWasRefused(t *testing.T) {
 			t.Errorf("nodes %s and %s", one.Node, two.Node)
 		}
 		want := []NameStatus{
-			{Name: "default", Kind: "svid", Sent: bad.VersionInfo, Acked: got[0].VersionInfo, Rejected: bad.VersionInfo, Reason: "KEY_VALUES_MISMATCH …", Serial: renewed.Serial},
-			{Name: "ROOTCA", Kind: "bundle", Sent: got[1].VersionInfo, Acked: got[1].VersionInfo},
+			{Name: "default", Kind: "svid", Sent: bad.VersionInfo, Acked: svid, Rejected: bad.VersionInfo, Reason: "KEY_VALUES_MISMATCH …", Serial: renewed.Serial},
+			{Name: "ROOTCA", Kind: "bundle", Sent: root, Acked: root},
 			{Name: `"x\ny"`},
 		}
 		for i, n := range one.Names {

@@ -13,9 +13,12 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/signet-ca/signet/trust"
 )
 
 // metadataTrustedCA is the key in the node's metadata by which a sidecar asks for plain trusted_ca. SPIRE's name.
@@ -84,6 +87,7 @@ func converse[R request](s *Server, p protocol[R]) error {
 		started: started, first: true, validator: s.validator, prefix: hex.EncodeToString(prefix[:]) + "-",
 	}
 	s.live.add(st)
+	defer s.leaves.ring()
 	defer s.live.remove(st)
 	count := s.metrics.streams.WithLabelValues(st.protocol)
 	count.Inc()
@@ -180,6 +184,9 @@ func (st *stream) answer(nonce string, e *rpcstatus.Status) bool {
 		return false
 	}
 	c, w := d.content, st.sub.find(d.name)
+	if c != nil && c.kind == kindSVID {
+		defer st.leaves.ring()
+	}
 	switch {
 	case c == nil && e == nil: // of a withdrawal
 	case c == nil:
@@ -235,6 +242,9 @@ func (st *stream) forget(dropped []*want) {
 		}
 		w.believed = nil
 	}
+	if len(dropped) > 0 {
+		st.leaves.ring()
+	}
 }
 
 // count has a want for bundles among the beliefs. What was acknowledged and came back under a later sequence, as after
@@ -266,10 +276,48 @@ func (st *stream) count(w *want, now *content) {
 }
 
 // push sends every name whose content is owed, each in a response of its own: then the answer tells exactly which one
-// was taken. It returns when to look again though nothing changes, or zero.
+// was taken. Bundles go first, and certificates are measured by those: a validator on the stream that is given a certificate
+// under a new root has been given the root. It returns when to look again though nothing changes, or zero.
 func push[R request](st *stream, p protocol[R]) (retry time.Time, err error) {
+	view := &steady{View: st.view}
+	bundles, err := pushAll(st, p, view, target.bundles)
+	if err != nil {
+		return time.Time{}, err
+	}
+	svids, err := pushAll(st, p, view, func(t target) bool { return !t.bundles() })
+	if retry = bundles; retry.IsZero() || !svids.IsZero() && svids.Before(retry) {
+		retry = svids
+	}
+	return retry, err
+}
+
+// steady is a view whose bundles don't change.
+type steady struct {
+	View
+	known []trust.Bundle
+}
+
+// Bundle implements View.
+func (v *steady) Bundle(td spiffeid.TrustDomain) (trust.Bundle, bool) {
+	for _, b := range v.known {
+		if b.TrustDomain() == td {
+			return b, true
+		}
+	}
+	b, ok := v.View.Bundle(td)
+	if ok && !b.IsZero() {
+		v.known = append(v.known, b)
+	}
+	return b, ok
+}
+
+// pushAll is push for the names of one sort.
+func pushAll[R request](st *stream, p protocol[R], view View, sort func(target) bool) (retry time.Time, err error) {
 	for _, w := range st.sub.wanted {
-		sec, why, again := st.secrets.resolve(st.view, w.target, st.validator)
+		if !sort(w.target) {
+			continue
+		}
+		sec, why, again := st.secrets.resolve(view, w.target, st.validator)
 		if sec == nil {
 			if !again.IsZero() && (retry.IsZero() || again.Before(retry)) {
 				retry = again
@@ -350,6 +398,9 @@ func (st *stream) note(w *want, c *content, nonce string) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	st.sub.pushed(w, c, nonce)
+	if c != nil && c.kind == kindSVID {
+		st.leaves.ring()
+	}
 }
 
 func (st *stream) nonce() string {

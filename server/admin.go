@@ -86,21 +86,25 @@ func (s adminService) CreateJoinToken(ctx context.Context, req *adminv1.CreateJo
 	return &adminv1.CreateJoinTokenResponse{Info: tokenInfo(token), Token: whole.Encode()}, nil
 }
 
-// loggedTokens logs a token before the store knows it.
+// loggedTokens changes tokens by the steps of outbox.
 type loggedTokens struct {
 	identity.TokenStore
 	server *Server
-	by     *auditv1.Evidence
+	// by makes tokens; whoever uses one speaks for itself.
+	by *auditv1.Evidence
 }
 
 func (l loggedTokens) CreateToken(ctx context.Context, t identity.Token) error {
-	err := l.server.record(ctx, &auditv1.Entry{Event: &auditv1.Entry_JoinTokenCreated{JoinTokenCreated: &auditv1.JoinTokenCreated{
+	entries, err := l.server.stamped(&auditv1.Entry{Event: &auditv1.Entry_JoinTokenCreated{JoinTokenCreated: &auditv1.JoinTokenCreated{
 		TokenId: t.ID, Agent: t.Agent, Expires: t.Expires.Unix(), Evidence: l.by,
 	}}})
 	if err != nil {
 		return err
 	}
-	return l.TokenStore.CreateToken(ctx, t)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
+	defer cancel()
+	// It takes effect when somebody is given the secret.
+	return l.server.change(ctx, &store.Note{Entries: entries}, func(st *store.Store) error { return st.CreateToken(ctx, t) }, func() {})
 }
 
 // ListJoinTokens lists the tokens, newest first, without secrets; those that ended long ago are forgotten (forgetTokens).
@@ -138,11 +142,22 @@ func (s adminService) RevokeJoinToken(ctx context.Context, req *adminv1.RevokeJo
 	case !all[i].Revoked.IsZero():
 		return &adminv1.RevokeJoinTokenResponse{}, nil
 	}
-	if err := s.record(ctx, &auditv1.Entry{Event: &auditv1.Entry_JoinTokenRevoked{JoinTokenRevoked: &auditv1.JoinTokenRevoked{TokenId: req.Id, Evidence: by}}}); err != nil {
-		return nil, plainly(codes.Unavailable, s.whyNot(err), err)
+	entries, err := s.stamped(&auditv1.Entry{Event: &auditv1.Entry_JoinTokenRevoked{JoinTokenRevoked: &auditv1.JoinTokenRevoked{TokenId: req.Id, Evidence: by}}})
+	if err != nil {
+		return nil, err
 	}
-	if err := s.store.RevokeToken(ctx, req.Id, s.now()); err != nil {
-		return nil, plainly(codes.FailedPrecondition, "invalid", err)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
+	defer cancel()
+	var refused error
+	if err := s.change(ctx, &store.Note{Entries: entries}, func(st *store.Store) error {
+		refused = st.RevokeToken(ctx, req.Id, s.now())
+		return refused
+	}, func() {}); err != nil {
+		code := codes.Unavailable
+		if errors.Is(refused, store.ErrTokenUsed) {
+			code = codes.FailedPrecondition
+		}
+		return nil, plainly(code, s.whyNot(err), err)
 	}
 	s.log.Info("join token revoked", "token", req.Id, "by", by.Caller)
 	return &adminv1.RevokeJoinTokenResponse{}, nil
@@ -172,6 +187,9 @@ func (s adminService) ApplyRegistrations(ctx context.Context, req *adminv1.Apply
 	// One at a time, so that what is logged is what the store will say.
 	s.applying.Lock()
 	defer s.applying.Unlock()
+	if err := s.settleNow(ctx); err != nil {
+		return nil, plainly(codes.Unavailable, s.whyNot(err), fmt.Errorf("an earlier change waits to be settled, so nothing was changed: %w", err))
+	}
 	have, revision := s.directory.registrations()
 	plan := planRegistrations(have, want, req.Prune)
 	if err := plan.fits(); err != nil {
@@ -183,15 +201,22 @@ func (s adminService) ApplyRegistrations(ctx context.Context, req *adminv1.Apply
 	// Begun, it is finished: a client that hangs up must not leave the log and the store apart.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()
-	if err := s.record(ctx, plan.entries(revision+1, by)...); err != nil {
-		return nil, plainly(codes.Unavailable, s.whyNot(err), err)
+	entries, err := s.stamped(plan.entries(revision+1, by)...)
+	if err != nil {
+		return nil, err
 	}
-	if err := s.directory.applyRegistrations(ctx, revision, plan.put, plan.del); err != nil {
+	if err := s.change(ctx, &store.Note{Entries: entries},
+		func(st *store.Store) error {
+			_, err := st.ApplyRegistrations(ctx, revision, plan.put, plan.del)
+			return err
+		},
+		func() { s.directory.registered(revision+1, plan.put, plan.del) },
+	); err != nil {
 		code := codes.Unavailable
 		if errors.Is(err, store.ErrConflict) {
 			code = codes.Aborted
 		}
-		return nil, plainly(code, "store_unavailable", err)
+		return nil, plainly(code, s.whyNot(err), err)
 	}
 	s.log.Info("registrations applied", "revision", revision+1, "put", len(plan.put), "deleted", len(plan.del), "by", by.Caller)
 	return plan.response, nil

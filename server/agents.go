@@ -1,10 +1,12 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,6 +18,7 @@ import (
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -26,6 +29,9 @@ const (
 	maxSyncs = 4
 	// maxAcks of one SyncRequest.
 	maxAcks = 64
+	// maxHeld issuers of one SyncRequest, each named by a key identifier of at most maxKeyID bytes.
+	maxHeld  = 64
+	maxKeyID = 64
 	// checkpointEvery spaces the checkpoints an agent is told: each is a proof here and a durable write there.
 	checkpointEvery = 10 * time.Second
 )
@@ -47,6 +53,13 @@ func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*
 	if n := len(req.GetItems()); n == 0 || n > maxItems {
 		return nil, refuse(codes.InvalidArgument, "invalid", fmt.Sprintf("want 1 to %d items", maxItems), fmt.Errorf("agent %s asks for %d items in one call", agent, n))
 	}
+	if err := s.within(agent, len(req.Items)); err != nil {
+		return nil, err
+	}
+	if root, ok := s.keeper.unbelieved(s.acks.of(agent)); ok {
+		return nil, refuse(codes.Unavailable, "trust_first", "take the newest trust bundle first",
+			fmt.Errorf("agent %s has not acknowledged root %s yet: its workloads could not verify others", agent, root))
+	}
 	results := make([]*signetv1.IssueResult, len(req.Items))
 	var grants []*identity.Grant
 	var at []int
@@ -64,10 +77,14 @@ func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*
 				results[at[j]] = s.itemRefused(ctx, agent, s.notIssued(r.Err))
 				continue
 			}
+			s.acks.gave(agent, r.Leaf.NotAfter)
 			results[at[j]] = &signetv1.IssueResult{Result: &signetv1.IssueResult_Certificate{
 				Certificate: &signetv1.IssuedCertificate{Chain: r.Leaf.Chain, LogIndex: r.Leaf.Receipt.Index},
 			}}
 		}
+	}
+	if ctx.Err() != nil {
+		s.metrics.unread.Add(float64(len(grants)))
 	}
 	return &signetv1.IssueResponse{Results: results}, nil
 }
@@ -117,6 +134,9 @@ func (s agentsService) Renew(ctx context.Context, req *signetv1.RenewRequest) (*
 		return nil, err
 	}
 	agent := who.name
+	if err := s.within(agent, 1); err != nil {
+		return nil, err
+	}
 	key, err := identity.ParseCSR(req.GetCsr())
 	if err != nil {
 		return nil, refuse(codes.InvalidArgument, "invalid", "certificate request refused", err)
@@ -126,6 +146,9 @@ func (s agentsService) Renew(ctx context.Context, req *signetv1.RenewRequest) (*
 		return nil, denied(err)
 	}
 	leaf, err := s.give(ctx, agent, grant)
+	if ctx.Err() != nil {
+		s.metrics.unread.Inc()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +238,13 @@ func (s agentsService) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 
 	// The receiver ends with the stream, which ends when this function returns.
 	heard := make(chan error, 1)
-	go func() { heard <- s.hear(stream, n) }()
+	go func() {
+		// Outside of the call's own goroutine a panic would end the process.
+		var err error
+		defer func() { heard <- err }()
+		defer s.caught(agentDoor, &err)
+		err = s.hear(stream, n)
+	}()
 	return s.tell(stream, who, n, heard)
 }
 
@@ -236,6 +265,15 @@ func (s agentsService) hear(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 			}
 			acks[a.TrustDomain] = trust.Digest(a.Digest)
 		}
+		held := req.GetIssuersHeld().GetKeyIds()
+		if len(held) > maxHeld || slices.ContainsFunc(held, func(id []byte) bool { return len(id) > maxKeyID }) {
+			return refuse(codes.InvalidArgument, "invalid", "too many issuers", nil)
+		}
+		word := said{held: held, heard: req.IssuersHeld != nil}
+		if i := slices.IndexFunc(req.BundleAcks, func(a *signetv1.BundleAck) bool { return a.TrustDomain == s.config.TrustDomain.Name() }); i >= 0 {
+			word.sequence, word.digest = req.BundleAcks[i].Sequence, trust.Digest(req.BundleAcks[i].Digest)
+		}
+		s.acks.hear(n.agent, word)
 		n.mu.Lock()
 		n.acks = acks
 		// The first message counts as an answer also when it names no checkpoint: this agent has seen none.
@@ -245,6 +283,9 @@ func (s agentsService) hear(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 			n.answered = true
 		}
 		n.mu.Unlock()
+		if c := req.CheckpointSeen; c != nil {
+			s.heed(stream.Context(), n.agent, c)
+		}
 		select {
 		case n.poke <- struct{}{}:
 		default:
@@ -257,12 +298,13 @@ func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 	ctx := stream.Context()
 	var sequence, told uint64
 	var set *signetv1.RegistrationSet
+	var stale [][]byte
 	checkpoints := time.NewTicker(s.checkpointEvery)
 	defer checkpoints.Stop()
 	due := true
 	for {
 		// Bells before values, so that no change is missed between.
-		bundles, registrations := s.bundles.Changed(), s.directory.bell()
+		bundles, registrations, rotated := s.bundles.Changed(), s.directory.bell(), s.keeper.bell()
 		if err := s.standing(who); err != nil {
 			return err
 		}
@@ -281,6 +323,14 @@ func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 				return err
 			}
 			set = now
+		}
+		if ids := s.keeper.stale(); !slices.EqualFunc(ids, stale, bytes.Equal) {
+			window := rotation.ReissueWindow(s.directory.identities(), s.config.Rotation.ReissueRate)
+			m := &signetv1.Reissue{IssuerKeyIds: ids, WindowMs: window.Milliseconds()}
+			if err := stream.Send(&signetv1.SyncResponse{Update: &signetv1.SyncResponse_Reissue{Reissue: m}}); err != nil {
+				return err
+			}
+			stale = ids
 		}
 		if due {
 			c, err := s.checkpointFor(ctx, n, told)
@@ -307,6 +357,7 @@ func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 			return err
 		case <-bundles:
 		case <-registrations:
+		case <-rotated:
 		case <-n.poke:
 		case <-checkpoints.C:
 			due = true
@@ -342,10 +393,7 @@ func (s *Server) checkpointFor(ctx context.Context, n *session, told uint64) (*c
 	c := &checkpoint{size: size, message: &signetv1.Checkpoint{Note: note}}
 	switch {
 	case seen > size:
-		// The agent has seen more than this log holds. It gets the note without a proof, so that it sees the rollback too.
-		s.metrics.ahead.Inc()
-		s.log.Error("AN AGENT HAS SEEN MORE OF THE LOG THAN THIS SERVER HOLDS: the log was rolled back or replaced; stop issuing and compare both",
-			"agent", n.agent, "agent_size", seen, "size", size)
+		// The agent has seen more than this log holds (heed). It gets the note without a proof, so that it sees the rollback too.
 	case seen > 0:
 		if c.message.ConsistencyProof, err = s.audit.Consistency(ctx, seen, size); err != nil {
 			return nil, err

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -14,6 +13,7 @@ import (
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
 )
 
 const (
@@ -23,9 +23,9 @@ const (
 	banWait = 3 * time.Second
 )
 
-// BanAgent refuses an agent at every door from here on. It is logged first, then holds in memory, on open connections too,
-// and then it is stored: without a log nothing can be issued to anybody, but a database that is away must not keep a
-// banned agent in.
+// BanAgent refuses an agent at every door from here on. It is noted in a file and logged, then holds in memory, on open
+// connections too, and then it is stored: without a log nothing can be issued to anybody, but a database that is away must
+// not keep a banned agent in (banBook).
 func (s adminService) BanAgent(ctx context.Context, req *adminv1.BanAgentRequest) (*adminv1.BanAgentResponse, error) {
 	by, err := s.evidence(ctx)
 	if err != nil {
@@ -40,11 +40,13 @@ func (s adminService) BanAgent(ctx context.Context, req *adminv1.BanAgentRequest
 	if !row.Banned {
 		logging, cancel := context.WithTimeout(ctx, workTimeout)
 		defer cancel()
-		if err := s.record(logging, &auditv1.Entry{Event: &auditv1.Entry_AgentBanned{AgentBanned: &auditv1.AgentBanned{Agent: req.Agent, Evidence: by}}}); err != nil {
+		entries, err := s.stamped(&auditv1.Entry{Event: &auditv1.Entry_AgentBanned{AgentBanned: &auditv1.AgentBanned{Agent: req.Agent, Evidence: by}}})
+		if err != nil {
+			return nil, err
+		}
+		if err := s.banBook.add(logging, req.Agent, entries[0], s.banHolds); err != nil {
 			return nil, plainly(codes.Unavailable, s.whyNot(err), err)
 		}
-		s.directory.ban(req.Agent)
-		s.conns.cut(req.Agent, banMoment)
 		s.log.Warn("agent banned", "agent", req.Agent, "by", by.Caller)
 	}
 	r := &adminv1.BanAgentResponse{Changed: !row.Banned}
@@ -77,15 +79,27 @@ func (s adminService) UnbanAgent(ctx context.Context, req *adminv1.UnbanAgentReq
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()
-	if err := s.record(ctx, &auditv1.Entry{Event: &auditv1.Entry_AgentUnbanned{AgentUnbanned: &auditv1.AgentUnbanned{Agent: req.Agent, Evidence: by}}}); err != nil {
-		return nil, plainly(codes.Unavailable, s.whyNot(err), err)
+	// A ban that the database does not have yet would come back after it was lifted.
+	if err := s.storeBans(ctx); err != nil {
+		return nil, plainly(codes.Unavailable, "store_unavailable", fmt.Errorf("agent %s is still banned: %w", req.Agent, err))
 	}
-	if err := s.directory.unban(ctx, req.Agent); err != nil {
-		code := codes.Unavailable
-		if errors.Is(err, errBannedAgain) {
-			code = codes.Aborted
-		}
-		return nil, plainly(code, "store_unavailable", fmt.Errorf("agent %s is still banned: %w", req.Agent, err))
+	entries, err := s.stamped(&auditv1.Entry{Event: &auditv1.Entry_AgentUnbanned{AgentUnbanned: &auditv1.AgentUnbanned{Agent: req.Agent, Evidence: by}}})
+	if err != nil {
+		return nil, err
+	}
+	again := false
+	if err := s.change(ctx, &store.Note{Entries: entries},
+		func(st *store.Store) error {
+			row, _ := s.directory.agent(req.Agent)
+			row.Banned = false
+			return st.PutAgent(ctx, row)
+		},
+		func() { again = !s.directory.unban(req.Agent) },
+	); err != nil {
+		return nil, plainly(codes.Unavailable, s.whyNot(err), fmt.Errorf("agent %s is still banned: %w", req.Agent, err))
+	}
+	if again {
+		return nil, plainly(codes.Aborted, "store_unavailable", fmt.Errorf("agent %s is still banned: it was banned again meanwhile", req.Agent))
 	}
 	s.log.Warn("agent unbanned", "agent", req.Agent, "by", by.Caller)
 	return &adminv1.UnbanAgentResponse{Changed: true}, nil
@@ -123,20 +137,24 @@ func (s adminService) ListAgents(ctx context.Context, _ *adminv1.ListAgentsReque
 
 // storeBans writes the bans that are in memory alone.
 func (s *Server) storeBans(ctx context.Context) error {
-	if len(s.directory.unstoredBans()) == 0 {
+	names := s.directory.unstoredBans()
+	if len(names) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, workTimeout)
 	defer cancel()
-	err := s.directory.storeBans(ctx)
+	err := s.directory.storeBans(ctx, names, s.banBook.stored)
 	if err != nil {
-		s.log.Error("A BAN IS NOT STORED YET: it holds, but a restart would forget it", "agents", s.directory.unstoredBans(), "err", err)
+		s.log.Error("A BAN IS NOT STORED YET: it holds, by the file "+bansFile+" also after a restart", "agents", names, "err", err)
 	}
 	return err
 }
 
-// bansStored says which bans a restart would forget.
+// bansStored says which bans the database does not have, and which do not even hold.
 func (s *Server) bansStored() error {
+	if names := s.banBook.waiting(); len(names) > 0 {
+		return fmt.Errorf("not logged and so not in effect yet: the ban of %s", clip(strings.Join(names, ", ")))
+	}
 	if names := s.directory.unstoredBans(); len(names) > 0 {
 		return fmt.Errorf("not stored yet: the ban of %s", clip(strings.Join(names, ", ")))
 	}

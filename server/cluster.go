@@ -1,7 +1,6 @@
 package server
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -25,6 +24,7 @@ import (
 	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -257,29 +257,37 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	}
 	r := InitResult{LogVerifierKey: o.log.VerifierKey()}
 
-	authorities, err := o.store.Authorities(ctx)
+	rows, revision, err := o.store.Authorities(ctx)
 	if err != nil {
 		return InitResult{}, err
 	}
-	find := func(h identity.Hierarchy) *store.Authority {
-		if i := slices.IndexFunc(authorities, func(a store.Authority) bool { return a.Hierarchy == h }); i >= 0 {
-			return &authorities[i]
+	// The oldest of each kind is the one that Init makes.
+	find := func(kind string) (store.Authority, bool) {
+		i := slices.IndexFunc(rows, func(a store.Authority) bool { return a.Kind == kind })
+		if i < 0 {
+			return store.Authority{}, false
 		}
-		return nil
+		return rows[i], true
 	}
-	control := find(identity.ControlPlane)
-	if control == nil {
+	control, ok := find(ca.KindControl)
+	if !ok {
 		r.Created = true
 		if control, err = c.makeControlCA(ctx, o); err != nil {
+			return InitResult{}, err
+		}
+		if revision, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{control}, trust.Bundle{}); err != nil {
 			return InitResult{}, err
 		}
 	}
 	r.ControlCA = ca.CertificateFingerprint(control.Chain[0])
 
-	intermediate := find(identity.Mesh)
-	if intermediate == nil {
+	intermediate, ok := find(ca.KindIntermediate)
+	if !ok {
 		r.Created = true
-		if intermediate, err = c.makeRequest(ctx, o); err != nil {
+		if intermediate, err = (&keeper{folder: &c.Folder, algorithm: c.Algorithm, prefix: c.NamePrefix, requests: c.Ceremony}).request(ctx, &authorities{}, nil); err != nil {
+			return InitResult{}, err
+		}
+		if _, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{intermediate}, trust.Bundle{}); err != nil {
 			return InitResult{}, err
 		}
 	}
@@ -307,52 +315,25 @@ func (c *InitConfig) notOrphaned(ctx context.Context, o *opened) error {
 
 // makeControlCA: a crash after the log's entry and before the row leaves an entry of a control CA that never was; the
 // next run makes another certificate for the same key, and only that one is ever shown to anybody.
-func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (*store.Authority, error) {
+func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (store.Authority, error) {
 	key, err := FirstKey(ctx, c.Keys, controlKey, c.Algorithm)
 	if err != nil {
-		return nil, err
+		return store.Authority{}, err
 	}
 	plan, err := ca.NewControlPlan(c.TrustDomain, c.Cluster, key.Public(), c.Now(), 0)
 	if err != nil {
-		return nil, err
+		return store.Authority{}, err
 	}
 	plan.Now = c.Now
 	plan.CommonName = prefixed(c.NamePrefix, plan.CommonName)
 	cert, _, err := c.Ceremony.SelfSign(ctx, o.log, key, plan, byHand("ceremony"))
 	if err != nil {
-		return nil, fmt.Errorf("make the control CA of cluster %s: %w", c.Cluster, err)
+		return store.Authority{}, fmt.Errorf("make the control CA of cluster %s: %w", c.Cluster, err)
 	}
-	a := store.Authority{
-		ID: authorityID(key.Ref()), Hierarchy: identity.ControlPlane, State: ca.Active,
-		Key: key.Ref(), Chain: [][]byte{cert.Raw}, Created: c.Now(),
-	}
-	return &a, o.store.PutAuthority(ctx, a)
-}
-
-// makeRequest: until the row is stored nobody has seen the request, so a new one for the same key harms nobody.
-func (c *InitConfig) makeRequest(ctx context.Context, o *opened) (*store.Authority, error) {
-	key, err := FirstKey(ctx, c.Keys, intermediateKey, c.Algorithm)
-	if err != nil {
-		return nil, err
-	}
-	plan, err := ca.NewIntermediatePlan(c.TrustDomain, c.Cluster, key.Public(), c.Now(), 0)
-	if err != nil {
-		return nil, err
-	}
-	plan.CommonName = prefixed(c.NamePrefix, plan.CommonName)
-	text, err := c.Ceremony.Request(key, plan)
-	if err != nil {
-		return nil, fmt.Errorf("make the request for the intermediate of cluster %s: %w", c.Cluster, err)
-	}
-	block, _ := pem.Decode(text)
-	if block == nil {
-		return nil, fmt.Errorf("make the request for the intermediate of cluster %s: what was made is not PEM", c.Cluster)
-	}
-	a := store.Authority{
-		ID: authorityID(key.Ref()), Hierarchy: identity.Mesh, State: ca.Prepared,
-		Key: key.Ref(), CSR: block.Bytes, Created: c.Now(),
-	}
-	return &a, o.store.PutAuthority(ctx, a)
+	return store.Authority{
+		Authority: rotation.Authority{ID: authorityID(key.Ref()), Kind: ca.KindControl, State: ca.Active, Since: c.Now()},
+		Key:       key.Ref(), Chain: [][]byte{cert.Raw}, Created: c.Now(),
+	}, nil
 }
 
 // prefixed puts a prefix before a common name and keeps to the 64 characters of RFC 5280 appendix A.1.
@@ -372,15 +353,21 @@ func byHand(door string) *auditv1.Evidence {
 // InstallConfig is what `cluster install` needs.
 type InstallConfig struct {
 	Folder
-	// Chain is what the root's holder sent: PEM, the intermediate first, the root last.
+	Rotation Rotation
+	// Chain is what the root's holder sent: PEM, the intermediate first, the root last; several may follow one another.
 	Chain []byte
 	// RootFingerprint is what the admin was told the root's is, by another way than the chain.
 	RootFingerprint string
+	// DryRun only looks whether the chain would be taken.
+	DryRun bool
 }
 
 // InstallResult says what stands now.
 type InstallResult struct {
 	Issuer string
+	// State is where the issuer stands; one that is not active waits for what Next says.
+	State ca.State
+	Next  []rotation.Step
 	// Root is the root's fingerprint; NotAfter is the end of the intermediate.
 	Root     string
 	NotAfter time.Time
@@ -388,166 +375,117 @@ type InstallResult struct {
 	Changed bool
 }
 
-// Install checks what came back from the root and takes it into use. The same chain again changes nothing.
+// Install checks what came back from the root and takes it into use, on a folder that no server works on. The same chain
+// again changes nothing.
 func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) {
 	pinned, err := ca.ParseFingerprint(c.RootFingerprint)
 	if err != nil {
 		return InstallResult{}, fmt.Errorf("root fingerprint: %w", err)
 	}
-	chain, err := ca.ParseChain(c.Chain)
+	chains, err := ca.ParseChains(c.Chain)
 	if err != nil {
 		return InstallResult{}, err
 	}
-	root := chain[len(chain)-1]
-	if !bytes.Equal(root.RawIssuer, root.RawSubject) {
-		return InstallResult{}, fmt.Errorf("chain ends with %q, which is not a root: give the whole file that `signet root sign` wrote, in its order: our certificate first, the root last", root.Subject)
-	}
-	if !pinned.Of(root.Raw) {
-		return InstallResult{}, fmt.Errorf("the root in the chain is %s, but the fingerprint given is %s: ask the root's holder which one is right before you install anything",
-			ca.CertificateFingerprint(root.Raw), clip(c.RootFingerprint))
-	}
-	chain = chain[:len(chain)-1]
-	if len(chain) == 0 {
-		return InstallResult{}, errors.New("chain holds the root only: give the whole file that `signet root sign` wrote")
-	}
-
 	o, err := c.open(ctx, false)
 	if err != nil {
 		return InstallResult{}, err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
-	authority, err := c.requested(ctx, o, chain[0])
+	ref, ok, err := o.store.Meta(ctx, logKeyFact)
 	if err != nil {
 		return InstallResult{}, err
 	}
-	result := InstallResult{Issuer: authority.ID, Root: ca.CertificateFingerprint(root.Raw), NotAfter: chain[0].NotAfter}
-	bundle, changed, err := c.bundleWith(ctx, o, root)
+	if !ok {
+		return InstallResult{}, fmt.Errorf("folder %s has no log: the making of the cluster was interrupted; run signet cluster init again", c.Dir)
+	}
+	key, err := c.key(ctx, ref)
 	if err != nil {
 		return InstallResult{}, err
 	}
-	der := make([][]byte, len(chain))
-	for i, cert := range chain {
-		der[i] = cert.Raw
-	}
-	if len(authority.Chain) > 0 {
-		if changed || !slices.EqualFunc(authority.Chain, der, bytes.Equal) {
-			return InstallResult{}, fmt.Errorf("%s is installed already, with another chain: the intermediate in use is never replaced under the same key", authority.ID)
-		}
-		return result, nil
-	}
-	if err := c.check(ctx, authority, chain, root); err != nil {
+	if err := c.openLog(ctx, o, key, nil); err != nil {
 		return InstallResult{}, err
 	}
-	if err := c.logInstalled(ctx, o, append(slices.Clone(der), root.Raw)); err != nil {
+	k, err := c.keeper(ctx, o)
+	if err != nil {
 		return InstallResult{}, err
 	}
-	// Trust before use: an authority is never active under a root that nobody is told of. Each step again changes nothing.
-	if err := o.store.PutBundle(ctx, bundle); err != nil {
+	by := byHand("ceremony")
+	done, err := k.do(ctx, decision{verb: "install", reason: "a chain was installed", by: by, dry: c.DryRun},
+		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+			return k.install(set, w, now, c.Chain, pinned, by)
+		})
+	if err != nil {
 		return InstallResult{}, err
 	}
-	authority.Chain, authority.State = der, ca.Active
-	if err := o.store.PutAuthority(ctx, *authority); err != nil {
+	first := chains[0]
+	row, err := done.set.requested(c.Cluster, first[0])
+	if err != nil {
 		return InstallResult{}, err
 	}
-	result.Changed = true
-	return result, nil
+	now := c.Now()
+	return InstallResult{
+		Issuer: row.ID, State: row.State, Root: ca.CertificateFingerprint(first[len(first)-1].Raw), NotAfter: row.NotAfter, Changed: done.changed,
+		Next: rotation.Next(k.policy.Policy, k.world(done.set, now), now),
+	}, nil
 }
 
-// requested finds the authority whose request this certificate answers.
-func (f *Folder) requested(ctx context.Context, o *opened, cert *x509.Certificate) (*store.Authority, error) {
-	authorities, err := o.store.Authorities(ctx)
+// keeper is for a folder that no server works on: no agent is heard.
+func (c *InstallConfig) keeper(ctx context.Context, o *opened) (*keeper, error) {
+	agents, err := o.store.Agents(ctx)
 	if err != nil {
 		return nil, err
 	}
-	wanted := ""
-	for i, a := range authorities {
-		if a.Hierarchy != identity.Mesh {
-			continue
+	k := newKeeper(&c.Folder, c.Rotation)
+	k.store, k.change = o.store, o.change
+	k.validators = func(now time.Time) []validator {
+		var all []validator
+		for _, a := range agents {
+			if !a.Banned && now.Before(a.NotAfter) {
+				all = append(all, validator{agent: a.Name})
+			}
 		}
-		request, err := x509.ParseCertificateRequest(a.CSR)
+		return all
+	}
+	if k.issuers, err = ca.NewIssuers(); err != nil {
+		return nil, err
+	}
+	k.bundles = &trust.Bundles{}
+	return k, k.load(ctx)
+}
+
+// change makes a change durable, then logged, as the outbox of a server does. What an earlier one has left goes first.
+func (o *opened) change(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error {
+	for {
+		left, ok, err := o.store.NextNote(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("stored request of %s can't be read: %w", a.ID, err)
+			return err
 		}
-		if bytes.Equal(request.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo) {
-			return &authorities[i], nil
+		if !ok {
+			break
 		}
-		wanted = ca.KeyFingerprint(request.RawSubjectPublicKeyInfo)
+		if err := o.tellLog(ctx, left); err != nil {
+			return err
+		}
 	}
-	if wanted == "" {
-		return nil, fmt.Errorf("cluster %s has made no request yet: run signet cluster init", f.Cluster)
-	}
-	return nil, fmt.Errorf("chain begins with %q for the key %s, but cluster %s asked for %s: the request was swapped on its way, the chain is of another cluster, or it is in the wrong order (our certificate first, the root last)",
-		cert.Subject, ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo), f.Cluster, wanted)
-}
-
-// bundleWith returns the trust domain's bundle with this root, and whether that is a change. Another root than the one
-// that is trusted already comes by a rotation, not by an installation.
-func (f *Folder) bundleWith(ctx context.Context, o *opened, root *x509.Certificate) (trust.Bundle, bool, error) {
-	b, ok, err := o.store.Bundle(ctx, f.TrustDomain)
-	if err != nil {
-		return trust.Bundle{}, false, err
-	}
-	if !ok {
-		b, err = trust.NewBundle(f.TrustDomain, 1, []*x509.Certificate{root})
-		return b, true, err
-	}
-	if !slices.ContainsFunc(b.Roots(), root.Equal) {
-		return trust.Bundle{}, false, fmt.Errorf("cluster %s trusts the root %s, and the chain leads to another, %s", f.Cluster,
-			ca.CertificateFingerprint(b.Roots()[0].Raw), ca.CertificateFingerprint(root.Raw))
-	}
-	return b, false, nil
-}
-
-// check compares the chain with what was asked for, and makes sure that the issuer would work.
-func (f *Folder) check(ctx context.Context, a *store.Authority, chain []*x509.Certificate, root *x509.Certificate) error {
-	request, err := x509.ParseCertificateRequest(a.CSR)
-	if err != nil {
-		return fmt.Errorf("stored request of %s can't be read: %w", a.ID, err)
-	}
-	plan, err := ca.NewIntermediatePlan(f.TrustDomain, f.Cluster, request.PublicKey, time.Time{}, 0)
-	if err != nil {
+	if err := commit(o.store.Telling(note)); err != nil {
 		return err
 	}
-	plan.CommonName, plan.Now = request.Subject.CommonName, f.Now
-	if err := plan.Check(chain, []*x509.Certificate{root}); err != nil {
-		return err
+	if err := o.tellLog(ctx, *note); err != nil {
+		return fmt.Errorf("the change is stored and takes effect as soon as it is logged, not before: run it again: %w", err)
 	}
-	key, err := f.Keys.Open(ctx, a.Key)
-	if err != nil {
-		return err
-	}
-	_, err = ca.NewIssuer(ca.IssuerConfig{
-		Name: a.ID, Hierarchy: a.Hierarchy, TrustDomain: f.TrustDomain, State: ca.Active, Key: key,
-		Chain: chain, Roots: []*x509.Certificate{root},
-	})
-	return err
-}
-
-func (f *Folder) logInstalled(ctx context.Context, o *opened, chain [][]byte) error {
-	ref, ok, err := o.store.Meta(ctx, logKeyFact)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return fmt.Errorf("folder %s has no log: the making of the cluster was interrupted; run signet cluster init again", f.Dir)
-	}
-	key, err := f.key(ctx, ref)
-	if err != nil {
-		return err
-	}
-	if err := f.openLog(ctx, o, key, nil); err != nil {
-		return err
-	}
-	_, err = o.log.Append(ctx, []*auditv1.Entry{{
-		Time: f.Now().UnixNano(),
-		Event: &auditv1.Entry_AuthorityInstalled{AuthorityInstalled: &auditv1.AuthorityInstalled{
-			Kind: ca.KindIntermediate, Chain: chain, Evidence: byHand("ceremony"),
-		}},
-	}})
-	if err != nil {
-		return fmt.Errorf("the installation could not be logged, so nothing was installed: %w", err)
-	}
+	effect()
 	return nil
+}
+
+func (o *opened) tellLog(ctx context.Context, note store.Note) error {
+	entries, err := entriesOf(note)
+	if err != nil {
+		return err
+	}
+	if _, err := o.log.Append(ctx, entries); err != nil {
+		return fmt.Errorf("%w: %w", errNotLogged, err)
+	}
+	return o.store.Told(ctx, note.Change)
 }
 
 // Cluster is what `cluster show` tells.
@@ -598,12 +536,15 @@ func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 			return Cluster{}, err
 		}
 	}
-	authorities, err := st.Authorities(ctx)
+	rows, _, err := st.Authorities(ctx)
 	if err != nil {
 		return Cluster{}, err
 	}
-	for _, a := range authorities {
-		info := AuthorityInfo{ID: a.ID, Hierarchy: a.Hierarchy.String(), State: a.State, Key: a.Key.String(), Ref: a.Key}
+	for _, a := range rows {
+		if a.Kind == ca.KindRoot {
+			continue
+		}
+		info := AuthorityInfo{ID: a.ID, Hierarchy: a.Hierarchy().String(), State: a.State, Key: a.Key.String(), Ref: a.Key}
 		if len(a.Chain) > 0 {
 			cert, err := x509.ParseCertificate(a.Chain[0])
 			if err != nil {
@@ -612,7 +553,7 @@ func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 			info.Certificate = cert
 			info.KeyFingerprint, info.Subject = ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo), cert.Subject.String()
 			info.NotBefore, info.NotAfter, info.Fingerprint = &cert.NotBefore, &cert.NotAfter, ca.CertificateFingerprint(cert.Raw)
-			if a.Hierarchy == identity.ControlPlane {
+			if a.Kind == ca.KindControl {
 				c.ControlCA = info.Fingerprint
 			}
 		} else if request, err := x509.ParseCertificateRequest(a.CSR); err == nil {

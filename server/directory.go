@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
@@ -20,8 +20,8 @@ import (
 
 // directory is who may ask: what the store holds, copied to memory, so that no decision waits for a database.
 // It implements identity.Directory. Readers take the view that is current; writers of the store come one at a time, and the
-// store is written before the view is changed, so that memory never allows more than the disk. A ban takes away, so it goes
-// the other way round: it is in memory at once and waits for no database.
+// view is changed after the store and the log (outbox), so that memory never allows more than the disk. A ban takes away, so
+// it waits for no database (banBook).
 type directory struct {
 	store *store.Store
 
@@ -46,34 +46,56 @@ type view struct {
 	revision      uint64
 	registrations map[string]identity.Registration
 	agents        map[string]store.Agent
+	// banned are the identities that nobody gets.
+	banned map[spiffeid.ID]store.BannedIdentity
 	// sets is what each agent is told; the pointer changes only when the content does.
 	sets map[string]*signetv1.RegistrationSet
 }
 
 func loadDirectory(ctx context.Context, st *store.Store) (*directory, error) {
-	agents, err := st.Agents(ctx)
+	v, registrations, err := readStore(ctx, st)
 	if err != nil {
 		return nil, err
+	}
+	d := &directory{store: st, writing: make(chan struct{}, 1), given: map[string]given{}, unstored: map[string]bool{}}
+	d.current.Store(v.withRegistrations(registrations, v.revision))
+	return d, nil
+}
+
+// readStore returns what the store holds, as a view that no registrations are in yet, and these.
+func readStore(ctx context.Context, st *store.Store) (*view, []identity.Registration, error) {
+	agents, err := st.Agents(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	bans, err := st.BannedIdentities(ctx)
+	if err != nil {
+		return nil, nil, err
 	}
 	registrations, revision, err := st.Registrations(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	v := &view{agents: map[string]store.Agent{}}
+	v := &view{revision: revision, agents: make(map[string]store.Agent, len(agents)), banned: make(map[spiffeid.ID]store.BannedIdentity, len(bans))}
 	for _, a := range agents {
 		v.agents[a.Name] = a
 	}
-	d := &directory{store: st, writing: make(chan struct{}, 1), given: map[string]given{}, unstored: map[string]bool{}}
-	d.current.Store(v.withRegistrations(registrations, revision))
-	return d, nil
+	for _, b := range bans {
+		v.banned[b.ID] = b
+	}
+	return v, registrations, nil
 }
 
 // withRegistrations returns a view with other registrations and the sets that follow from them.
 func (v *view) withRegistrations(all []identity.Registration, revision uint64) *view {
-	next := &view{revision: revision, agents: v.agents, registrations: make(map[string]identity.Registration, len(all)), sets: map[string]*signetv1.RegistrationSet{}}
+	next := &view{revision: revision, agents: v.agents, banned: v.banned, registrations: make(map[string]identity.Registration, len(all)), sets: map[string]*signetv1.RegistrationSet{}}
 	slices.SortFunc(all, func(a, b identity.Registration) int { return strings.Compare(a.Name, b.Name) })
 	for _, r := range all {
 		next.registrations[r.Name] = r
+		// What an agent is not told it withdraws.
+		if _, banned := v.banned[r.ID]; banned {
+			continue
+		}
 		// An agent is told only its own, and not who else has it.
 		told := registrationMessage(r)
 		told.Agents = nil
@@ -102,6 +124,22 @@ func (d *directory) Registration(name string) (identity.Registration, bool) {
 	return r, ok
 }
 
+// BannedIdentity implements identity.Directory.
+func (d *directory) BannedIdentity(id spiffeid.ID) bool {
+	_, banned := d.current.Load().banned[id]
+	return banned
+}
+
+// bannedIdentities takes into effect which identities are banned.
+func (d *directory) bannedIdentities(f func(map[spiffeid.ID]store.BannedIdentity)) {
+	d.change(func(v *view) *view {
+		next := *v
+		next.banned = maps.Clone(v.banned)
+		f(next.banned)
+		return next.withRegistrations(slices.Collect(maps.Values(v.registrations)), v.revision)
+	})
+}
+
 // Agent implements identity.Directory.
 func (d *directory) Agent(name string) (identity.AgentRow, bool) {
 	a, ok := d.current.Load().agents[name]
@@ -123,6 +161,15 @@ func (d *directory) agent(name string) (store.Agent, bool) {
 func (d *directory) registrations() ([]identity.Registration, uint64) {
 	v := d.current.Load()
 	return slices.SortedFunc(maps.Values(v.registrations), func(a, b identity.Registration) int { return strings.Compare(a.Name, b.Name) }), v.revision
+}
+
+// identities is how many identities all agents together are told.
+func (d *directory) identities() int {
+	n := 0
+	for _, set := range d.current.Load().sets {
+		n += len(set.Registrations)
+	}
+	return n
 }
 
 // noRegistrations is what an agent without any is told.
@@ -180,19 +227,9 @@ func (v *view) with(a store.Agent) *view {
 	return &next
 }
 
-// putAgent stores an agent's row; of a row that exists it keeps the ban.
-func (d *directory) putAgent(ctx context.Context, a store.Agent) error {
-	done, err := d.toWrite(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	a.Banned = d.current.Load().agents[a.Name].Banned
-	if err := d.store.PutAgent(ctx, a); err != nil {
-		return err
-	}
+// enrolled takes into effect that an agent has enrolled; of a row that is there it keeps the ban.
+func (d *directory) enrolled(a store.Agent) {
 	d.change(func(v *view) *view { return v.withAgent(a) })
-	return nil
 }
 
 // agents returns all of them, by name, with when each last had a certificate.
@@ -225,53 +262,41 @@ func (d *directory) unstoredBans() []string {
 	return slices.Sorted(maps.Keys(d.unstored))
 }
 
-// storeBans writes the bans that are in memory alone.
-func (d *directory) storeBans(ctx context.Context) error {
+// storeBans writes bans that are in memory alone; stored is called when the store has them.
+func (d *directory) storeBans(ctx context.Context, names []string, stored func([]string) error) error {
 	done, err := d.toWrite(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
-	for _, name := range d.unstoredBans() {
+	for _, name := range names {
 		a, _ := d.agent(name)
 		if err := d.store.PutAgent(ctx, a); err != nil {
 			return err
 		}
-		d.mu.Lock()
+	}
+	if err := stored(names); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, name := range names {
 		delete(d.unstored, name)
-		d.mu.Unlock()
 	}
 	return nil
 }
 
-// errBannedAgain says that a ban came while another was being lifted. The ban stands.
-var errBannedAgain = errors.New("it was banned again meanwhile")
-
-// unban lifts a ban, in the store before in memory.
-func (d *directory) unban(ctx context.Context, name string) error {
-	done, err := d.toWrite(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	a, _ := d.agent(name)
-	a.Banned = false
-	d.mu.Lock()
-	delete(d.unstored, name)
-	d.mu.Unlock()
-	err = d.store.PutAgent(ctx, a)
+// unban takes into effect that a ban was lifted in the store, unless it came again meanwhile.
+func (d *directory) unban(name string) (lifted bool) {
 	d.change(func(v *view) *view {
-		if d.unstored[name] {
-			err = errors.Join(err, errBannedAgain)
-		}
-		if err != nil {
-			// What the store holds now is not known; it is written once more.
-			d.unstored[name] = true
+		a := v.agents[name]
+		if lifted = !d.unstored[name]; !lifted {
 			return v
 		}
+		a.Banned = false
 		return v.with(a)
 	})
-	return err
+	return lifted
 }
 
 // gave notes that an agent has got a certificate. It is in memory at once and in the store when that can be reached.
@@ -291,17 +316,8 @@ func (d *directory) gave(ctx context.Context, agent string, g given) error {
 	return d.store.PutAgent(ctx, a)
 }
 
-// applyRegistrations stores a change that was made upon the given revision.
-func (d *directory) applyRegistrations(ctx context.Context, base uint64, put []identity.Registration, del []string) error {
-	done, err := d.toWrite(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	revision, err := d.store.ApplyRegistrations(ctx, base, put, del)
-	if err != nil {
-		return err
-	}
+// registered takes into effect what the store holds at a revision.
+func (d *directory) registered(revision uint64, put []identity.Registration, del []string) {
 	d.change(func(v *view) *view {
 		all := maps.Clone(v.registrations)
 		for _, name := range del {
@@ -312,6 +328,25 @@ func (d *directory) applyRegistrations(ctx context.Context, base uint64, put []i
 			all[r.Name] = r
 		}
 		return v.withRegistrations(slices.Collect(maps.Values(all)), revision)
+	})
+}
+
+// reload takes into effect all that the store holds, and keeps the bans that it does not hold yet. The caller has the turn
+// to write.
+func (d *directory) reload(ctx context.Context) error {
+	next, registrations, err := readStore(ctx, d.store)
+	if err != nil {
+		return err
+	}
+	d.change(func(v *view) *view {
+		for name := range d.unstored {
+			if a, ok := next.agents[name]; ok {
+				a.Banned = true
+				next.agents[name] = a
+			}
+		}
+		next.sets = v.sets // those that don't change stay as they are
+		return next.withRegistrations(registrations, next.revision)
 	})
 	return nil
 }

@@ -14,12 +14,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 // Limits on every door; grpc-go's own are open or absent.
@@ -96,6 +98,8 @@ type refusal struct {
 	// reason is from a closed set: it labels a metric.
 	reason string
 	cause  error
+	// retry is when the same may be asked again; 0 = nothing is said about it.
+	retry time.Duration
 }
 
 func (r *refusal) Error() string { return r.public }
@@ -108,8 +112,7 @@ func refuse(code codes.Code, reason, public string, cause error) *refusal {
 // edge is where every call ends: a panic is caught, a refusal counted, logged and made opaque.
 func (s *Server) edge(ctx context.Context, d door, err *error) {
 	if p := recover(); p != nil {
-		s.log.Error("a call panicked", "door", d.name, "panic", clip(fmt.Sprint(p)), "stack", string(debug.Stack()))
-		*err = refuse(codes.Internal, "internal", "internal error", nil)
+		s.panicked(d, p, err)
 	}
 	if *err == nil {
 		return
@@ -128,7 +131,30 @@ func (s *Server) edge(ctx context.Context, d door, err *error) {
 		r = refuse(codes.Internal, "internal", "internal error", *err)
 	}
 	s.rejected(ctx, d, r)
-	*err = status.Error(r.code, r.public)
+	*err = r.status()
+}
+
+// caught makes a panic of a goroutine that works for a call that call's error.
+func (s *Server) caught(d door, err *error) {
+	if p := recover(); p != nil {
+		s.panicked(d, p, err)
+	}
+}
+
+func (s *Server) panicked(d door, p any, err *error) {
+	s.log.Error("a call panicked", "door", d.name, "panic", clip(fmt.Sprint(p)), "stack", string(debug.Stack()))
+	*err = refuse(codes.Internal, "internal", "internal error", nil)
+}
+
+// status is what the peer gets.
+func (r *refusal) status() error {
+	st := status.New(r.code, r.public)
+	if r.retry > 0 {
+		if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(r.retry)}); err == nil {
+			st = with
+		}
+	}
+	return st.Err()
 }
 
 // rejected counts a refusal and logs it, at a bounded rate.

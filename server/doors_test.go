@@ -74,6 +74,11 @@ func TestEachDoorHasTheseMethodsAndNoMore(t *testing.T) {
 			"signet.admin.v1.Admin/ApplyRegistrations", "signet.admin.v1.Admin/BanAgent", "signet.admin.v1.Admin/CreateJoinToken",
 			"signet.admin.v1.Admin/ListAgents", "signet.admin.v1.Admin/ListJoinTokens", "signet.admin.v1.Admin/ListRegistrations",
 			"signet.admin.v1.Admin/RevokeJoinToken", "signet.admin.v1.Admin/UnbanAgent",
+			"signet.admin.v1.Rotation/AbortRotation", "signet.admin.v1.Rotation/AddTrust", "signet.admin.v1.Rotation/AdvanceRotation",
+			"signet.admin.v1.Rotation/BanIdentity", "signet.admin.v1.Rotation/InstallAuthorities", "signet.admin.v1.Rotation/ListAuthorities",
+			"signet.admin.v1.Rotation/ListBannedIdentities", "signet.admin.v1.Rotation/PlanRotation", "signet.admin.v1.Rotation/RemoveTrust",
+			"signet.admin.v1.Rotation/ReportRotation", "signet.admin.v1.Rotation/RotationStatus", "signet.admin.v1.Rotation/StartRotation",
+			"signet.admin.v1.Rotation/TaintAuthority", "signet.admin.v1.Rotation/UnbanIdentity",
 		},
 	}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
@@ -285,8 +290,10 @@ func TestUnusableTokensLookAlikeOutside(t *testing.T) {
 	if len(said) != 1 {
 		t.Errorf("refusals can be told apart: %v", said)
 	}
-	if n := counted(t, s, `signet_svid_requests_rejected_total{door="enrol",reason="token_unusable"}`); n != "4" {
-		t.Errorf("counted %s refusals, want 4", n)
+	for reason, want := range map[string]string{"token_unusable": "3", "token_replayed": "1"} {
+		if n := counted(t, s, `signet_svid_requests_rejected_total{door="enrol",reason="`+reason+`"}`); n != want {
+			t.Errorf("counted %s of %s, want %s", n, reason, want)
+		}
 	}
 	_, err = s.admin().RevokeJoinToken(t.Context(), &adminv1.RevokeJoinTokenRequest{Id: revoked.Info.Id})
 	must(t, err)
@@ -624,8 +631,8 @@ func counted(t testing.TB, s *live, series string) string {
 func TestHTTPAnswersProbesAndNothingElse(t *testing.T) {
 	s := newCluster(t, "east").start(t, nil)
 	code, text := get(t, s, "/readyz?verbose")
-	want := "[+]store ok\n[+]log ok\n[+]issuer-mesh ok\n[+]issuer-control ok\n[+]certificate ok\n[+]doors ok\nreadyz check passed\n"
-	if code != http.StatusOK || text != want {
+	want := "[+]store ok\n[+]log ok\n[+]witnesses ok\n[+]issuer-mesh ok\n[+]issuer-control ok\n[+]certificate ok\n[+]doors ok\n"
+	if code != http.StatusOK || !strings.HasPrefix(text, want) || !strings.HasSuffix(text, "\nreadyz check passed\n") {
 		t.Errorf("readyz: %d\n%s", code, text)
 	}
 	for _, path := range []string{"/", "/debug/pprof/", "/debug/vars", "/metrics/x"} {
@@ -645,6 +652,7 @@ func TestHTTPAnswersProbesAndNothingElse(t *testing.T) {
 	for _, series := range []string{
 		`signet_svid_requests_rejected_total{door="agent",reason="log_unavailable"}`, `signet_bundle_generation{trust_domain="example.org"}`,
 		"signet_bundle_subscribers", "signet_bundle_subscribers_acked", "signet_store_up", "signet_log_size_entries", "signet_log_witness_ahead_total",
+		`signet_log_witness_contradictions_total{agents="several",claim="fork"}`, "signet_log_changes_waiting", "signet_svid_requests_abandoned_total",
 		`signet_svids_issued_total{door="agent",issuer="intermediate-1"}`,
 	} {
 		counted(t, s, series)
@@ -745,9 +753,13 @@ func TestTheLogTellsTheWholeLifeOfAnAgent(t *testing.T) {
 		if issued := e.GetCertificateIssued(); issued != nil {
 			event += ":" + issued.Evidence.Door
 		}
+		if moved := e.GetAuthorityChanged(); moved != nil {
+			event = moved.Kind + ":" + moved.To
+		}
 		events = append(events, event)
 	}
-	want := "AuthorityCreated AuthorityInstalled CertificateIssued:self JoinTokenCreated JoinTokenUsed AgentEnrolled " +
+	want := "AuthorityCreated AuthorityInstalled intermediate:prepared root:prepared root:published root:active intermediate:published intermediate:active " +
+		"CertificateIssued:self JoinTokenCreated JoinTokenUsed AgentEnrolled " +
 		"CertificateIssued:enrol JoinTokenCreated JoinTokenRevoked RegistrationChanged CertificateIssued:agent"
 	if got := strings.Join(events, " "); got != want {
 		t.Errorf("the log has\n%s\nwant\n%s", got, want)

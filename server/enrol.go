@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -61,50 +62,73 @@ func (s enrolment) Enrol(ctx context.Context, req *signetv1.EnrolRequest) (*sign
 	}, nil
 }
 
-// byToken spends the token, logs, stores the agent's row, and issues, in that order. A crash or a failure after the first
-// step leaves a token that is used and an agent without an answer: a token never lets two in, so the admin makes another.
+// byToken spends the token and issues. What the token brings, its use and the agent's row, is one change (outbox). The key
+// that has used it may come again while it lives and gets another certificate: an answer that was lost is no harm. Another
+// key hears what it would hear of an unknown token.
 func (s enrolment) byToken(ctx context.Context, secret []byte, key identity.PublicKey) (string, *ca.Leaf, error) {
 	if err := s.canIssue(identity.ControlPlane); err != nil {
 		return "", nil, refuse(codes.Unavailable, "issuer_unavailable", "try again later", err)
 	}
-	node, err := s.tokens.AttestNode(ctx, secret)
-	if errors.Is(err, identity.ErrTokenUnusable) {
-		return "", nil, refuse(codes.PermissionDenied, "token_unusable", identity.ErrTokenUnusable.Error(), err)
-	}
-	if err != nil {
-		return "", nil, refuse(codes.Unavailable, "store_unavailable", "try again later", err)
-	}
-	// From here on the work is done even if the node hangs up: its token is spent.
+	// From here on the work is done even if the node hangs up: its token may be spent.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()
-	agent := node.Agent()
-	if row, ok := s.directory.Agent(agent); ok && row.Banned {
-		return "", nil, refuse(codes.PermissionDenied, "banned_agent", "not allowed", fmt.Errorf("agent %s is banned and came with join token %s", agent, node.TokenID()))
+	node, err := s.tokens.AttestNode(ctx, secret, key)
+	var unusable *identity.UnusableToken
+	switch {
+	case errors.As(err, &unusable):
+		reason := "token_unusable"
+		if unusable.Reason == "used" {
+			reason = "token_replayed"
+		}
+		return "", nil, refuse(codes.PermissionDenied, reason, identity.ErrTokenUnusable.Error(), err)
+	case errors.As(err, new(*refusal)):
+		return "", nil, err
+	case err != nil:
+		return "", nil, refuse(codes.Unavailable, s.whyNot(err), "try again later", err)
 	}
+	agent := node.Agent()
 	grant, err := s.authorizer.Authorize(ctx, identity.AsNewAgent(node), identity.ControlAsk{Key: key})
 	if err != nil {
 		return "", nil, denied(err)
 	}
-	id, err := identity.Control{TrustDomain: s.config.TrustDomain, Cluster: s.config.Cluster, Role: identity.RoleAgent, Name: agent}.ID()
-	if err != nil {
-		return "", nil, err
-	}
-	now := s.now()
-	if err := s.record(ctx,
-		&auditv1.Entry{Event: &auditv1.Entry_JoinTokenUsed{JoinTokenUsed: &auditv1.JoinTokenUsed{TokenId: node.TokenID(), Agent: agent}}},
-		&auditv1.Entry{Event: &auditv1.Entry_AgentEnrolled{AgentEnrolled: &auditv1.AgentEnrolled{
-			Agent: agent, PublicKey: key.SPKI(), Evidence: &auditv1.Evidence{Caller: id.String(), Door: enrolDoor.name, Agent: agent},
-		}}},
-	); err != nil {
-		return "", nil, refuse(codes.Unavailable, "log_unavailable", "the token is spent but the agent could not be enrolled: ask for a new one", err)
-	}
-	row := store.Agent{AgentRow: identity.AgentRow{Name: agent, SPKI: key.SPKI()}, Enrolled: now, LastSeen: now}
-	if err := s.directory.putAgent(ctx, row); err != nil {
-		return "", nil, refuse(codes.Unavailable, "store_unavailable", "the token is spent but the agent could not be enrolled: ask for a new one", err)
-	}
-	s.log.Info("agent enrolled", "agent", agent, "token", node.TokenID())
 	leaf, err := s.give(ctx, agent, grant)
 	return agent, leaf, err
+}
+
+// UseToken spends a token and enrols its agent.
+func (l loggedTokens) UseToken(ctx context.Context, hash [sha256.Size]byte, key []byte, now time.Time) (t identity.Token, err error) {
+	s := l.server
+	note := &store.Note{}
+	note.OfToken = func(t identity.Token) error {
+		if row, ok := s.directory.Agent(t.Agent); ok && row.Banned {
+			return refuse(codes.PermissionDenied, "banned_agent", "not allowed", fmt.Errorf("agent %s is banned and came with join token %s", t.Agent, t.ID))
+		}
+		id, err := identity.Control{TrustDomain: s.config.TrustDomain, Cluster: s.config.Cluster, Role: identity.RoleAgent, Name: t.Agent}.ID()
+		if err != nil {
+			return err
+		}
+		note.Entries, err = s.stamped(
+			&auditv1.Entry{Event: &auditv1.Entry_JoinTokenUsed{JoinTokenUsed: &auditv1.JoinTokenUsed{TokenId: t.ID, Agent: t.Agent}}},
+			&auditv1.Entry{Event: &auditv1.Entry_AgentEnrolled{AgentEnrolled: &auditv1.AgentEnrolled{
+				Agent: t.Agent, PublicKey: key, Evidence: &auditv1.Evidence{Caller: id.String(), Door: enrolDoor.name, Agent: t.Agent},
+			}}},
+		)
+		return err
+	}
+	err = s.change(ctx, note,
+		func(st *store.Store) (err error) {
+			t, err = st.UseToken(ctx, hash, key, now)
+			return err
+		},
+		func() {
+			s.directory.enrolled(store.Agent{AgentRow: identity.AgentRow{Name: t.Agent, SPKI: key}, Enrolled: now, LastSeen: now})
+			s.log.Info("agent enrolled", "agent", t.Agent, "token", t.ID)
+		},
+	)
+	if err == nil && note.Change == 0 {
+		s.log.Info("an agent enrols once more with the token and the key of its first time: the answer was lost, or it was restarted", "agent", t.Agent, "token", t.ID)
+	}
+	return t, err
 }
 
 // byEnrolledKey renews for an agent whose certificate has run out: its row must hold the key that signed the request, and

@@ -6,45 +6,85 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
-	"github.com/signet-ca/signet/internal/health"
+	"github.com/signet-ca/signet/rotation"
 )
 
-// checks tell whether the server can sign and log. A store that stalls stops enrolment and changes, but what agents ask
+const (
+	// diskNews is how long a write to the database that worked stands for the next one (the log has its own bound, in
+	// audit.Ready); selfCheck spaces looks that read a lot.
+	diskNews  = 250 * time.Millisecond
+	selfCheck = time.Minute
+	// storePatience is less than that of those who ask for readiness, so that they hear the reason.
+	storePatience = 600 * time.Millisecond
+)
+
+// checks is what the server looks at about itself. A store that stalls stops enrolment and changes, but what agents ask
 // for most is decided from memory, so it alone must not take the server away from them.
-func (s *Server) checks(ctx context.Context) []health.Check {
-	all := []health.Check{
-		{Name: "store", Err: errors.Join(s.storeUp(ctx), s.bansStored()), Degraded: true},
-		{Name: "log", Err: s.audit.Ready()},
+func (s *Server) checks() []check.Part {
+	c := s.config
+	parts := []check.Part{
+		{Code: check.CodeState, About: "store", Every: diskNews, Stops: []string{check.Enrolling, check.Changing}, Look: func(ctx context.Context) check.Findings {
+			err := errors.Join(s.storeUp(ctx), s.bansStored(), s.settled())
+			return check.State(check.CodeState, "store", "the state database takes writes", err, "", check.Enrolling, check.Changing)
+		}},
+		{Code: check.CodeLog, About: "log", Every: 1, Stops: []string{check.Issuing}, Look: func(context.Context) check.Findings {
+			return check.State(check.CodeLog, "log", "the audit log takes entries", s.audit.Ready(), "", check.Issuing)
+		}},
+		{Look: func(context.Context) check.Findings {
+			return check.State(check.CodeLog, "witnesses", "no agent contradicts the audit log", s.witness.doubt(), "")
+		}},
 	}
 	for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
-		issuer, ok := s.issuers.Snapshot().Active(h)
-		c := health.Check{Name: "issuer-" + h.String()}
-		if !ok {
-			c.Err = errors.New("none is active")
-		} else {
-			c.Err = issuer.Usable(s.now())
-		}
-		all = append(all, c)
+		parts = append(parts, check.Part{Look: func(context.Context) check.Findings { return s.checkIssuer(h) }})
 	}
-	all = append(all, health.Check{Name: "certificate", Err: s.own.usable()})
-	doors := health.Check{Name: "doors"}
-	for _, d := range s.doors {
-		if !d.serving.Load() {
-			doors.Err = errors.Join(doors.Err, fmt.Errorf("the %s door is closed", d.door.name))
-		}
-	}
-	select {
-	case <-s.stopping:
-		doors.Err = errors.New("the server is stopping")
-	default:
-	}
-	return append(all, doors)
+	parts = append(parts, check.Part{Look: func(context.Context) check.Findings {
+		return check.State(check.CodeExpiry, "certificate", "the server can prove who it is", s.own.usable(), "", check.Answering)
+	}}, check.Part{Look: func(context.Context) check.Findings {
+		return check.State(check.CodeSocket, "doors", "all doors are open", s.doorsOpen(), "", check.Answering)
+	}}, check.Part{Look: func(context.Context) check.Findings {
+		return check.Budget(c.TTL, rotation.LeastLeft(c.TTL))
+	}})
+	logDir := LogDir(c.Dir)
+	parts = append(parts, check.Machine(check.Private{Dir: c.Dir, Except: []string{logDir}})...)
+	return append(parts, check.Part{Code: check.CodeLog, About: logDir, Every: selfCheck, Look: func(ctx context.Context) check.Findings {
+		return check.Log(ctx, logDir, s.audit.VerifierKey(), s.now())
+	}}, check.Part{Code: check.CodeState, About: databasePath(c.Dir), Every: selfCheck, Look: func(ctx context.Context) check.Findings {
+		return check.State(check.CodeState, databasePath(c.Dir), "every row has its checksum", s.store.Verify(ctx), "")
+	}})
 }
 
-func (s *Server) storeUp(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	_, _, err := s.store.Meta(ctx, clusterFact)
+// checkIssuer tells one that can't issue now from one that will not be able to.
+func (s *Server) checkIssuer(h identity.Hierarchy) check.Findings {
+	about := "issuer-" + h.String()
+	issuer, ok := s.issuers.Snapshot().Active(h)
+	if !ok {
+		return check.State(check.CodeInstalled, about, "", errors.New("none is active"), "", check.Issuing)
+	}
+	if err := issuer.Usable(s.now()); err != nil {
+		return check.State(check.CodeExpiry, about, "", err, "", check.Issuing)
+	}
+	return check.Life(about, issuer.Certificate().NotBefore, issuer.NotAfter(), s.now(), "")
+}
+
+func (s *Server) doorsOpen() (err error) {
+	select {
+	case <-s.stopping:
+		return errors.New("the server is stopping")
+	default:
+	}
+	for _, d := range s.doors {
+		if !d.serving.Load() {
+			err = errors.Join(err, fmt.Errorf("the %s door is closed", d.door.name))
+		}
+	}
 	return err
+}
+
+// storeUp reports why the state database takes no write.
+func (s *Server) storeUp(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, storePatience)
+	defer cancel()
+	return s.store.Writable(ctx)
 }

@@ -15,7 +15,7 @@ var reasons = []string{
 	// What package ca says.
 	"spent_grant", "bad_grant", "issuer_unavailable", "canceled", "log_unavailable", "sign_failed",
 	// What the doors say.
-	"invalid", "bad_certificate", "token_unusable", "expired_too_long", "store_unavailable", "too_many", "internal",
+	"invalid", "bad_certificate", "token_unusable", "token_replayed", "over_quota", "expired_too_long", "store_unavailable", "too_many", "internal",
 }
 
 const otherReason = "other"
@@ -23,6 +23,9 @@ const otherReason = "other"
 type metrics struct {
 	rejected *prometheus.CounterVec
 	ahead    prometheus.Counter
+	// doubts counts by what an agent says of the log and by how many say so.
+	doubts *prometheus.CounterVec
+	unread prometheus.Counter
 }
 
 // newMetrics registers the server's own metrics; those of the log and of issuing are registered by their packages.
@@ -34,6 +37,17 @@ func newMetrics(s *Server) (*metrics, error) {
 		ahead: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "signet_log_witness_ahead_total", Help: "Times an agent had seen a larger log than this server holds: the log was rolled back or replaced.",
 		}),
+		doubts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "signet_log_witness_contradictions_total", Help: "Reports of agents that contradict the log: a size it does not have, or another root hash; by how many agents do so now.",
+		}, []string{"claim", "agents"}),
+		unread: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "signet_svid_requests_abandoned_total", Help: "Certificates that were being made when the agent that had asked for them was gone: their entries may be in the log.",
+		}),
+	}
+	for _, claim := range []string{claimAhead, claimFork} {
+		for _, agents := range []string{sayOne, saySeveral} {
+			m.doubts.WithLabelValues(claim, agents)
+		}
 	}
 	for _, d := range []door{enrolDoor, agentDoor, adminDoor} {
 		for _, reason := range append(slices.Clone(reasons), otherReason) {
@@ -46,7 +60,13 @@ func newMetrics(s *Server) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.rejected, m.ahead,
+		m.rejected, m.ahead, m.doubts, m.unread,
+		gauge("signet_log_changes_waiting", "1 while a change that is stored waits for the log, and is not in effect.", nil, func() float64 {
+			if s.settled() != nil {
+				return 1
+			}
+			return 0
+		}),
 		gauge("signet_bundle_generation", "Sequence of the trust bundle that agents are told.", td, func() float64 {
 			b, _ := s.bundles.Get(s.config.TrustDomain)
 			return float64(b.Sequence())

@@ -43,6 +43,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/health"
 	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -71,6 +72,14 @@ type Config struct {
 	TTL, MaxTTL, ControlTTL time.Duration
 	// MinUsefulLife and Backdate, see ca.Config.
 	MinUsefulLife, Backdate time.Duration
+	// Rotation is how the CAs are rotated; Algorithm is of the keys that are made for it ("" = ECDSA P-256), Requests makes the
+	// requests for their certificates, and NamePrefix goes before their common names.
+	Rotation   Rotation
+	Algorithm  keystore.Algorithm
+	Requests   Requester
+	NamePrefix string
+	// Limits bound what one agent may ask for; zero = DefaultLimits.
+	Limits Limits
 	// Metrics is where the metrics are and what /metrics shows; nil = a registry of its own.
 	Metrics *prometheus.Registry
 }
@@ -87,7 +96,13 @@ type Server struct {
 	control   *x509.Certificate
 	issuers   *ca.Issuers
 	authority *ca.Authority
+	keeper    *keeper
+	acks      *acks
 	directory *directory
+	outbox    outbox
+	banBook   banBook
+	witness   witness
+	quotas    quotas
 
 	authorizer *identity.Authorizer
 	tokens     identity.NodeAttestor
@@ -149,6 +164,9 @@ func (s *Server) Doors() Doors {
 // New takes the folder, checks every issuer, loads what decisions need into memory, opens the doors, and makes the
 // server's own certificate. Nobody is answered before Run; after an error nothing is left open.
 func New(ctx context.Context, c Config) (_ *Server, err error) {
+	if c.Limits == (Limits{}) {
+		c.Limits = DefaultLimits
+	}
 	if err := c.complete(); err != nil {
 		return nil, fmt.Errorf("server: %w", err)
 	}
@@ -159,7 +177,7 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 		config: c, now: c.Now, log: c.Logger, stopping: make(chan struct{}), checkpointEvery: checkpointEvery,
 		upkeepEvery: upkeepEvery, banWait: banWait,
 		refusals: rate.NewLimiter(10, 50), health: grpchealth.NewServer(),
-		enrolling: make(chan struct{}, enrolments),
+		enrolling: make(chan struct{}, enrolments), quotas: quotas{limits: c.Limits},
 	}
 	defer func() {
 		if err != nil {
@@ -191,7 +209,11 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 		return nil, err
 	}
 	s.audit = s.folder.log
-	if err := s.loadIssuers(ctx); err != nil {
+	s.outbox = outbox{log: s.record, told: s.store.Told, logged: map[uint64]bool{}}
+	s.banBook = banBook{log: s.record}
+	s.witness.log = s.audit
+	s.acks = newAcks(s)
+	if err := s.loadAuthorities(ctx); err != nil {
 		return nil, err
 	}
 	if s.authority, err = ca.New(ca.Config{
@@ -208,7 +230,13 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	}, s.directory); err != nil {
 		return nil, err
 	}
-	s.tokens = identity.NewJoinTokens(s.store, c.Now)
+	s.tokens = identity.NewJoinTokens(loggedTokens{TokenStore: s.store, server: s}, c.Now)
+	if err := s.startOutbox(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.foundation(); err != nil {
+		return nil, err
+	}
 	s.own = &ownCertificate{issue: s.issueOwn, now: c.Now, failed: func(err error) {
 		s.log.Error("could not renew the server's own certificate", "err", err)
 	}}
@@ -231,70 +259,47 @@ func (c *Config) complete() error {
 		return errors.New("no address for the enrol and agent doors")
 	case c.AdminSocket == "":
 		return errors.New("no path for the admin socket")
+	case c.Requests == nil:
+		return errors.New("nothing to make certificate requests with")
 	}
-	return nil
+	if c.Algorithm == "" {
+		c.Algorithm = keystore.ECDSAP256
+	}
+	c.Rotation.LongestLeaf = c.MaxTTL
+	return c.Limits.check()
 }
 
-// loadIssuers opens every authority that has a certificate, checked as ca.NewIssuer checks it, and the trust bundle.
-func (s *Server) loadIssuers(ctx context.Context) error {
-	c := s.config
-	bundle, ok, err := s.store.Bundle(ctx, c.TrustDomain)
-	if err != nil {
+// loadAuthorities opens every authority that has a certificate, checked as ca.NewIssuer checks it, and the trust bundle.
+func (s *Server) loadAuthorities(ctx context.Context) (err error) {
+	c := &s.config
+	k := newKeeper(&c.Folder, c.Rotation)
+	k.algorithm, k.requests, k.prefix = c.Algorithm, c.Requests, c.NamePrefix
+	k.store, k.change, k.validators, k.bundles = s.store, s.change, s.acks.validators, &s.bundles
+	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return err
 	}
-	if ok {
-		if err := s.bundles.Set(bundle); err != nil {
-			return err
+	s.keeper, s.issuers = k, k.issuers
+	return k.load(ctx)
+}
+
+// foundation refuses to start without what a cluster begins with.
+func (s *Server) foundation() error {
+	set := s.keeper.current.Load()
+	for _, a := range set.rows {
+		if a.Kind == ca.KindControl {
+			s.control = set.chains[a.ID][0]
 		}
 	}
-	authorities, err := s.store.Authorities(ctx)
-	if err != nil {
+	control, ok := s.issuers.Snapshot().Active(identity.ControlPlane)
+	if !ok {
+		return fmt.Errorf("cluster %s has no control CA: its making was interrupted; run signet cluster init again", s.config.Cluster)
+	}
+	// Refused at start, where somebody is looking: nobody could come in.
+	if err := control.Usable(s.now()); err != nil {
 		return err
 	}
-	var list []*ca.Issuer
-	for _, a := range authorities {
-		if len(a.Chain) == 0 || a.State == ca.Removed {
-			continue
-		}
-		key, err := c.Keys.Open(ctx, a.Key)
-		if err != nil {
-			return fmt.Errorf("issuer %s: %w", a.ID, err)
-		}
-		conf := ca.IssuerConfig{Name: a.ID, Hierarchy: a.Hierarchy, TrustDomain: c.TrustDomain, State: a.State, Key: key}
-		for _, der := range a.Chain {
-			cert, err := x509.ParseCertificate(der)
-			if err != nil {
-				return fmt.Errorf("issuer %s: stored certificate can't be read: %w", a.ID, err)
-			}
-			conf.Chain = append(conf.Chain, cert)
-		}
-		switch a.Hierarchy {
-		case identity.ControlPlane:
-			conf.Roots = conf.Chain
-			s.control = conf.Chain[0]
-		case identity.Mesh:
-			conf.Roots = bundle.Roots()
-		}
-		issuer, err := ca.NewIssuer(conf)
-		if err != nil {
-			return err
-		}
-		// Refused at start, where somebody is looking; later it is a refusal of what is asked and a red readyz.
-		if a.State == ca.Active {
-			if err := issuer.Usable(s.now()); err != nil {
-				return err
-			}
-		}
-		list = append(list, issuer)
-	}
-	if s.issuers, err = ca.NewIssuers(list...); err != nil {
-		return err
-	}
-	if _, ok := s.issuers.Snapshot().Active(identity.ControlPlane); !ok {
-		return fmt.Errorf("cluster %s has no control CA: its making was interrupted; run signet cluster init again", c.Cluster)
-	}
-	if _, ok := s.issuers.Snapshot().Active(identity.Mesh); !ok {
-		return fmt.Errorf("cluster %s has no intermediate yet: have the root's holder sign its request (signet root sign), then run: signet cluster install --chain FILE --root-fingerprint SHA256:…", c.Cluster)
+	if _, ok := set.activeRoot(); !ok {
+		return fmt.Errorf("cluster %s has no intermediate yet: have the root's holder sign its request (signet root sign), then run: signet cluster install --chain FILE --root-fingerprint SHA256:…", s.config.Cluster)
 	}
 	return nil
 }
@@ -344,6 +349,7 @@ func (s *Server) openDoors() error {
 	}
 	r.grpc = s.newGRPC(adminDoor, localPeers{}, anybody)
 	adminv1.RegisterAdminServer(r.grpc, adminService{Server: s})
+	adminv1.RegisterRotationServer(r.grpc, rotationService{adminService: adminService{Server: s}})
 
 	if c.HTTP != "" {
 		l, err = listenTCP("http", c.HTTP, httpDoor)
@@ -381,6 +387,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	work.Go(func() { s.own.keep(ctx) })
 	work.Go(func() { s.upkeep(ctx) })
+	work.Go(func() { s.keeper.keep(ctx, s.upkeepEvery, s.acks.woken) })
 	doors := s.Doors()
 	s.log.Info("server is ready", "trust_domain", s.config.TrustDomain.Name(), "cluster", s.config.Cluster, "instance", s.config.Instance,
 		"enrol", doors.Enrol, "agents", doors.Agents, "http", doors.HTTP, "admin", doors.Admin)
@@ -451,15 +458,11 @@ var errNotLogged = errors.New("the audit log can't be written")
 
 // record logs what is about to take effect. After an error nothing may.
 func (s *Server) record(ctx context.Context, entries ...*auditv1.Entry) error {
-	now := s.now().UnixNano()
-	for _, e := range entries {
-		e.Time = now
-	}
 	// The log takes so many at once that a large set of registrations goes in parts; an entry of a part that is in the log
-	// when a later one fails tells of a change that was asked for and did not happen.
+	// when a later one fails comes once more with the whole set (outbox).
 	for part := range slices.Chunk(entries, logPart) {
 		if _, err := s.audit.Append(ctx, part); err != nil {
-			return fmt.Errorf("%w, so nothing was changed: %w", errNotLogged, err)
+			return err
 		}
 	}
 	return nil

@@ -38,7 +38,9 @@ func (s *Server) upkeep(ctx context.Context) {
 	defer ticker.Stop()
 	var tokens time.Time
 	for {
+		s.holdBans(ctx)
 		_ = s.storeBans(ctx) // logged, and tried again
+		s.settleLater(ctx)
 		if !s.now().Before(tokens) {
 			tokens = s.forgetTokens(ctx)
 		}

@@ -37,6 +37,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/test/doors"
 )
 
@@ -150,6 +151,8 @@ type cluster struct {
 	keys *keystore.Memory
 	// ahead is how far its clock is ahead.
 	ahead atomic.Int64
+	// peers are the clusters it knows.
+	peers []Peer
 }
 
 func newCluster(t testing.TB, name string) *cluster {
@@ -157,7 +160,7 @@ func newCluster(t testing.TB, name string) *cluster {
 	c := &cluster{name: name, dir: shortDir(t), root: newRoot(t), keys: keystore.NewMemory()}
 	r, err := Init(t.Context(), InitConfig{Folder: c.folder(), Ceremony: byX509{}})
 	must(t, err)
-	_, err = Install(t.Context(), InstallConfig{Folder: c.folder(), Chain: c.root.intermediate(t, r.CSR, nil), RootFingerprint: c.root.fingerprint()})
+	_, err = Install(t.Context(), InstallConfig{Folder: c.folder(), Rotation: testRotation(), Chain: c.root.intermediate(t, r.CSR, nil), RootFingerprint: c.root.fingerprint()})
 	must(t, err)
 	return c
 }
@@ -177,10 +180,21 @@ func (c *cluster) folder() Folder {
 	return Folder{Dir: c.dir, TrustDomain: td, Cluster: c.name, Instance: c.name + "-1", Keys: c.keys, Now: c.now, CheckpointInterval: 100 * time.Millisecond}
 }
 
+// testRotation is quick, with nobody to wait for.
+func testRotation() Rotation {
+	return Rotation{
+		Policy:    rotation.Policy{LongestLeaf: 24 * time.Hour, Quorum: 1, PrepareAt: 0.5, SwitchAt: 0.67, Skew: time.Minute, ReportLife: time.Hour},
+		Automatic: true, ReissueRate: 100,
+	}
+}
+
 func (c *cluster) config() Config {
+	policy := testRotation()
+	policy.Peers = c.peers
 	return Config{
 		Folder: c.folder(), Enrol: "127.0.0.1:0", Agents: "127.0.0.1:0", HTTP: "127.0.0.1:0",
 		AdminSocket: filepath.Join(c.dir, "admin.sock"), TTL: time.Hour, MaxTTL: 24 * time.Hour, ControlTTL: 7 * 24 * time.Hour,
+		Requests: byX509{}, Rotation: policy,
 	}
 }
 

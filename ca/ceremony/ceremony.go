@@ -120,13 +120,21 @@ func underIssuer(plan ca.Plan, issuer *x509.Certificate) (ca.Plan, error) {
 	case len(issuer.URIs) != 1 || issuer.URIs[0].String() != plan.TrustDomain.IDString():
 		return plan, fmt.Errorf("root %s is not of trust domain %s; sign with the root of that trust domain", name, plan.TrustDomain.Name())
 	}
-	asked := plan.NotAfter.Sub(now)
+	begins := now
+	if plan.NotBefore.After(now) {
+		begins = plan.NotBefore
+	}
+	asked := plan.NotAfter.Sub(begins)
 	if plan.NotBefore.Before(issuer.NotBefore) {
 		plan.NotBefore = issuer.NotBefore.UTC()
 	}
 	if plan.NotAfter.After(issuer.NotAfter) {
 		plan.NotAfter = issuer.NotAfter.UTC()
-		if left := plan.NotAfter.Sub(now); left < min(asked, MinUsefulLife) {
+		if left := plan.NotAfter.Sub(begins); left < min(asked, MinUsefulLife) {
+			if begins.After(now) {
+				return plan, fmt.Errorf("root %s ends on %s: what begins on %s would live shorter than the least useful %s; sign fewer, closer together, or make a new root",
+					name, stamp(issuer.NotAfter), stamp(begins), MinUsefulLife)
+			}
 			return plan, fmt.Errorf("root %s ends on %s, in %s: what it signs now would live shorter than the least useful %s; make a new root",
 				name, stamp(issuer.NotAfter), left.Truncate(time.Second), MinUsefulLife)
 		}
@@ -182,7 +190,12 @@ func (p *Prepared) Sign(ctx context.Context, log ca.Log, key crypto.Signer, by *
 	if err := cert.CheckSignatureFrom(above); err != nil {
 		return fail(fmt.Errorf("the signature is not good; the certificate is discarded: %w", err))
 	}
-	if err := p.plan.Check([]*x509.Certificate{cert}, []*x509.Certificate{above}); err != nil {
+	// What begins later is checked for then.
+	check := p.plan
+	if begins := check.NotBefore; begins.After(check.Now()) {
+		check.Now = func() time.Time { return begins }
+	}
+	if err := check.Check([]*x509.Certificate{cert}, []*x509.Certificate{above}); err != nil {
 		return fail(err)
 	}
 	return cert, receipts[0], nil

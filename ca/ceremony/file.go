@@ -1,6 +1,7 @@
 package ceremony
 
 import (
+	"bytes"
 	"fmt"
 	"math"
 	"strconv"
@@ -47,7 +48,7 @@ func ReadRootFile(path string) (RootConfig, error) {
 
 // SignFile is the reviewed file of `root sign -f`.
 type SignFile struct {
-	// SignConfig without the request itself, which is in RequestFile.
+	// SignConfig without the request itself, which stands alone in RequestFile.
 	SignConfig
 	RequestFile string
 	// Dir is the root's folder, Out the file for the chain.
@@ -104,9 +105,29 @@ func readFile(path string, into any, check func(*strictyaml.File)) error {
 	return err
 }
 
-// ReadRequestFile reads a certificate request, of at most MaxRequest bytes.
-func ReadRequestFile(path string) ([]byte, error) {
-	return durable.ReadFile(path, "certificate request", MaxRequest)
+// ReadRequestFile reads certificate requests, at most MaxRequests, each of at most MaxRequest bytes, in PEM one after
+// another.
+func ReadRequestFile(path string) ([][]byte, error) {
+	text, err := durable.ReadFile(path, "certificate request", MaxRequests*MaxRequest)
+	if err != nil {
+		return nil, err
+	}
+	const end = "-----END " + requestType + "-----"
+	var requests [][]byte
+	for rest := bytes.TrimSpace(text); len(rest) > 0 || requests == nil; {
+		one := rest
+		if i := bytes.Index(rest, []byte(end)); i >= 0 {
+			one = rest[:i+len(end)]
+		}
+		rest = bytes.TrimSpace(rest[len(one):])
+		if len(requests) > 0 && !bytes.HasSuffix(one, []byte(end)) {
+			return nil, fmt.Errorf("%s: something that is no certificate request follows request %d; give requests only", path, len(requests))
+		}
+		if requests = append(requests, one); len(requests) > MaxRequests {
+			return nil, fmt.Errorf("%s holds more than %d certificate requests: sign them in several ceremonies", path, MaxRequests)
+		}
+	}
+	return requests, nil
 }
 
 // ParseLife reads how long a CA lives: whole years of 365 days (10y), whole days (90d), or a Go duration (36h).

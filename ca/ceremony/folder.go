@@ -261,7 +261,9 @@ type SignConfig struct {
 	// KeyFingerprint is what `cluster init` printed, brought by another way than the request (a request swapped
 	// on its way would get an intermediate).
 	KeyFingerprint string
-	// Life from now; 0 = ca.DefaultIntermediateLife.
+	// Delay is how much later than now it begins: for a successor of another one; 0 = at once.
+	Delay time.Duration
+	// Life from its beginning; 0 = ca.DefaultIntermediateLife.
 	Life time.Duration
 	// PathLen must be 0: an intermediate signs leaves only. It is here to be reviewed.
 	PathLen int
@@ -294,12 +296,14 @@ func (r *Root) Prepare(c SignConfig) (*Prepared, error) {
 			ca.KeyFingerprint(csr.RawSubjectPublicKeyInfo), ErrFingerprint)
 	}
 	switch {
+	case c.Delay < 0 || c.Delay > maxLife:
+		return nil, fmt.Errorf("intermediate: to begin in %s; want now or later, and at most 100 years", c.Delay)
 	case c.Life < 0 || c.Life > maxLife:
 		return nil, fmt.Errorf("intermediate: a life of %s; want more than nothing and at most 100 years", c.Life)
 	case c.Life != 0 && c.Life < time.Minute:
 		return nil, fmt.Errorf("intermediate: a life of %s is too short to be of use; want at least 1m", c.Life)
 	}
-	plan, err := ca.NewIntermediatePlan(c.TrustDomain, c.Cluster, csr.PublicKey, r.now(), c.Life)
+	plan, err := ca.NewIntermediatePlan(c.TrustDomain, c.Cluster, csr.PublicKey, r.now().Add(c.Delay), c.Life)
 	if err != nil {
 		return nil, err
 	}
@@ -310,37 +314,48 @@ func (r *Root) Prepare(c SignConfig) (*Prepared, error) {
 	return Prepare(plan, r.cert, c.Request)
 }
 
-// Sign opens the folder's keys and signs what Prepare returned. The chain is the intermediate, then the root.
-func (r *Root) Sign(ctx context.Context, p *Prepared, pass keystore.Passphrase, by *auditv1.Evidence) (chain []*x509.Certificate, receipt audit.Receipt, err error) {
+// Signed is what came of one that was prepared.
+type Signed struct {
+	// Chain is the intermediate, then the root.
+	Chain   []*x509.Certificate
+	Receipt audit.Receipt
+}
+
+// Sign opens the folder's keys and signs what Prepare returned, in one ceremony with an entry of the log and a record for
+// each. When one fails the rest is not signed, and those before it are returned with the error.
+func (r *Root) Sign(ctx context.Context, pass keystore.Passphrase, by *auditv1.Evidence, prepared ...*Prepared) ([]Signed, error) {
 	lock, err := durable.Lock(r.dir)
 	if err != nil {
-		return nil, receipt, err
+		return nil, err
 	}
 	defer lock.Close()
 	keys, err := keystore.NewFile(keystore.FileConfig{Dir: filepath.Join(r.dir, keysDir), Passphrase: pass})
 	if err != nil {
-		return nil, receipt, err
+		return nil, err
 	}
 	key, err := keys.Open(ctx, keystore.Ref{Backend: keystore.BackendFile, Name: rootKey, Version: 1})
 	if err != nil {
-		return nil, receipt, fmt.Errorf("root folder %s: %w", r.dir, err)
+		return nil, fmt.Errorf("root folder %s: %w", r.dir, err)
 	}
 	checkpoints, err := keys.Open(ctx, keystore.Ref{Backend: keystore.BackendFile, Name: logKey, Version: 1})
 	if err != nil {
-		return nil, receipt, fmt.Errorf("root folder %s: %w", r.dir, err)
+		return nil, fmt.Errorf("root folder %s: %w", r.dir, err)
 	}
-	var cert *x509.Certificate
-	err = r.withLog(ctx, r.cert.RawSubjectPublicKeyInfo, checkpoints, func(log ca.Log) (err error) {
-		cert, receipt, err = p.Sign(ctx, log, key, by)
-		return err
+	var signed []Signed
+	err = r.withLog(ctx, r.cert.RawSubjectPublicKeyInfo, checkpoints, func(log ca.Log) error {
+		for _, p := range prepared {
+			cert, receipt, err := p.Sign(ctx, log, key, by)
+			if err != nil {
+				return err
+			}
+			signed = append(signed, Signed{[]*x509.Certificate{cert, r.cert}, receipt})
+		}
+		return nil
 	})
-	if err != nil {
-		return nil, receipt, err
+	for i, s := range signed {
+		err = errors.Join(err, r.record(prepared[i].plan, s.Chain[0], s.Receipt))
 	}
-	if err := r.record(p.plan, cert, receipt); err != nil {
-		return nil, receipt, err
-	}
-	return []*x509.Certificate{cert, r.cert}, receipt, nil
+	return signed, err
 }
 
 // withLog opens the folder's log for one ceremony. When it returns nil, the log is closed and its checkpoint covers
@@ -354,7 +369,7 @@ func (r *Root) withLog(ctx context.Context, rootSPKI []byte, checkpoints keystor
 		Dir:    filepath.Join(r.dir, logDir),
 		Origin: r.td.Name() + "/root/" + hex.EncodeToString(id[:4]),
 		Signer: checkpoints,
-		// One entry is all that comes: don't let the checkpoint be waited for.
+		// Few entries are all that comes: don't let the checkpoint be waited for.
 		CheckpointInterval: 100 * time.Millisecond,
 	})
 	if err != nil {
@@ -384,9 +399,11 @@ type record struct {
 	Certificate string    `yaml:"certificate"`
 }
 
-// RecordPath is where the record of a ceremony is.
-func (r *Root) RecordPath(p ca.Plan, at audit.Receipt) string {
-	return filepath.Join(r.dir, recordsDir, fmt.Sprintf("%04d-%s.yaml", at.Index, strings.TrimSuffix(p.Kind+"-"+p.Cluster, "-")))
+// RecordsDir is where the records of ceremonies are.
+func (r *Root) RecordsDir() string { return filepath.Join(r.dir, recordsDir) }
+
+func (r *Root) recordPath(p ca.Plan, at audit.Receipt) string {
+	return filepath.Join(r.RecordsDir(), fmt.Sprintf("%04d-%s.yaml", at.Index, strings.TrimSuffix(p.Kind+"-"+p.Cluster, "-")))
 }
 
 func (r *Root) record(p ca.Plan, cert *x509.Certificate, at audit.Receipt) error {
@@ -400,10 +417,10 @@ func (r *Root) record(p ca.Plan, cert *x509.Certificate, at audit.Receipt) error
 	if err != nil {
 		return fmt.Errorf("write the record of the ceremony: %w", err)
 	}
-	if err := durable.Dir(filepath.Join(r.dir, recordsDir)); err != nil {
+	if err := durable.Dir(r.RecordsDir()); err != nil {
 		return err
 	}
-	return durable.CreateFile(r.RecordPath(p, at), text, 0o644)
+	return durable.CreateFile(r.recordPath(p, at), text, 0o644)
 }
 
 // Made is one certificate that the root's key was asked to sign, as its log tells.

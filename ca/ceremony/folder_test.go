@@ -139,10 +139,11 @@ func TestARootSignsClustersAndItsLogProvesIt(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		chain, receipt, err := r.Sign(t.Context(), p, right, by)
+		signed, err := r.Sign(t.Context(), right, by, p)
 		if err != nil {
 			t.Fatal(err)
 		}
+		chain, receipt := signed[0].Chain, signed[0].Receipt
 		if len(chain) != 2 || !chain[1].Equal(r.cert) {
 			t.Errorf("the chain is %v", chain)
 		}
@@ -151,7 +152,7 @@ func TestARootSignsClustersAndItsLogProvesIt(t *testing.T) {
 			t.Error(err)
 		}
 		var rec record
-		if err := yaml.Unmarshal(must(os.ReadFile(r.RecordPath(p.Plan(), receipt))), &rec); err != nil {
+		if err := yaml.Unmarshal(must(os.ReadFile(r.recordPath(p.Plan(), receipt))), &rec); err != nil {
 			t.Fatal(err)
 		}
 		if rec.Cluster != cluster || rec.Certificate != string(ca.EncodeChain(chain[0])) || rec.LogIndex != receipt.Index {
@@ -239,11 +240,11 @@ func TestAFolderThatIsNotRightSignsNothing(t *testing.T) {
 	r := newFolder(t)
 	c, _ := request(t, "east")
 	prepare := func() *Prepared { return must(r.Prepare(c)) }
-	if _, _, err := r.Sign(t.Context(), prepare(), fixed("wrong"), by); !errors.Is(err, keystore.ErrWrongPassphrase) {
+	if _, err := r.Sign(t.Context(), fixed("wrong"), by, prepare()); !errors.Is(err, keystore.ErrWrongPassphrase) {
 		t.Errorf("wrong passphrase: %v", err)
 	}
 	lock := must(durable.Lock(r.dir))
-	if _, _, err := r.Sign(t.Context(), prepare(), right, by); err == nil || !strings.Contains(err.Error(), "in use by process") {
+	if _, err := r.Sign(t.Context(), right, by, prepare()); err == nil || !strings.Contains(err.Error(), "in use by process") {
 		t.Errorf("a second ceremony at the same time: %v", err)
 	}
 	lock.Close()
@@ -251,7 +252,7 @@ func TestAFolderThatIsNotRightSignsNothing(t *testing.T) {
 	if err := os.Rename(key, key+".away"); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := r.Sign(t.Context(), prepare(), right, by); !errors.Is(err, keystore.ErrNotFound) {
+	if _, err := r.Sign(t.Context(), right, by, prepare()); !errors.Is(err, keystore.ErrNotFound) {
 		t.Errorf("without its key: %v", err)
 	}
 	// The key of another root, under the same passphrase.
@@ -262,7 +263,7 @@ func TestAFolderThatIsNotRightSignsNothing(t *testing.T) {
 	if err := os.WriteFile(key, must(os.ReadFile(filepath.Join(elsewhere, "root@1.pem"))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := r.Sign(t.Context(), prepare(), right, by); err == nil || !strings.Contains(err.Error(), "does not match the certificate") {
+	if _, err := r.Sign(t.Context(), right, by, prepare()); err == nil || !strings.Contains(err.Error(), "does not match the certificate") {
 		t.Errorf("with another key: %v", err)
 	}
 	if h := must(r.History(t.Context())); h.Size != 1 {
@@ -341,7 +342,7 @@ func TestAReadOnlyFolderIsOneSentence(t *testing.T) {
 			}
 		}
 		_, errs["init"] = InitRoot(t.Context(), RootConfig{Dir: filepath.Join(parent, "new"), TrustDomain: exampleOrg, Passphrase: right, By: by})
-		_, _, errs["sign"] = r.Sign(t.Context(), p, right, by)
+		_, errs["sign"] = r.Sign(t.Context(), right, by, p)
 	}()
 	<-done
 	for what, err := range errs {

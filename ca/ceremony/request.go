@@ -20,6 +20,9 @@ import (
 // MaxRequest bounds a certificate request in PEM, in bytes.
 const MaxRequest = 16 << 10
 
+// MaxRequests bounds the requests of one ceremony.
+const MaxRequests = 16
+
 const requestType = "CERTIFICATE REQUEST"
 
 // Request makes the certificate request (PEM) for a planned CA. It carries the planned subject, spiffe://<trust domain>

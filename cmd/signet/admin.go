@@ -61,14 +61,14 @@ func dialAdmin(ctx context.Context, socket, what, start string) (*grpc.ClientCon
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
 }
 
-// answered tells the server's "no" from "could not tell".
+// answered tells the server's "no" from "could not tell", which what was typed wrong is too.
 func answered(err error) error {
 	st, ok := status.FromError(err)
 	if !ok || err == nil {
 		return err
 	}
 	switch st.Code() {
-	case codes.InvalidArgument, codes.NotFound, codes.FailedPrecondition, codes.PermissionDenied, codes.ResourceExhausted, codes.Aborted:
+	case codes.NotFound, codes.FailedPrecondition, codes.PermissionDenied, codes.ResourceExhausted, codes.Aborted:
 		return no("%s", st.Message())
 	}
 	return errors.New(st.Message())

@@ -59,7 +59,7 @@ func (c *cli) agent(ctx context.Context, file, tokenFile string) error {
 	if err := harden(); err != nil {
 		return err
 	}
-	collectLess()
+	collectLess(agentGarbage)
 	logger := c.logger(cfg.Logging)
 	ac := agent.Config{
 		StateDir: cfg.StateDir, Socket: cfg.Socket, HTTP: cfg.HTTP,
@@ -81,7 +81,7 @@ func (c *cli) agent(ctx context.Context, file, tokenFile string) error {
 	}
 	go func() {
 		if awaitReady(ctx, a, logger) {
-			fmt.Fprintf(c.err, "serving: socket %s, http %s\n", cfg.Socket, cfg.HTTP)
+			c.announce(cfg.Logging, fmt.Sprintf("serving: socket %s, http %s", cfg.Socket, cfg.HTTP))
 			notify(logger, daemon.SdNotifyReady)
 		}
 	}()

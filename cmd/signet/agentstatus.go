@@ -68,6 +68,10 @@ func (c *cli) agentStatusCommand() *cobra.Command {
 the identities it keeps, until when, and why a renewal fails; and the SDS streams: who, what they have, what they have
 acknowledged and what they have rejected, in their own words.
 
+Should the audit log have contradicted what the agent had seen, both signed checkpoints are shown. That stays until it is
+cleared by hand: stop the agent, move the evidence away, and the file "checkpoint" beside it too if the log that is there
+now is to be believed, and start the agent.
+
 It asks the agent's admin socket, which is for the agent's own user and root. Asking changes nothing.`,
 		Example: `  signet agent status --config node-1.yaml
   signet agent status --state-dir /var/lib/signet/agent -o wide
@@ -171,12 +175,17 @@ type bundleShown struct {
 	Digest   string     `json:"digest"`
 	Roots    uint32     `json:"roots"`
 	NotAfter *time.Time `json:"not_after,omitempty"`
+	// Unstored: it is in use but not on disk yet, and the server is told of the one before.
+	Unstored bool `json:"unstored"`
 }
 
 type witnessShown struct {
 	Size         uint64 `json:"size"`
 	RootHash     string `json:"root_hash,omitempty"`
 	Contradicted bool   `json:"contradicted"`
+	// The evidence: both signed checkpoints, and the file that they are in.
+	EvidenceFile string `json:"evidence_file,omitempty"`
+	Evidence     string `json:"evidence,omitempty"`
 }
 
 type identityShown struct {
@@ -187,8 +196,12 @@ type identityShown struct {
 	NotBefore    *time.Time `json:"not_before,omitempty"`
 	NotAfter     *time.Time `json:"not_after,omitempty"`
 	RenewAt      *time.Time `json:"renew_at,omitempty"`
-	FailedTries  uint32     `json:"failed_tries"`
-	LastError    string     `json:"last_error,omitempty"`
+	// IssuerKeyID is the authority key identifier of the certificate, hexadecimal.
+	IssuerKeyID string `json:"issuer_key_id,omitempty"`
+	// ReissueAt is when it is replaced ahead of its time, because the server wants its issuer replaced.
+	ReissueAt   *time.Time `json:"reissue_at,omitempty"`
+	FailedTries uint32     `json:"failed_tries"`
+	LastError   string     `json:"last_error,omitempty"`
 }
 
 type streamShown struct {
@@ -230,15 +243,18 @@ func describeAgent(r *adminv1.AgentStatusResponse) agentStatusShown {
 		}
 	}
 	if m := r.Bundle; m != nil {
-		s.Bundle = &bundleShown{Sequence: m.Sequence, Digest: m.Digest, Roots: m.Roots, NotAfter: timeOf(m.NotAfter)}
+		s.Bundle = &bundleShown{Sequence: m.Sequence, Digest: m.Digest, Roots: m.Roots, NotAfter: timeOf(m.NotAfter), Unstored: m.Unstored}
 	}
 	if m := r.Witness; m != nil {
-		s.Witness = &witnessShown{Size: m.Size, RootHash: hex.EncodeToString(m.RootHash), Contradicted: m.Contradicted}
+		s.Witness = &witnessShown{
+			Size: m.Size, RootHash: hex.EncodeToString(m.RootHash), Contradicted: m.Contradicted, EvidenceFile: m.EvidenceFile, Evidence: m.Evidence,
+		}
 	}
 	for _, m := range r.Identities {
 		s.Identities = append(s.Identities, identityShown{
 			Registration: m.Registration, SPIFFEID: m.SpiffeId, Wanted: m.Wanted, Serial: m.Serial, NotBefore: timeOf(m.NotBefore),
 			NotAfter: timeOf(m.NotAfter), RenewAt: timeOf(m.RenewAt), FailedTries: m.FailedTries, LastError: printableText(m.LastError),
+			IssuerKeyID: hex.EncodeToString(m.IssuerKeyId), ReissueAt: timeOf(m.ReissueAt),
 		})
 	}
 	for _, m := range r.Streams {
@@ -264,6 +280,12 @@ func (c *cli) showAgent(format string, s agentStatusShown, now time.Time) error 
 	}
 	if err := s.facts(now).print(c.out); err != nil {
 		return err
+	}
+	if s.Witness != nil && s.Witness.Evidence != "" {
+		fmt.Fprintln(c.out)
+		for line := range strings.Lines(s.Witness.Evidence) {
+			fmt.Fprintln(c.out, strings.TrimRight("  | "+printableText(strings.TrimSuffix(line, "\n")), " "))
+		}
 	}
 	for _, l := range []listing{identitiesShown{s.Identities, now}, streamsShown(s.Streams)} {
 		fmt.Fprintln(c.out)
@@ -301,13 +323,16 @@ func (s agentStatusShown) facts(now time.Time) facts {
 	bundle := "none has come yet"
 	if b := s.Bundle; b != nil {
 		bundle = fmt.Sprintf("sequence %d, %d roots, the first ends %s", b.Sequence, b.Roots, until(b.NotAfter, now))
+		if b.Unstored {
+			bundle += "; NOT STORED YET, so it is not acknowledged: see the agent's log"
+		}
 	}
 	log := "no checkpoint seen yet"
 	if w := s.Witness; w.Size > 0 {
 		log = fmt.Sprintf("checkpoint of %d entries seen", w.Size)
 	}
 	if s.Witness.Contradicted {
-		log += "; THE LOG CONTRADICTS WHAT WAS SEEN, see the agent's log"
+		log += "; THE LOG CONTRADICTS WHAT WAS SEEN, by " + s.Witness.EvidenceFile
 	}
 	return append(f, [2]string{"trust bundle", bundle}, [2]string{"audit log", log})
 }
@@ -331,7 +356,7 @@ type identitiesShown struct {
 }
 
 func (identitiesShown) columns() []string {
-	return []string{"REGISTRATION", "SPIFFE ID", "EXPIRES", "RENEWAL", "WANTED BY", "+SERIAL", "PROBLEM"}
+	return []string{"REGISTRATION", "SPIFFE ID", "EXPIRES", "RENEWAL", "ISSUER", "WANTED BY", "+SERIAL", "PROBLEM"}
 }
 
 func (l identitiesShown) rows() [][]string {
@@ -341,14 +366,21 @@ func (l identitiesShown) rows() [][]string {
 		if i.FailedTries > 0 {
 			problem = fmt.Sprintf("%d tries have failed: %s", i.FailedTries, i.LastError)
 		}
+		renewal := clockOf(i.RenewAt)
+		if i.ReissueAt != nil {
+			renewal += " (its issuer is to be replaced)"
+		}
 		rows = append(rows, []string{
-			i.Registration, i.SPIFFEID, until(i.NotAfter, l.now), clockOf(i.RenewAt), strconv.Itoa(int(i.Wanted)), i.Serial, problem,
+			i.Registration, i.SPIFFEID, until(i.NotAfter, l.now), renewal, shortKeyID(i.IssuerKeyID), strconv.Itoa(int(i.Wanted)), i.Serial, problem,
 		})
 	}
 	return rows
 }
 
 func (identitiesShown) names() []string { return nil }
+
+// shortKeyID is as much of a key identifier as tells the issuers of a cluster apart.
+func shortKeyID(id string) string { return id[:min(len(id), 8)] }
 
 type streamsShown []streamShown
 

@@ -183,30 +183,35 @@ func checkAgent(cfg *config.Agent, file string, now time.Time) check.Findings {
 	for _, s := range sockets {
 		found = append(found, check.Socket(s, "agent", "signet agent --config "+file)...)
 	}
-	cert, err := controlCertificate(cfg.StateDir)
+	_, local := cfg.Passphrase()
+	found = append(found, check.Seal(cfg.StateDir, local)...)
+	cert, logKey, err := enrolment(cfg.StateDir)
 	if err != nil {
 		return append(found, check.Unusable(check.CodeState, cfg.StateDir, err, "signet agent --config "+file+" --join-token-file FILE")...)
 	}
+	found = append(found, check.Witness(filepath.Join(cfg.StateDir, "checkpoint"), logKey)...)
 	return append(found, check.Expiry("control certificate", cert, now, "signet agent status --config "+file)...)
 }
 
-// controlCertificate reads the agent's own certificate from its state folder.
-func controlCertificate(dir string) (*x509.Certificate, error) {
+// enrolment reads the agent's own certificate, and the key of its server's log, from its state folder.
+func enrolment(dir string) (*x509.Certificate, string, error) {
 	const most = 256 << 10
 	text, err := durable.ReadFile(filepath.Join(dir, "enrolment.json"), "enrolment", most)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	var e struct {
-		Chain [][]byte `json:"chain"`
+		Chain          [][]byte `json:"chain"`
+		LogVerifierKey string   `json:"log_verifier_key"`
 	}
 	if err := json.Unmarshal(text, &e); err != nil {
-		return nil, fmt.Errorf("read enrolment: %w", err)
+		return nil, "", fmt.Errorf("read enrolment: %w", err)
 	}
 	if len(e.Chain) == 0 {
-		return nil, errors.New("read enrolment: it holds no certificate")
+		return nil, "", errors.New("read enrolment: it holds no certificate")
 	}
-	return x509.ParseCertificate(e.Chain[0])
+	cert, err := x509.ParseCertificate(e.Chain[0])
+	return cert, e.LogVerifierKey, err
 }
 
 // colours reports whether the table may be coloured (https://no-color.org).

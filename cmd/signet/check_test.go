@@ -50,7 +50,7 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 	}
 	all := []string{"SGN1001 ok", "SGN1005 ok", "SGN1006 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok"}
 	want(h.levels("--config", server), all...)
-	want(h.levels("--agent", node), "SGN1001 ok", "SGN1007 ok", "SGN1009 ok")
+	want(h.levels("--agent", node), "SGN1001 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok", "SGN1016 ok")
 
 	out, _ := h.must(exitYes, "agent", "list", "--config", server, "-o", "name")
 	name := strings.TrimPrefix(strings.TrimSpace(out), "agent/")
@@ -80,6 +80,12 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 	contains(t, out, name)
 
 	want(h.levels("--config", server), append(all[:4:4], "SGN1009 error", "SGN1010 ok")...)
+	// The agent has seen the log contradict itself.
+	evidence := filepath.Join(dir, devAgentDir, "checkpoint.evidence")
+	if err := os.WriteFile(evidence, []byte("two checkpoints"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want(h.levels("--agent", node), "SGN1010 error")
 	var db, checkpoint string
 	if err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
 		switch {

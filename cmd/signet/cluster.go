@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/ca"
@@ -115,19 +117,28 @@ It is safe to run again: what is missing is completed, and the same request and 
 
 func (c *cli) clusterInstallCommand() *cobra.Command {
 	var file, chainFile, fingerprint string
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "install --config FILE --chain FILE --root-fingerprint SHA256:…",
 		Short: "Check what the root has signed and take it into use",
 		Long: `Checks the chain against the cluster's own request and key, and the root in it against the fingerprint, which must
-have come from the root's holder by another way than the chain. Then the intermediate is active and its root is trusted.
+have come from the root's holder by another way than the chain. The first intermediate is active then, and its root is
+trusted. A later one takes over when its time has come: signet rotation status says what it waits for.
+
+The server may be running: then it is asked over its admin socket. Several chains may follow one another in the file, as
+signet root sign writes them; all are installed, or none.
 
 Installing the same chain again changes nothing. Exit status 1 when the chain is refused.`,
-		Example: `  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:…`,
-		Args:    cobra.NoArgs,
+		Example: `  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:…
+  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:… --dry-run`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.LoadServer(file)
 			if err != nil {
 				return err
+			}
+			if _, err := ca.ParseFingerprint(fingerprint); err != nil {
+				return fmt.Errorf("--root-fingerprint: %w", err)
 			}
 			chain, err := c.readInput(chainFile, "certificate chain", maxChainFile)
 			if err != nil {
@@ -138,24 +149,23 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 				return err
 			}
 			r, err := server.Install(cmd.Context(), server.InstallConfig{
-				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Chain: chain, RootFingerprint: fingerprint,
+				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint, DryRun: dryRun,
 			})
+			if errors.Is(err, durable.ErrInUse) {
+				return c.installAtServer(cmd.Context(), cfg, err, &adminv1.InstallAuthoritiesRequest{Chains: chain, RootFingerprint: fingerprint, DryRun: dryRun})
+			}
 			if err != nil {
 				return refused(err)
 			}
-			state := "installed"
-			if !r.Changed {
-				state = "unchanged"
-			}
-			if err := (facts{
-				{"issuer", r.Issuer},
-				{"expires", clock(r.NotAfter)},
-				{"root", r.Root},
-			}).print(c.err); err != nil {
+			shown, err := server.Show(cmd.Context(), cfg.StateDir)
+			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(c.out, state)
-			return err
+			stands := map[string]string{}
+			for _, a := range shown.Authorities {
+				stands[a.KeyFingerprint] = a.ID + ", " + string(a.State)
+			}
+			return c.printInstalled(chain, stands, describeNext(r.Next), r.Changed, dryRun)
 		},
 	}
 	serverConfigFlag(cmd, &file)
@@ -164,7 +174,68 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 	_ = cmd.MarkFlagRequired("chain")
 	_ = cmd.MarkFlagFilename("chain", "pem")
 	_ = cmd.MarkFlagRequired("root-fingerprint")
+	dryRunFlag(cmd, &dryRun)
 	return cmd
+}
+
+// installAtServer installs through the server that holds the folder; inUse is what is told if whoever holds it is none.
+func (c *cli) installAtServer(ctx context.Context, cfg *config.Server, inUse error, request *adminv1.InstallAuthoritiesRequest) error {
+	conn, err := dialAdmin(ctx, cfg.AdminSocket, "server", "signet serve")
+	if err != nil {
+		return inUse
+	}
+	defer conn.Close()
+	admin := adminv1.NewRotationClient(conn)
+	r, err := admin.InstallAuthorities(ctx, request)
+	if err != nil {
+		return answered(err)
+	}
+	all, err := admin.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
+	if err != nil {
+		return answered(err)
+	}
+	list, err := describeAuthorities(all.Authorities)
+	if err != nil {
+		return err
+	}
+	stands := map[string]string{}
+	for _, a := range list {
+		stands[a.KeyFingerprint] = a.ID + ", " + a.State
+	}
+	return c.printInstalled(request.Chains, stands, describeSteps(r.Next), r.Changed, request.DryRun)
+}
+
+// printInstalled says how the intermediates of these chains stand, by the fingerprints of their keys.
+func (c *cli) printInstalled(text []byte, stands map[string]string, next []stepShown, changed, dryRun bool) error {
+	chains, err := ca.ParseChains(text)
+	if err != nil {
+		return err
+	}
+	var what facts
+	for _, chain := range chains {
+		own, root := chain[0], chain[len(chain)-1]
+		what = append(what, facts{
+			{"issuer", stands[ca.KeyFingerprint(own.RawSubjectPublicKeyInfo)]},
+			{"expires", clock(own.NotAfter)},
+			{"root", ca.CertificateFingerprint(root.Raw)},
+		}...)
+	}
+	if err := what.print(c.err); err != nil {
+		return err
+	}
+	if len(next) > 0 {
+		fmt.Fprintln(c.err, "next:")
+		printSteps(c.err, next, time.Now())
+	}
+	state := "installed"
+	switch {
+	case !changed:
+		state = "unchanged"
+	case dryRun:
+		state = "would be installed"
+	}
+	_, err = fmt.Fprintln(c.out, state)
+	return err
 }
 
 // maxChainFile bounds a chain in PEM, in bytes.

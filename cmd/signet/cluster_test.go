@@ -158,6 +158,9 @@ logging: { format: json }
 	}
 	_, errs = h.must(exitNo, install("SHA256:"+strings.Repeat("00", 32))...)
 	contains(t, errs, strings.TrimSpace(rootPrint))
+	if out, _ := h.must(exitYes, append(install(rootPrint), "--dry-run")...); out != "would be installed\n" {
+		t.Errorf("a dry run of install says %q", out)
+	}
 	if out, _ := h.must(exitYes, install(rootPrint)...); out != "installed\n" {
 		t.Errorf("install says %q", out)
 	}
@@ -178,6 +181,39 @@ logging: { format: json }
 	_, errs = h.must(exitCouldNotSay, with("serve")...)
 	contains(t, errs, "in use by process")
 
+	// The same command, through the server that holds the folder now.
+	if out, _ := h.must(exitYes, install(rootPrint)...); out != "unchanged\n" {
+		t.Errorf("install at the server says %q", out)
+	}
+	h.must(exitNo, install("SHA256:"+strings.Repeat("00", 32))...)
+	h.must(exitYes, with("rotation", "start", "intermediate", "--dry-run")...)
+	keyPrint, _ = h.must(exitYes, with("rotation", "start", "intermediate", "--csr-out", h.path("east-2.csr"))...)
+	h.must(exitYes, "root", "sign", "--dir", h.path("root"), "--csr", h.path("east-2.csr"), "--fingerprint", strings.TrimSpace(keyPrint),
+		"--cluster", "east", "--out", h.path("east.chain-2"), "--passphrase-file", h.path("pass"))
+	second := with("cluster", "install", "--chain", h.path("east.chain-2"), "--root-fingerprint", strings.TrimSpace(rootPrint))
+	if out, _ := h.must(exitYes, append(second, "--dry-run")...); out != "would be installed\n" {
+		t.Errorf("a dry run at the server says %q", out)
+	}
+	out, errs = h.must(exitYes, second...)
+	if out != "installed\n" {
+		t.Errorf("install at the server says %q", out)
+	}
+	contains(t, errs, "intermediate-2, ", "expires:", strings.TrimSpace(rootPrint))
+	for range 100 {
+		if out, _ = h.must(exitYes, with("ca", "list", "-o", "name")...); strings.Contains(out, "ca/intermediate-2\n") {
+			out, _ = h.must(exitYes, with("ca", "show", "intermediate-2", "-o", "json")...)
+			if strings.Contains(out, `"state": "active"`) {
+				break
+			}
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	contains(t, out, `"state": "active"`, `"signing": true`)
+	out, _ = h.must(exitYes, with("rotation", "status")...)
+	contains(t, out, "NEXT\n", "east      this one", "intermediate-2")
+	_, errs = h.must(exitYes, with("identity", "ban", "spiffe://example.org/ns/shop/sa/lost", "--reason", "lost")...)
+	contains(t, errs, "spiffe://example.org/ns/shop/sa/lost is banned")
+
 	token, errs := h.must(exitYes, with("join-token", "create", "--agent", "node-1")...)
 	contains(t, errs, "node-1", "expires:")
 	if !strings.HasPrefix(token, "signet-join-1.") || strings.Count(token, "\n") != 1 {
@@ -192,7 +228,7 @@ logging: { format: json }
 	h.must(exitNo, with("join-token", "revoke", "0000000000000000")...)
 	out, _ = h.must(exitYes, with("join-token", "list", "-o", "wide")...)
 	contains(t, out, id, "revoked")
-	_, errs = h.must(exitNo, with("join-token", "create", "--agent", "Node 1")...)
+	_, errs = h.must(exitCouldNotSay, with("join-token", "create", "--agent", "Node 1")...)
 	contains(t, errs, "use 1 to 63")
 
 	file := h.write("r.yaml", `registrations:
@@ -222,7 +258,7 @@ logging: { format: json }
 		t.Errorf("prune says %q", out)
 	}
 	_, errs, status = h.type_("registrations:\n- name: a\n  spiffe_id: spiffe://other.org/x\n  agents: [n]\n  selectors: [a:b]\n", with("registration", "apply", "-f", "-")...)
-	if status != exitNo || !strings.Contains(errs, "is not of trust domain example.org") {
+	if status != exitCouldNotSay || !strings.Contains(errs, "is not of trust domain example.org") {
 		t.Errorf("another trust domain: %d %s", status, errs)
 	}
 	if status := stop(); status != exitYes {
@@ -253,6 +289,9 @@ func TestAFiveMinuteStartCanBeRepeated(t *testing.T) {
 		}
 		if status := stop(); status != exitYes {
 			t.Errorf("serve --dev ended with %d:\n%s", status, ready)
+		}
+		if strings.Contains(ready.String(), "lost the server") {
+			t.Errorf("the server was stopped before its agent:\n%s", ready)
 		}
 	}
 	// What a killed start leaves behind is no stranger; anything else is.

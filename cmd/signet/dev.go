@@ -238,7 +238,7 @@ func (d *dev) makeCluster(ctx context.Context) error {
 		return err
 	}
 	_, err = server.Install(ctx, server.InstallConfig{
-		Folder: d.folder(keys), Chain: ca.EncodeChain(chain...), RootFingerprint: ca.CertificateFingerprint(chain[len(chain)-1].Raw),
+		Folder: d.folder(keys), Rotation: rotationOf(d.cfg), Chain: ca.EncodeChain(chain...), RootFingerprint: ca.CertificateFingerprint(chain[len(chain)-1].Raw),
 	})
 	return err
 }
@@ -327,8 +327,12 @@ func (d *dev) run(ctx context.Context, f devFlags) error {
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return s.Run(ctx) })
+	// The server stops after the agent, which would call it away otherwise.
+	serving, stopServer := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopServer()
+	group.Go(func() error { return s.Run(serving) })
 	group.Go(func() error {
+		defer stopServer()
 		a, err := agent.New(ctx, agent.Config{
 			StateDir: filepath.Join(d.dir, devAgentDir), Socket: d.socket, JoinToken: d.token,
 			Seal: keystore.PassphraseFile(filepath.Join(d.dir, devPassphrase)), Logger: d.logger,

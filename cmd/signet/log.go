@@ -111,6 +111,7 @@ type logEntry struct {
 	Door         string     `json:"door,omitempty"`
 	Instance     string     `json:"instance,omitempty"`
 	Registration string     `json:"registration,omitempty"`
+	Token        string     `json:"token,omitempty"`
 	Selectors    []string   `json:"selectors,omitempty"`
 	Proven       bool       `json:"proven,omitempty"`
 }
@@ -119,7 +120,7 @@ func newLogEntry(index uint64, f audit.Facts) logEntry {
 	e := logEntry{
 		Index: index, Time: f.Time, Kind: f.Kind, SPIFFEID: f.SPIFFEID, Serial: f.Serial, Agent: f.Agent,
 		Caller: f.Evidence.GetCaller(), Door: f.Evidence.GetDoor(), Instance: f.Evidence.GetInstance(),
-		Registration: f.Evidence.GetRegistration(), Selectors: f.Evidence.GetSelectors(),
+		Registration: f.Registration, Token: f.Token, Selectors: f.Evidence.GetSelectors(),
 	}
 	if f.Certificate != nil {
 		e.NotBefore, e.NotAfter = &f.NotBefore, &f.NotAfter
@@ -134,14 +135,14 @@ func (e logEntry) cells() []string {
 	}
 	return []string{
 		strconv.FormatUint(e.Index, 10), clock(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), clockOf(e.NotAfter),
-		clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
+		clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Token), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
 	}
 }
 
 type logEntries []logEntry
 
 func (l logEntries) columns() []string {
-	return []string{"INDEX", "TIME", "KIND", "SPIFFE-ID", "SERIAL", "AGENT", "NOT-AFTER", "+NOT-BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+INSTANCE", "+SELECTORS", "+PROVEN"}
+	return []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "SERIAL", "AGENT", "NOT AFTER", "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+PROVEN"}
 }
 
 func (l logEntries) rows() [][]string {
@@ -176,7 +177,7 @@ func (c *cli) logFindCommand() *cobra.Command {
 	var prove bool
 	cmd := &cobra.Command{
 		Use:   "find (--dir DIR | --config FILE)",
-		Short: "Find entries by serial number, SPIFFE ID, agent, kind and time",
+		Short: "Find entries by serial number, SPIFFE ID, agent, registration, token, kind and time",
 		Long: `Find the entries to which all of the given flags apply, the newest first.
 
 The search uses an index that is made from the log when it is missing and follows it from then on; it is checked against
@@ -186,6 +187,7 @@ found yet. With --prove every entry shown is also proven to be in the log.
 Exit status: 0 found, 1 nothing matches, 2 could not tell.`,
 		Example: `  signet log find --config east.yaml --spiffe-id spiffe://example.org/ns/shop/sa/frontend --since 24h
   signet log find --dir ./log --serial 4F:0A:91:… --prove -o wide
+  signet log find --dir ./log --registration frontend -o wide
   signet log find --dir ./log --kind agent-enrolled -o json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -224,6 +226,8 @@ Exit status: 0 found, 1 nothing matches, 2 could not tell.`,
 	fl.StringVar(&q.Serial, "serial", "", "serial number of a certificate, hex with or without colons")
 	fl.StringVar(&q.SPIFFEID, "spiffe-id", "", "SPIFFE ID of a certificate, whole")
 	fl.StringVar(&q.Agent, "agent", "", "name of the agent it is about")
+	fl.StringVar(&q.Registration, "registration", "", "name of the registration it is about, or by which a certificate was given")
+	fl.StringVar(&q.Token, "token", "", "id of a join token, as join-token list shows it")
 	fl.StringVar(&q.Kind, "kind", "", "kind of event: "+strings.Join(audit.Kinds(), ", "))
 	fl.StringVar(&since, "since", "", "not before this time (RFC 3339), or this long ago (-1h)")
 	fl.StringVar(&until, "until", "", "before this time (RFC 3339), or this long ago (-1h)")
@@ -444,6 +448,7 @@ func (v entryView) rows() [][]string {
 	add("door", v.Door)
 	add("instance", v.Instance)
 	add("registration", v.Registration)
+	add("join token", v.Token)
 	for _, s := range v.Selectors {
 		add("selector", s)
 	}

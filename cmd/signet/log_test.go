@@ -157,7 +157,7 @@ func TestLogFindAnswersWhoGotWhat(t *testing.T) {
 		}
 	}
 	out, talk := s.log(0, "find", "--dir", s.dir, "--serial", s.serial)
-	for _, want := range []string{"INDEX", "SPIFFE-ID", "NOT-AFTER", "spiffe://example.org/ns/shop/sa/frontend", "certificate-issued", "node-1", s.issuedAt.UTC().Format(time.RFC3339)} {
+	for _, want := range []string{"INDEX", "SPIFFE ID", "NOT AFTER", "spiffe://example.org/ns/shop/sa/frontend", "certificate-issued", "node-1", s.issuedAt.UTC().Format(time.RFC3339)} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}

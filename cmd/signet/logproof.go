@@ -244,7 +244,7 @@ type logFinding struct {
 
 func (v logVerdict) columns() []string {
 	if v.Intact {
-		return []string{"LOG", "SIZE", "ROOT-HASH", "VERDICT"}
+		return []string{"LOG", "SIZE", "ROOT HASH", "VERDICT"}
 	}
 	return []string{"FILE", "FINDING"}
 }

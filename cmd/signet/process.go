@@ -15,13 +15,18 @@ import (
 
 // What every long-lived signet process does about itself, server and agent alike.
 
-// garbagePercent lets the heap grow to five times what is live before it is collected: these processes hold little and
-// allocate fast, and a third of the collector's work is a better use of a few megabytes. GOGC in the environment wins.
-const garbagePercent = 400
+// By how many percent of what is live the heap grows before it is collected. A server holds little and allocates fast, and a
+// third of the collector's work is a better use of a few megabytes. An agent holds more, for each sidecar, and shares its
+// machine with what the machine is there for.
+const (
+	serverGarbage = 400
+	agentGarbage  = 200
+)
 
-func collectLess() {
+// collectLess sets that; GOGC in the environment wins.
+func collectLess(percent int) {
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(garbagePercent)
+		debug.SetGCPercent(percent)
 	}
 }
 

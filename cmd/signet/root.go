@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -9,7 +10,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -181,18 +184,25 @@ func existing(err error) error {
 }
 
 func (c *cli) rootSignCommand() *cobra.Command {
-	var file, dir, csr, fingerprint, cluster, life, out, passphraseFile string
+	var ask signAsked
+	var file, passphraseFile string
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "sign",
 		Short: "Sign a cluster's intermediate",
-		Long: `Signs the intermediate of a cluster. The fingerprint is the one that "signet cluster init" printed; bring it by
-another way than the request, so that a request swapped on its way is noticed (exit status 1).
+		Long: `Signs the intermediate of a cluster. The fingerprint is the one that "signet cluster init" or "signet rotation start"
+printed; bring it by another way than the request, so that a request swapped on its way is noticed (exit status 1).
 
 Nothing but the public key is taken from the request. What will be signed is printed first; the log entry is written
 before the signature is made. The chain (intermediate, then root) goes to --out.
 
-With -f everything is taken from a file that can be reviewed first:
+Several requests of a cluster are signed in one ceremony: in one file, or --csr repeated, with a --fingerprint for each in
+their order. With --stagger each begins that much later than the one before, so that the root can be put away until the
+last of them ends. The chains follow one another in --out, which "signet cluster install" takes whole.
+
+An intermediate that would outlive its root ends with it; one that would then live less than a day is refused.
+
+With -f everything is taken from a file that can be reviewed first, for one request:
 
   dir: ./root                        # paths are relative to the file
   trust_domain: example.org
@@ -205,98 +215,180 @@ With -f everything is taken from a file that can be reviewed first:
   path_length: 0                     # default, and the only one`,
 		Example: `  signet root sign --dir root --csr east.csr.pem --fingerprint SHA256:ab12:... --cluster east --out east.chain.pem
   signet root sign --dir root --csr east.csr.pem --fingerprint SHA256:ab12:... --cluster east --dry-run
+  signet root sign --dir root --csr east.csr.pem --fingerprint SHA256:ab12:... --fingerprint SHA256:cd34:... \
+    --cluster east --stagger 60d --life 90d --out east.chains.pem
   signet root sign -f sign-east.yaml --passphrase-file root.pass`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := onlyWithoutFile(cmd, file, "dir", "csr", "fingerprint", "cluster", "life", "out"); err != nil {
+			if err := onlyWithoutFile(cmd, file, "dir", "csr", "fingerprint", "cluster", "life", "stagger", "out"); err != nil {
 				return err
 			}
-			sign, err := signConfig(file, dir, csr, fingerprint, cluster, life, out)
+			sign, err := signConfigs(file, ask)
 			if err != nil {
 				return err
 			}
-			root, err := ceremony.OpenRoot(sign.Dir, nil)
+			root, err := ceremony.OpenRoot(sign[0].Dir, nil)
 			if err != nil {
 				return err
 			}
-			prepared, err := root.Prepare(sign.SignConfig)
-			if err != nil {
-				return refused(err)
+			var prepared []*ceremony.Prepared
+			var page strings.Builder
+			for i, one := range sign {
+				p, err := root.Prepare(one.SignConfig)
+				if err != nil {
+					return refused(ofSeveral(i, len(sign), err))
+				}
+				if slices.ContainsFunc(prepared, func(q *ceremony.Prepared) bool { return bytes.Equal(q.Plan().SPKI, p.Plan().SPKI) }) {
+					return no("request %d of %d has the same key as one before: each intermediate needs a key of its own", i+1, len(sign))
+				}
+				prepared = append(prepared, p)
+				if len(sign) > 1 {
+					fmt.Fprintf(&page, "%sRequest %d of %d\n", strings.Repeat("\n", min(i, 1)), i+1, len(sign))
+				}
+				if err := planFacts(p.Plan(), root).print(&page); err != nil {
+					return err
+				}
 			}
-			what := planFacts(prepared.Plan(), root)
 			if dryRun {
-				return what.print(c.out)
+				_, err := io.WriteString(c.out, page.String())
+				return err
 			}
-			if _, err := os.Lstat(sign.Out); sign.Out != "-" && err == nil {
-				return no("%s already exists and is not overwritten; move it away or give another --out", sign.Out)
+			out := sign[0].Out
+			if _, err := os.Lstat(out); out != "-" && err == nil {
+				return no("%s already exists and is not overwritten; move it away or give another --out", out)
 			}
-			if _, err := os.Stat(filepath.Dir(sign.Out)); sign.Out != "-" && err != nil {
+			if _, err := os.Stat(filepath.Dir(out)); out != "-" && err != nil {
 				return fmt.Errorf("the folder for --out: %w; make it first, nothing was signed", err)
 			}
-			if err := what.print(c.err); err != nil {
+			if _, err := io.WriteString(c.err, page.String()); err != nil {
 				return err
 			}
-			chain, receipt, err := root.Sign(cmd.Context(), prepared, passphrase(passphraseFile, "Passphrase of the root's keys", false), atTheCeremony())
+			signed, err := root.Sign(cmd.Context(), passphrase(passphraseFile, "Passphrase of the root's keys", false), atTheCeremony(), prepared...)
 			if err != nil {
+				if len(signed) > 0 {
+					err = fmt.Errorf("%d of %d were signed, and are kept in %s: %w", len(signed), len(sign), root.RecordsDir(), err)
+				}
 				return err
 			}
-			text := ca.EncodeChain(chain...)
-			if sign.Out == "-" {
+			var text []byte
+			for _, one := range signed {
+				text = append(text, ca.EncodeChain(one.Chain...)...)
+			}
+			if out == "-" {
 				_, err = c.out.Write(text)
 			} else {
-				err = durable.CreateFile(sign.Out, text, 0o644)
+				err = durable.CreateFile(out, text, 0o644)
 			}
 			if err != nil {
-				return fmt.Errorf("signed, but the chain could not be written: %w; the certificate is kept in %s", err, root.RecordPath(prepared.Plan(), receipt))
+				return fmt.Errorf("signed, but the chain could not be written: %w; the certificate is kept in %s", err, root.RecordsDir())
 			}
-			fmt.Fprintf(c.err, "Signed: entry %d of the root's log, chain in %s. The cluster's admin needs the root's fingerprint as well:\n%s\n",
-				receipt.Index, sign.Out, ca.CertificateFingerprint(root.Certificate().Raw))
+			entries, chain := fmt.Sprintf("entry %d", signed[0].Receipt.Index), "chain"
+			if n := len(signed); n > 1 {
+				entries, chain = fmt.Sprintf("entries %d to %d", signed[0].Receipt.Index, signed[n-1].Receipt.Index), "chains"
+			}
+			fmt.Fprintf(c.err, "Signed: %s of the root's log, %s in %s. The cluster's admin needs the root's fingerprint as well:\n%s\n",
+				entries, chain, out, ca.CertificateFingerprint(root.Certificate().Raw))
 			return nil
 		},
 	}
 	f := cmd.Flags()
 	f.StringVarP(&file, "file", "f", "", "take everything from this reviewed file")
-	f.StringVar(&dir, "dir", "root", "folder of the root")
-	f.StringVar(&csr, "csr", "", "certificate request that signet cluster init wrote")
-	f.StringVar(&fingerprint, "fingerprint", "", "fingerprint of the request's key that signet cluster init printed")
-	f.StringVar(&cluster, "cluster", "", "name of the cluster")
-	f.StringVar(&life, "life", "90d", "life of the intermediate: 90d or 2160h; never beyond the root's")
-	f.StringVar(&out, "out", "-", "file for the chain; - is stdout")
+	f.StringVar(&ask.dir, "dir", "root", "folder of the root")
+	f.StringArrayVar(&ask.csrs, "csr", nil, "certificate requests that the cluster wrote; may be repeated")
+	f.StringArrayVar(&ask.fingerprints, "fingerprint", nil, "fingerprint of a request's key that the cluster printed; one for each")
+	f.StringVar(&ask.cluster, "cluster", "", "name of the cluster")
+	f.StringVar(&ask.life, "life", "90d", "life of the intermediate: 90d or 2160h; never beyond the root's")
+	f.StringVar(&ask.stagger, "stagger", "", "how much later each of several begins: 60d or 1440h; without it all begin now")
+	f.StringVar(&ask.out, "out", "-", "file for the chain; - is stdout")
 	f.BoolVar(&dryRun, "dry-run", false, "only print what would be signed; needs no passphrase")
+	_ = cmd.MarkFlagDirname("dir")
+	_ = cmd.MarkFlagFilename("csr", "pem", "csr")
 	passphraseFlag(cmd, &passphraseFile)
 	return cmd
 }
 
-func signConfig(file, dir, csr, fingerprint, cluster, life, out string) (ceremony.SignFile, error) {
+// signAsked is what the flags of root sign say.
+type signAsked struct {
+	dir, cluster, life, stagger, out string
+	csrs, fingerprints               []string
+}
+
+// ofSeveral says of which of several requests an error is.
+func ofSeveral(i, n int, err error) error {
+	if n == 1 {
+		return err
+	}
+	return fmt.Errorf("request %d of %d: %w", i+1, n, err)
+}
+
+// signConfigs is at least one to sign, all of one root and for one file.
+func signConfigs(file string, ask signAsked) ([]ceremony.SignFile, error) {
 	if file != "" {
 		f, err := ceremony.ReadSignFile(file)
 		if err != nil {
-			return f, err
+			return nil, err
 		}
-		f.Request, err = ceremony.ReadRequestFile(f.RequestFile)
+		requests, err := ceremony.ReadRequestFile(f.RequestFile)
 		if err != nil {
-			err = refused(err)
+			return nil, refused(err)
 		}
-		return f, err
+		if len(requests) > 1 {
+			return nil, no("%s holds %d certificate requests, and %s is for one: give --csr, --fingerprint for each, and --cluster", f.RequestFile, len(requests), file)
+		}
+		f.Request = requests[0]
+		return []ceremony.SignFile{f}, nil
 	}
-	f := ceremony.SignFile{Dir: dir, Out: out}
 	switch {
-	case cluster == "":
-		return f, errors.New("root sign: give --cluster, the name of the cluster that the request is of, or a file with -f")
-	case csr == "":
-		return f, errors.New("root sign: give --csr, the request that `signet cluster init` wrote, or a file with -f")
-	case fingerprint == "":
-		return f, no("root sign: give --fingerprint, which `signet cluster init` printed; without it a request swapped on its way would get an intermediate")
+	case ask.cluster == "":
+		return nil, errors.New("root sign: give --cluster, the name of the cluster that the request is of, or a file with -f")
+	case len(ask.csrs) == 0:
+		return nil, errors.New("root sign: give --csr, the request that `signet cluster init` wrote, or a file with -f")
+	case len(ask.fingerprints) == 0:
+		return nil, errors.New("root sign: give --fingerprint, which `signet cluster init` printed; without it a request swapped on its way would get an intermediate")
+	case slices.Contains(ask.fingerprints, ""):
+		return nil, errors.New("--fingerprint is empty: give it a value or leave it out")
 	}
-	f.Cluster, f.KeyFingerprint = cluster, fingerprint
-	var err error
-	if f.Life, err = ceremony.ParseLife(life); err != nil {
-		return f, err
+	for _, one := range ask.fingerprints {
+		if _, err := ca.ParseFingerprint(one); err != nil {
+			return nil, fmt.Errorf("--fingerprint: %w; `signet cluster init` prints it, bring it by another way than the request", err)
+		}
 	}
-	if f.Request, err = ceremony.ReadRequestFile(csr); err != nil {
-		return f, refused(err)
+	life, err := ceremony.ParseLife(ask.life)
+	if err != nil {
+		return nil, err
 	}
-	return f, nil
+	var stagger time.Duration
+	if ask.stagger != "" {
+		if stagger, err = ceremony.ParseLife(ask.stagger); err != nil {
+			return nil, fmt.Errorf("--stagger: %w", err)
+		}
+	}
+	var requests [][]byte
+	for _, path := range ask.csrs {
+		some, err := ceremony.ReadRequestFile(path)
+		if err != nil {
+			return nil, refused(err)
+		}
+		requests = append(requests, some...)
+	}
+	switch {
+	case len(requests) > ceremony.MaxRequests:
+		return nil, no("root sign: %d requests in one ceremony; at most %d are allowed", len(requests), ceremony.MaxRequests)
+	case len(requests) != len(ask.fingerprints):
+		return nil, no("root sign: there are %d requests and %d fingerprints: give --fingerprint for each request, in their order", len(requests), len(ask.fingerprints))
+	case stagger > 0 && len(requests) == 1:
+		return nil, errors.New("root sign: --stagger is for several requests, and there is one")
+	case stagger >= life:
+		return nil, fmt.Errorf("root sign: --stagger %s is not shorter than --life %s: between one and the next nothing could be issued", ask.stagger, ask.life)
+	}
+	var all []ceremony.SignFile
+	for i, request := range requests {
+		f := ceremony.SignFile{Dir: ask.dir, Out: ask.out}
+		f.Cluster, f.KeyFingerprint, f.Life, f.Request = ask.cluster, ask.fingerprints[i], life, request
+		f.Delay = time.Duration(i) * stagger
+		all = append(all, f)
+	}
+	return all, nil
 }
 
 // facts is a short text of names and values for people.
@@ -312,6 +404,10 @@ func (f facts) print(w io.Writer) error {
 
 func planFacts(p ca.Plan, root *ceremony.Root) facts {
 	cert := root.Certificate()
+	life := days(p.NotAfter.Sub(p.NotBefore.Add(ca.PlanBackdate)) + time.Second)
+	if !p.NotAfter.Before(cert.NotAfter) {
+		life += ", cut short: its root ends then"
+	}
 	return facts{
 		{"sign", p.Kind},
 		{"trust domain", p.TrustDomain.Name()},
@@ -321,7 +417,7 @@ func planFacts(p ca.Plan, root *ceremony.Root) facts {
 		{"key", string(p.Algorithm)},
 		{"key fingerprint", ca.KeyFingerprint(p.SPKI)},
 		{"valid from", clock(p.NotBefore)},
-		{"valid until", fmt.Sprintf("%s (%s)", clock(p.NotAfter), days(p.NotAfter.Sub(p.NotBefore.Add(ca.PlanBackdate))+time.Second))},
+		{"valid until", fmt.Sprintf("%s (%s)", clock(p.NotAfter), life)},
 		{"path length", strconv.Itoa(p.PathLen)},
 		{"serial", hex.EncodeToString(p.Serial)},
 		{"signed by", cert.Subject.CommonName},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -87,10 +88,85 @@ func (d ceremonyDesk) request(t *testing.T, trustDomain, cluster string) (path, 
 	return write(t, filepath.Join(d.dir, trustDomain+"."+cluster+".csr.pem"), string(text)), ca.KeyFingerprint(plan.SPKI)
 }
 
-// sign runs root sign with what is right, then with the further arguments, which win.
+// sign runs root sign with what is right where the arguments say nothing else.
 func (d ceremonyDesk) sign(t *testing.T, args ...string) ran {
 	t.Helper()
-	return root(t, append([]string{"sign", "--dir", d.root, "--csr", d.csr, "--fingerprint", d.key, "--cluster", "east", "--passphrase-file", d.pass}, args...)...)
+	line := []string{"sign"}
+	for _, right := range [][2]string{{"--dir", d.root}, {"--csr", d.csr}, {"--fingerprint", d.key}, {"--cluster", "east"}, {"--passphrase-file", d.pass}} {
+		if !slices.Contains(args, right[0]) {
+			line = append(line, right[:]...)
+		}
+	}
+	return root(t, append(line, args...)...)
+}
+
+func TestSeveralSuccessorsAreSignedInOneCeremony(t *testing.T) {
+	d := newDesk(t)
+	var csrs, keys []string
+	all := ""
+	for range 3 {
+		path, key := d.request(t, "example.org", "east")
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all += string(text)
+		csrs, keys = append(csrs, write(t, filepath.Join(d.dir, key[7:12]+".pem"), string(text))), append(keys, key)
+	}
+	one := write(t, filepath.Join(d.dir, "all.pem"), all)
+	prints := []string{"--fingerprint", keys[0], "--fingerprint", keys[1], "--fingerprint", keys[2]}
+	with := func(args ...string) []string { return append(slices.Clone(prints), args...) }
+
+	dry := d.sign(t, with("--csr", one, "--stagger", "60d", "--life", "80d", "--dry-run")...).expect(t, exitYes, "").out
+	contains(t, dry, "Request 1 of 3\n", "\n\nRequest 3 of 3\n", keys[0], keys[1], keys[2])
+	if strings.Count(dry, "(80 days)") != 3 {
+		t.Errorf("each lives from its own start:\n%s", dry)
+	}
+	out := filepath.Join(d.dir, "chains.pem")
+	d.sign(t, with("--csr", csrs[0], "--csr", csrs[1], "--csr", csrs[2], "--stagger", "60d", "--life", "80d", "--out", out)...).
+		expect(t, exitYes, "Signed: entries 1 to 3 of the root's log, chains in")
+	text, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chains, err := ca.ParseChain(text)
+	if err != nil || len(chains) != 6 {
+		t.Fatalf("%d certificates, %v", len(chains), err)
+	}
+	for i := range keys {
+		own, above := chains[2*i], chains[2*i+1]
+		begins := time.Now().Add(time.Duration(i)*60*24*time.Hour - ca.PlanBackdate)
+		if ca.KeyFingerprint(own.RawSubjectPublicKeyInfo) != keys[i] || ca.CertificateFingerprint(above.Raw) != d.rootFingerprint ||
+			own.NotBefore.Sub(begins).Abs() > time.Minute || own.CheckSignatureFrom(above) != nil {
+			t.Errorf("chain %d: %s from %s", i, own.Subject, own.NotBefore)
+		}
+	}
+	records, err := os.ReadDir(filepath.Join(d.root, "ceremonies"))
+	if err != nil || len(records) != 4 {
+		t.Errorf("records: %v, %v", records, err)
+	}
+	for name, c := range map[string]struct {
+		args []string
+		code int
+		want string
+	}{
+		"too few fingerprints": {[]string{"--csr", one}, exitNo, "there are 3 requests and 1 fingerprints"},
+		"another order":        {append([]string{"--csr", one}, "--fingerprint", keys[1], "--fingerprint", keys[0], "--fingerprint", keys[2]), exitNo, "request 1 of 3: the request holds the key"},
+		"one twice":            {[]string{"--csr", csrs[0], "--csr", csrs[0], "--fingerprint", keys[0], "--fingerprint", keys[0]}, exitNo, "request 2 of 2 has the same key"},
+		"a gap":                {with("--csr", one, "--stagger", "90d"), exitCouldNotSay, "nothing could be issued"},
+		"stagger of one":       {[]string{"--stagger", "1d"}, exitCouldNotSay, "--stagger is for several requests"},
+		"beyond the root":      {with("--csr", one, "--stagger", "5y", "--life", "6y"), exitNo, "request 3 of 3: root"},
+		"something after them": {with("--csr", write(t, filepath.Join(d.dir, "tail.pem"), all+"garbage")), exitNo, "follows request 3"},
+		"too many":             {with("--csr", write(t, filepath.Join(d.dir, "many.pem"), strings.Repeat(all, 6))), exitNo, "more than 16 certificate requests"},
+	} {
+		if r := d.sign(t, append(c.args, "--dry-run")...); r.code != c.code || !strings.Contains(r.err, c.want) || r.out != "" {
+			t.Errorf("%s: %+v; want %d and %q", name, r, c.code, c.want)
+		}
+	}
+	dry = d.sign(t, with("--csr", one, "--stagger", "4y", "--life", "5y", "--dry-run")...).expect(t, exitYes, "").out
+	if strings.Count(dry, "cut short: its root ends then") != 1 {
+		t.Errorf("the last one is cut short, and the page must say so:\n%s", dry)
+	}
 }
 
 func TestRootCeremonyFromInitToShow(t *testing.T) {
@@ -214,13 +290,13 @@ func TestRootSaysInOneSentenceWhatIsWrong(t *testing.T) {
 		"passphrase for everybody": {[]string{"--passphrase-file", open}, exitCouldNotSay, "chmod 0600"},
 		"no passphrase file":       {[]string{"--passphrase-file", wrong + "x"}, exitCouldNotSay, "no such file"},
 		"garbage":                  {[]string{"--csr", garbage}, exitNo, "certificate request is not PEM"},
-		"10 MiB":                   {[]string{"--csr", huge}, exitNo, "larger than 16 KiB"},
+		"10 MiB":                   {[]string{"--csr", huge}, exitNo, "larger than 256 KiB"},
 		"no request":               {[]string{"--csr", huge + "x"}, exitCouldNotSay, "no such file"},
 		"swapped request":          {[]string{"--csr", swapped}, exitNo, "it may have been swapped on its way"},
 		"another trust domain":     {[]string{"--csr", theirs, "--fingerprint", theirKey}, exitNo, `is for trust domain "example.com", planned is example.org`},
 		"another cluster":          {[]string{"--cluster", "west"}, exitNo, "is it the request of another cluster?"},
 		"no fingerprint":           {[]string{"--fingerprint", ""}, exitCouldNotSay, "--fingerprint is empty"},
-		"garbled fingerprint":      {[]string{"--fingerprint", "SHA256:no"}, exitNo, "64 hexadecimal digits"},
+		"garbled fingerprint":      {[]string{"--fingerprint", "SHA256:no"}, exitCouldNotSay, "64 hexadecimal digits"},
 		"no cluster":               {[]string{"--cluster", ""}, exitCouldNotSay, "--cluster is empty"},
 		"no root":                  {[]string{"--dir", d.dir}, exitCouldNotSay, "make one with `signet root init`"},
 		"bad life":                 {[]string{"--life", "soon"}, exitCouldNotSay, `life "soon"`},

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/server"
 )
 
@@ -55,7 +56,7 @@ func (c *cli) serve(ctx context.Context, file string) error {
 	if err := harden(); err != nil {
 		return err
 	}
-	collectLess()
+	collectLess(serverGarbage)
 	logger := c.logger(cfg.Logging)
 	keys, err := cfg.OpenKeys()
 	if err != nil {
@@ -66,8 +67,8 @@ func (c *cli) serve(ctx context.Context, file string) error {
 		return err
 	}
 	doors := s.Doors()
-	fmt.Fprintf(c.err, "ready: cluster %s of %s: enrol %s, agents %s, http %s, admin %s\n",
-		cfg.Cluster, cfg.TrustDomain.Name(), doors.Enrol, doors.Agents, doors.HTTP, doors.Admin)
+	c.announce(cfg.Logging, fmt.Sprintf("ready: cluster %s of %s: enrol %s, agents %s, http %s, admin %s",
+		cfg.Cluster, cfg.TrustDomain.Name(), doors.Enrol, doors.Agents, doors.HTTP, doors.Admin))
 	notify(logger, daemon.SdNotifyReady)
 	stopping := context.AfterFunc(ctx, func() { notify(logger, daemon.SdNotifyStopping) })
 	defer stopping()
@@ -83,8 +84,32 @@ func serverConfig(cfg *config.Server, folder server.Folder) server.Config {
 		AdminSocket: cfg.AdminSocket,
 		TTL:         cfg.Leaf.TTL, MaxTTL: cfg.Leaf.MaxTTL, ControlTTL: cfg.Control.TTL,
 		MinUsefulLife: cfg.Leaf.MinUsefulLife, Backdate: cfg.Leaf.Backdate,
+		Rotation: rotationOf(cfg), Algorithm: cfg.Keystore.Algorithm, Requests: atHand{},
+		Limits:  server.Limits{CertificatesPerSecond: float64(cfg.Limits.CertificatesPerSecond), Burst: cfg.Limits.Burst},
 		Metrics: newRegistry(),
 	}
+}
+
+// rotationOf is how a cluster's CAs are rotated as its configuration says.
+func rotationOf(cfg *config.Server) server.Rotation {
+	r := cfg.Rotation
+	all := server.Rotation{
+		Policy: rotation.Policy{
+			LongestLeaf: cfg.Leaf.MaxTTL, Skew: r.Skew, Delay: r.Delay, Quorum: float64(r.Quorum) / 100,
+			PrepareAt: r.PrepareAt, SwitchAt: r.SwitchAt, ReportLife: r.ReportLife,
+		},
+		Automatic: r.Automatic, ReissueRate: float64(r.ReissueRate),
+	}
+	for _, p := range r.Peers {
+		all.Peers = append(all.Peers, server.Peer{Cluster: p.Cluster, VerifierKey: p.LogVerifierKey})
+	}
+	return all
+}
+
+// announce is a line of the operational log, in its form, that is written at every level.
+func (c *cli) announce(l config.Logging, text string) {
+	l.Level = slog.LevelInfo.String()
+	c.logger(l).Info(text)
 }
 
 // logger is the operational log, on stderr.

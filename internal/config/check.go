@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/mod/sumdb/note"
+
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/strictyaml"
 	"github.com/signet-ca/signet/keystore"
@@ -55,8 +57,74 @@ func (s *Server) check(o origin) {
 	if s.Control.TTL < MinControlTTL {
 		o.Find("control.ttl", "control.ttl %s is shorter than the least useful %s", s.Control.TTL, MinControlTTL)
 	}
+	o.between("limits.certificates_per_second", s.Limits.CertificatesPerSecond, 1, MaxLimit)
+	o.between("limits.burst", s.Limits.Burst, MinBurst, MaxLimit)
+	s.checkRotation(o)
 	o.within("log.checkpoint_interval", s.Log.CheckpointInterval, MinCheckpointInterval, MaxCheckpointInterval)
 	s.Logging.check(o)
+}
+
+func (s *Server) checkRotation(o origin) {
+	r := s.Rotation
+	o.between("rotation.quorum", r.Quorum, 1, 100)
+	o.between("rotation.reissue_rate", r.ReissueRate, 1, MaxLimit)
+	o.within("rotation.delay", r.Delay, 0, MaxDelay)
+	o.within("rotation.report_life", r.ReportLife, MinReportLife, MaxReportLife)
+	switch {
+	case r.Skew < 0:
+		o.Find("rotation.skew", "rotation.skew %s is negative: 0s says that all clocks agree", r.Skew)
+	case r.Skew >= r.ReportLife/2:
+		o.Find(o.one("rotation.skew", "rotation.report_life"), "rotation.skew %s is not less than half of rotation.report_life %s, so that a report could be over before it comes: lower the one or raise the other", r.Skew, r.ReportLife)
+	}
+	switch {
+	case r.PrepareAt <= 0 || r.PrepareAt >= 1:
+		o.Find("rotation.prepare_at", "rotation.prepare_at %v: want a fraction of an intermediate's life, more than 0 and less than 1", r.PrepareAt)
+	case r.SwitchAt <= 0 || r.SwitchAt >= 1:
+		o.Find("rotation.switch_at", "rotation.switch_at %v: want a fraction of an intermediate's life, more than 0 and less than 1", r.SwitchAt)
+	case r.PrepareAt >= r.SwitchAt:
+		o.Find(o.one("rotation.prepare_at", "rotation.switch_at"), "rotation.prepare_at %v is not before rotation.switch_at %v: a successor has to be there before it takes over", r.PrepareAt, r.SwitchAt)
+	}
+	s.checkPeers(o)
+}
+
+func (s *Server) checkPeers(o origin) {
+	if len(s.Rotation.Peers) > MaxPeers {
+		o.Find("rotation.peers", "rotation.peers lists %d clusters: at most %d are allowed", len(s.Rotation.Peers), MaxPeers)
+		return
+	}
+	seen := map[string]bool{s.Cluster: true}
+	for i, p := range s.Rotation.Peers {
+		at := fmt.Sprintf("rotation.peers[%d]", i)
+		switch err := identity.ParseName("cluster", p.Cluster); {
+		case err != nil:
+			o.FindError(at+".cluster", err)
+		case p.Cluster == s.Cluster:
+			o.Find(at+".cluster", "%s: %s is this cluster itself: name the others", at, p.Cluster)
+			continue
+		case seen[p.Cluster]:
+			o.Find(at+".cluster", "%s: cluster %s is listed already: keep one of them", at, p.Cluster)
+		}
+		seen[p.Cluster] = true
+		if len(p.LogVerifierKey) > maxVerifierKey {
+			o.Find(at+".log_verifier_key", "%s.log_verifier_key has %d bytes: at most %d are allowed", at, len(p.LogVerifierKey), maxVerifierKey)
+			continue
+		}
+		of := s.TrustDomain.Name() + "/" + p.Cluster + "/"
+		switch v, err := note.NewVerifier(p.LogVerifierKey); {
+		case err != nil:
+			o.Find(at+".log_verifier_key", "%s.log_verifier_key is no verifier key: give the one that `signet cluster show` prints in cluster %s", at, p.Cluster)
+		case !strings.HasPrefix(v.Name(), of):
+			o.Find(at+".log_verifier_key", "%s.log_verifier_key is of the log %q, and a log of cluster %s begins with %q: give the one that `signet cluster show` prints there", at, v.Name(), p.Cluster, of)
+		}
+	}
+}
+
+// one names the first of two keys that a file gives.
+func (o origin) one(key, other string) string {
+	if o.Given(key) {
+		return key
+	}
+	return other
 }
 
 func (s *Server) checkListen(o origin) {
@@ -175,6 +243,12 @@ func (o origin) wholeSeconds(key string, d time.Duration) {
 func (o origin) within(key string, d, low, high time.Duration) {
 	if d < low || d > high {
 		o.Find(key, "%s %s: want %s to %s", key, d, short(low), short(high))
+	}
+}
+
+func (o origin) between(key string, n, low, high int) {
+	if n < low || n > high {
+		o.Find(key, "%s %d: want %d to %d", key, n, low, high)
 	}
 }
 

@@ -27,11 +27,13 @@ type Server struct {
 	Keystore Keystore `yaml:"keystore"`
 	Listen   Listen   `yaml:"listen"`
 	// AdminSocket is a Unix socket. Default <state_dir>/admin.sock.
-	AdminSocket string  `yaml:"admin_socket" kind:"path"`
-	Leaf        Leaf    `yaml:"leaf"`
-	Control     Control `yaml:"control"`
-	Log         Log     `yaml:"log"`
-	Logging     Logging `yaml:"logging"`
+	AdminSocket string   `yaml:"admin_socket" kind:"path"`
+	Leaf        Leaf     `yaml:"leaf"`
+	Control     Control  `yaml:"control"`
+	Limits      Limits   `yaml:"limits"`
+	Rotation    Rotation `yaml:"rotation"`
+	Log         Log      `yaml:"log"`
+	Logging     Logging  `yaml:"logging"`
 
 	origin origin
 }
@@ -70,6 +72,42 @@ type Leaf struct {
 // Control is the life of the certificates of Signet's own parts.
 type Control struct {
 	TTL time.Duration `yaml:"ttl"`
+}
+
+// Limits bound what one agent may ask for, so that it can't take the server from the others.
+type Limits struct {
+	// CertificatesPerSecond of one agent, in the long run.
+	CertificatesPerSecond int `yaml:"certificates_per_second"`
+	// Burst is how many it may ask for at once after a quiet while, as when its node starts.
+	Burst int `yaml:"burst"`
+}
+
+// Rotation is the life of the CAs: when intermediates are replaced, and what is waited for.
+type Rotation struct {
+	// Automatic: steps are taken as soon as they can be; else only by `signet rotation advance`.
+	Automatic bool `yaml:"automatic"`
+	// Quorum is the part of a cluster's agents, in percent, that must have a root before anything is signed under it.
+	Quorum int `yaml:"quorum"`
+	// Delay is how long after its publication those that can't acknowledge are taken to have a root.
+	Delay time.Duration `yaml:"delay"`
+	// Skew is how far the clocks of agents and clusters may be apart.
+	Skew time.Duration `yaml:"skew"`
+	// PrepareAt and SwitchAt are fractions of an intermediate's life: when its successor is made, and when it takes over.
+	PrepareAt float64 `yaml:"prepare_at"`
+	SwitchAt  float64 `yaml:"switch_at"`
+	// ReportLife is how long this cluster keeps what it has told its peers in a report.
+	ReportLife time.Duration `yaml:"report_life"`
+	// ReissueRate bounds the certificates per second that are replaced after a taint.
+	ReissueRate int `yaml:"reissue_rate"`
+	// Peers are the other clusters under the same roots: a root is used only when all of them trust it.
+	Peers []Peer `yaml:"peers"`
+}
+
+// Peer is another cluster under the same roots.
+type Peer struct {
+	Cluster string `yaml:"cluster" required:"true"`
+	// LogVerifierKey proves its reports; `signet cluster show` prints it there.
+	LogVerifierKey string `yaml:"log_verifier_key" required:"true"`
 }
 
 // Log is about the audit log.
@@ -207,6 +245,9 @@ func (s *Server) complete(o origin) {
 	orElse(&s.Listen.AdvertiseAgents, s.Listen.Agents)
 	orElse(&s.AdminSocket, filepath.Join(s.StateDir, serverSocketName))
 	orElse(&s.Control.TTL, DefaultControlTTL)
+	orElse(&s.Limits.CertificatesPerSecond, DefaultCertificatesPerSecond)
+	orElse(&s.Limits.Burst, DefaultBurst)
+	s.Rotation.complete(o)
 	orElse(&s.Log.CheckpointInterval, DefaultCheckpointInterval)
 	orElse(&s.Leaf.MaxTTL, DefaultMaxTTL)
 	if !o.Given("leaf.ttl") {
@@ -217,6 +258,24 @@ func (s *Server) complete(o origin) {
 	orElse(&s.Leaf.MinUsefulLife, defaultMinUsefulLife(s.Leaf.TTL))
 	s.Logging.complete()
 	s.check(o)
+}
+
+// complete goes by what is given: 0 is a value here, and false is not the default.
+func (r *Rotation) complete(o origin) {
+	otherwise(o, "rotation.automatic", &r.Automatic, true)
+	otherwise(o, "rotation.quorum", &r.Quorum, DefaultQuorum)
+	otherwise(o, "rotation.skew", &r.Skew, DefaultSkew)
+	otherwise(o, "rotation.prepare_at", &r.PrepareAt, DefaultPrepareAt)
+	otherwise(o, "rotation.switch_at", &r.SwitchAt, DefaultSwitchAt)
+	otherwise(o, "rotation.report_life", &r.ReportLife, DefaultReportLife)
+	otherwise(o, "rotation.reissue_rate", &r.ReissueRate, DefaultReissueRate)
+}
+
+// otherwise sets a value that no file gives.
+func otherwise[T any](o origin, key string, v *T, d T) {
+	if !o.Given(key) {
+		*v = d
+	}
 }
 
 func (a *Agent) complete(o origin) {

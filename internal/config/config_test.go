@@ -31,9 +31,23 @@ listen:
 admin_socket: /run/signet/admin.sock
 leaf: { ttl: 12h, max_ttl: 24h, min_useful_life: 0s, backdate: 1s }
 control: { ttl: 168h }
+limits: { burst: 60 }
+rotation:
+  automatic: false
+  quorum: 95
+  delay: 1h
+  skew: 0s
+  prepare_at: 0.4
+  switch_at: 0.6
+  report_life: 12h
+  reissue_rate: 50
+  peers:
+    - { cluster: west, log_verifier_key: "example.org/west/west-1+68b877ca+ATtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop" }
 log: { checkpoint_interval: 500ms }
 logging: { level: debug, format: json }
 `
+
+const westKey = "example.org/west/west-1+68b877ca+ATtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop"
 
 const fullAgent = `state_dir: ./agent
 join_token_file: ./node-1.token
@@ -79,8 +93,13 @@ func TestAServerFileIsReadWhole(t *testing.T) {
 		AdminSocket: "/run/signet/admin.sock",
 		Leaf:        Leaf{TTL: 12 * time.Hour, MaxTTL: 24 * time.Hour, MinUsefulLife: 450 * time.Second, Backdate: time.Second},
 		Control:     Control{TTL: 168 * time.Hour},
-		Log:         Log{CheckpointInterval: 500 * time.Millisecond},
-		Logging:     Logging{Level: "debug", Format: "json"},
+		Limits:      Limits{CertificatesPerSecond: 200, Burst: 60},
+		Rotation: Rotation{
+			Quorum: 95, Delay: time.Hour, PrepareAt: 0.4, SwitchAt: 0.6, ReportLife: 12 * time.Hour, ReissueRate: 50,
+			Peers: []Peer{{"west", westKey}},
+		},
+		Log:     Log{CheckpointInterval: 500 * time.Millisecond},
+		Logging: Logging{Level: "debug", Format: "json"},
 	}
 	if !reflect.DeepEqual(s, want) {
 		t.Errorf("got  %+v\nwant %+v", s, want)
@@ -123,7 +142,10 @@ func TestWhatAFileLeavesOutHasTheDocumentedDefault(t *testing.T) {
 		"listen.advertise_enrol": "127.0.0.1:7441", "listen.advertise_agents": "127.0.0.1:7442",
 		"admin_socket": dir + "/state/admin.sock",
 		"leaf.ttl":     "24h", "leaf.max_ttl": "24h", "leaf.min_useful_life": "15m", "leaf.backdate": "5m",
-		"control.ttl": "168h", "log.checkpoint_interval": "1s", "logging.level": "info", "logging.format": "auto",
+		"control.ttl": "168h", "limits.certificates_per_second": "200", "limits.burst": "5000",
+		"rotation.automatic": "true", "rotation.quorum": "100", "rotation.delay": "0s", "rotation.skew": "5m", "rotation.prepare_at": "0.5",
+		"rotation.switch_at": "0.67", "rotation.report_life": "24h", "rotation.reissue_rate": "200", "rotation.peers": "",
+		"log.checkpoint_interval": "1s", "logging.level": "info", "logging.format": "auto",
 	}
 	compare(t, s.Settings(), want)
 
@@ -239,6 +261,26 @@ func TestWhatIsWrongIsNamedWithPlaceAndRemedy(t *testing.T) {
 		"negative backdate":        {text: server("leaf: {backdate: -1s}\n"), want: []string{`leaf.backdate -1s: want 1s to 1h`}},
 		"long backdate":            {text: server("leaf: {backdate: 2h}\n"), want: []string{`leaf.backdate 2h0m0s: want 1s to 1h`}},
 		"short control":            {text: server("control: {ttl: 30s}\n"), want: []string{`control.ttl 30s is shorter than the least useful 1m0s`}},
+		"small burst":              {text: server("limits: {burst: 49}\n"), want: []string{`limits.burst 49: want 50 to 1000000`}},
+		"negative rate":            {text: server("limits: {certificates_per_second: -1}\n"), want: []string{`limits.certificates_per_second -1: want 1 to 1000000`}},
+		"nobody's quorum":          {text: server("rotation: {quorum: 0}\n"), want: []string{`3:12: rotation.quorum 0: want 1 to 100`}},
+		"more than all":            {text: server("rotation: {quorum: 101}\n"), want: []string{`rotation.quorum 101: want 1 to 100`}},
+		"negative skew":            {text: server("rotation: {skew: -1s}\n"), want: []string{`rotation.skew -1s is negative`}},
+		"skew over reports":        {text: server("rotation: {skew: 1h, report_life: 2h}\n"), want: []string{`3:12: rotation.skew 1h0m0s is not less than half of rotation.report_life 2h0m0s`}},
+		"short reports":            {text: server("rotation: {report_life: 9m}\n"), want: []string{`3:12: rotation.skew 5m0s is not less than half of rotation.report_life 9m0s`}},
+		"prepared too late":        {text: server("rotation: {prepare_at: 0.67}\n"), want: []string{`3:12: rotation.prepare_at 0.67 is not before rotation.switch_at 0.67`}},
+		"switched too early":       {text: server("rotation: {switch_at: 0.5}\n"), want: []string{`3:12: rotation.prepare_at 0.5 is not before rotation.switch_at 0.5`}},
+		"switched at the end":      {text: server("rotation: {switch_at: 1}\n"), want: []string{`rotation.switch_at 1: want a fraction`}},
+		"prepared from birth":      {text: server("rotation: {prepare_at: 0}\n"), want: []string{`rotation.prepare_at 0: want a fraction`}},
+		"not a number":             {text: server("rotation: {switch_at: .inf}\n"), want: []string{`3:23: rotation.switch_at: want a number such as 0.5, got`}},
+		"half automatic":           {text: server("rotation: {automatic: yes}\n"), want: []string{`3:23: rotation.automatic: want true or false, got`}},
+		"no reissue":               {text: server("rotation: {reissue_rate: 0}\n"), want: []string{`rotation.reissue_rate 0: want 1 to 1000000`}},
+		"negative delay":           {text: server("rotation: {delay: -1s}\n"), want: []string{`rotation.delay -1s: want 0s to 720h`}},
+		"its own peer":             {text: server("rotation: {peers: [{cluster: east, log_verifier_key: \"" + westKey + "\"}]}\n"), want: []string{`rotation.peers[0]: east is this cluster itself`}},
+		"a peer twice":             {text: server("rotation:\n  peers:\n  - {cluster: west, log_verifier_key: \"" + westKey + "\"}\n  - {cluster: west, log_verifier_key: \"" + westKey + "\"}\n"), want: []string{`6:6: rotation.peers[1]: cluster west is listed already`}},
+		"a peer without a key":     {text: server("rotation: {peers: [{cluster: west}]}\n"), want: []string{`rotation.peers[0].log_verifier_key is missing`}},
+		"no verifier key":          {text: server("rotation: {peers: [{cluster: west, log_verifier_key: abc}]}\n"), want: []string{`rotation.peers[0].log_verifier_key is no verifier key: give the one that `}},
+		"another's verifier key":   {text: server("rotation: {peers: [{cluster: north, log_verifier_key: \"" + westKey + "\"}]}\n"), want: []string{`is of the log "example.org/west/west-1", and a log of cluster north begins with "example.org/north/"`}},
 		"fast checkpoints":         {text: server("log: {checkpoint_interval: 10ms}\n"), want: []string{`log.checkpoint_interval 10ms: want 100ms to 1m`}},
 		"level":                    {text: server("logging: {level: warning}\n"), want: []string{`3:11: logging.level "warning" is unknown: use debug, info, warn, error`}},
 		"format":                   {text: server("logging: {format: jsno}\n"), want: []string{`did you mean "json"?`}},

@@ -23,6 +23,17 @@ const (
 	DefaultControlTTL         = 7 * 24 * time.Hour
 	DefaultCheckpointInterval = time.Second
 
+	// A node of 1,000 workloads may start all of them at once, several times over.
+	DefaultCertificatesPerSecond = 200
+	DefaultBurst                 = 5000
+
+	DefaultQuorum      = 100
+	DefaultSkew        = 5 * time.Minute
+	DefaultPrepareAt   = 0.5
+	DefaultSwitchAt    = 0.67
+	DefaultReportLife  = 24 * time.Hour
+	DefaultReissueRate = 200
+
 	DefaultAlgorithm = keystore.ECDSAP256
 	DefaultValidator = ValidatorSPIFFE
 	DefaultLevel     = "info"
@@ -40,6 +51,15 @@ const (
 	MaxBackdate           = time.Hour
 	MinCheckpointInterval = 100 * time.Millisecond
 	MaxCheckpointInterval = time.Minute
+	// One call of an agent asks for up to 50 certificates.
+	MinBurst = 50
+	MaxLimit = 1_000_000
+
+	MinReportLife = time.Second
+	MaxReportLife = 30 * 24 * time.Hour
+	MaxDelay      = 30 * 24 * time.Hour
+	// MaxPeers is as many clusters as roots may have beside this one.
+	MaxPeers = 1024
 
 	// maxFile bounds a configuration file, in bytes.
 	maxFile = 1 << 20
@@ -47,6 +67,8 @@ const (
 	maxSocketPath = 107
 	// maxSockets bounds the dedicated sockets of an agent.
 	maxSockets = 1024
+	// maxVerifierKey bounds a verifier key, in bytes.
+	maxVerifierKey = 4 << 10
 )
 
 // defaultMinUsefulLife is a 96th of a leaf's life (15 minutes of a day), so that a CA close to its end refuses only what

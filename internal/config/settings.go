@@ -24,7 +24,7 @@ func (o origin) settings(of any) []Setting {
 		switch v := value.(type) {
 		case time.Duration:
 			s.Value = short(v)
-		case []Socket: // None: others have a setting each.
+		case []Socket, []Peer: // None: others have a setting each.
 		default:
 			s.Value = fmt.Sprint(v)
 		}

@@ -3,7 +3,7 @@
 package health
 
 import (
-	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -12,6 +12,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/signet-ca/signet/check"
 )
 
 const (
@@ -23,29 +25,21 @@ const (
 	maxReason = 512
 )
 
-// Check is one line of /readyz.
-type Check struct {
-	Name string
-	// Err is nil when all is well.
-	Err error
-	// Degraded: an error shows, but doesn't make the process unready.
-	Degraded bool
-}
-
 // Config of the door.
 type Config struct {
-	// Checks are asked at every /readyz; the order is kept.
-	Checks  func(context.Context) []Check
+	// Checks are what the process looks at about itself; the order is kept. Asked once.
+	Checks  func() []check.Part
 	Metrics prometheus.Gatherer
 	Logger  *slog.Logger
 }
 
 // NewServer makes the server; its limits stand before anything is parsed.
 func NewServer(c Config) *http.Server {
+	watch := check.NewWatch(c.Checks()...)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(c.Metrics, promhttp.HandlerOpts{Timeout: scrapeTimeout, MaxRequestsInFlight: scrapes}))
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { readyz(w, r, c.Checks(r.Context())) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { readyz(w, r, watch.Findings(r.Context())) })
 	return &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
 		IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader,
@@ -53,31 +47,64 @@ func NewServer(c Config) *http.Server {
 	}
 }
 
-// readyz answers in the form of Kubernetes' own: each check by name with ?verbose, or when one fails.
-func readyz(w http.ResponseWriter, r *http.Request, checks []Check) {
-	var text strings.Builder
-	ready := true
-	for _, c := range checks {
-		switch {
-		case c.Err == nil:
-			fmt.Fprintf(&text, "[+]%s ok\n", c.Name)
-		case c.Degraded:
-			fmt.Fprintf(&text, "[!]%s degraded: %.*s\n", c.Name, maxReason, c.Err.Error())
-		default:
-			ready = false
-			fmt.Fprintf(&text, "[-]%s failed: %.*s\n", c.Name, maxReason, c.Err.Error())
-		}
+// readyz answers in the form of Kubernetes' own: each finding by what it is about, with ?verbose or when one blocks. Whoever
+// accepts application/json gets them all as they are.
+func readyz(w http.ResponseWriter, r *http.Request, found check.Findings) {
+	ready := found.Ready()
+	status := http.StatusOK
+	if !ready {
+		status = http.StatusServiceUnavailable
+	}
+	for i := range found {
+		found[i].Message = fmt.Sprintf("%.*s", maxReason, strings.Join(strings.Fields(found[i].Message), " "))
+	}
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Cache-Control", "no-store")
+	if strings.Contains(r.Header.Get("Accept"), "application/json") {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		_ = json.NewEncoder(w).Encode(struct { // nobody to tell
+			Ready    bool           `json:"ready"`
+			Findings check.Findings `json:"findings"`
+		}{ready, found})
+		return
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
 	_, verbose := r.URL.Query()["verbose"]
 	switch {
 	case !ready:
-		w.WriteHeader(http.StatusServiceUnavailable)
-		fmt.Fprintf(w, "%sreadyz check failed\n", text.String())
+		fmt.Fprintf(w, "%sreadyz check failed\n", lines(found))
 	case verbose:
-		fmt.Fprintf(w, "%sreadyz check passed\n", text.String())
+		fmt.Fprintf(w, "%sreadyz check passed\n", lines(found))
 	default:
 		fmt.Fprintln(w, "ok")
 	}
+}
+
+// lines are [-] for what makes the process unready, [!] for what is wrong or will be, [?] for what could not be told.
+func lines(found check.Findings) string {
+	var text strings.Builder
+	for _, f := range found {
+		sign, state := "[+]", "ok"
+		switch {
+		case f.Blocks():
+			sign, state = "[-]", "failed"
+		case f.Level == check.Error:
+			sign, state = "[!]", "degraded"
+		case f.Level == check.Warning:
+			sign, state = "[!]", "warning"
+		case f.Level == check.Unknown:
+			sign, state = "[?]", "unknown"
+		}
+		fmt.Fprintf(&text, "%s%s %s", sign, f.About, state)
+		if f.Level != check.OK {
+			fmt.Fprintf(&text, ": %s: %s", f.Code, f.Message)
+			if len(f.Stops) > 0 {
+				fmt.Fprintf(&text, " (stopped: %s)", strings.Join(f.Stops, ", "))
+			}
+		}
+		text.WriteByte('\n')
+	}
+	return text.String()
 }

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -79,21 +80,30 @@ func TestWhatCanNotBeReadIsNotMade(t *testing.T) {
 }
 
 func TestAnOlderSchemaIsBroughtUpToDateByWhoeverMayWrite(t *testing.T) {
-	s := newStore(t)
-	if err := s.PutAgent(t.Context(), Agent{AgentRow: identity.AgentRow{Name: "node-1", SPKI: []byte{1}, Banned: true}, Enrolled: now}); err != nil {
+	path := filepath.Join(t.TempDir(), "state.db")
+	if err := ownFile(path); err != nil {
 		t.Fatal(err)
 	}
-	for _, text := range []string{`ALTER TABLE agents DROP COLUMN not_after`, `DELETE FROM goose_db_version WHERE version_id > 1`} {
-		if _, err := s.db.ExecContext(t.Context(), text); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := s.Close(); err != nil {
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
 		t.Fatal(err)
 	}
-	_, err := Open(t.Context(), Config{Path: s.path, ReadOnly: true})
-	oneSentence(t, err, s.path, "schema 1", "start the server")
-	s = open(t, s.path)
+	p, err := provider(db)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.UpTo(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.ExecContext(t.Context(), `INSERT INTO agents (name, spki, banned, enrolled) VALUES ('node-1', x'01', true, 1)`); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Open(t.Context(), Config{Path: path, ReadOnly: true})
+	oneSentence(t, err, path, "schema 1", "start the server")
+	s := open(t, path)
 	agents, err := s.Agents(t.Context())
 	if err != nil || len(agents) != 1 || !agents[0].Banned || !agents[0].NotAfter.IsZero() {
 		t.Errorf("agents are %v, %v", agents, err)
@@ -119,7 +129,7 @@ func TestOldTokensAreForgottenAFewAtATime(t *testing.T) {
 	hour := now.Add(time.Hour)
 	add(1, hour, nil)
 	add(2, hour, func(ctx context.Context) error {
-		_, err := s.UseToken(ctx, [32]byte{2}, now)
+		_, err := s.UseToken(ctx, [32]byte{2}, []byte{1}, now)
 		return err
 	})
 	add(3, hour, func(ctx context.Context) error { return s.RevokeToken(ctx, "03", now) })

@@ -60,7 +60,17 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		_ = db.Close() // err says more
 		return nil, err
 	}
-	return &Store{db: db, path: path}, nil
+	s := &Store{db: db, path: path}
+	if s.file, err = os.Stat(path); err != nil {
+		err = fmt.Errorf("state database %s: %w", path, err)
+	} else if err = s.write(ctx, "write its checksums", func(*sql.Tx) error { return nil }); err == nil {
+		err = s.Verify(ctx)
+	}
+	if err != nil {
+		_ = db.Close() // err says more
+		return nil, err
+	}
+	return s, nil
 }
 
 // openReadOnly opens a database that may lie on read-only media or belong to somebody else.
@@ -87,7 +97,12 @@ func openReadOnly(ctx context.Context, path string) (*Store, error) {
 		_ = db.Close() // err says more
 		return nil, err
 	}
-	return &Store{db: db, path: path}, nil
+	s := &Store{db: db, path: path}
+	if err := s.Verify(ctx); err != nil {
+		_ = db.Close() // err says more
+		return nil, err
+	}
+	return s, nil
 }
 
 // legible checks the file and that its schema is one that this Signet reads.
@@ -172,10 +187,10 @@ func newer(path string, current, target int64) error {
 	return fmt.Errorf("state database %s has schema %d and this signet knows schemas up to %d: run the newer signet that wrote it, or restore a backup from before the upgrade", path, current, target)
 }
 
-// sound reads the whole file once: state decides who may have which name, and half of it is worse than none.
+// sound reads the whole file once, the indexes against their tables: state decides who may have which name, and half of it is worse than none.
 func sound(ctx context.Context, db *sql.DB, path string) error {
 	var verdict string
-	if err := db.QueryRowContext(ctx, `PRAGMA quick_check(1)`).Scan(&verdict); err != nil {
+	if err := db.QueryRowContext(ctx, `PRAGMA integrity_check(1)`).Scan(&verdict); err != nil {
 		return failed(path, "check it", err)
 	}
 	if verdict != "ok" {
@@ -209,16 +224,47 @@ func failed(path, what string, err error) error {
 	}
 	var e *sqlite.Error
 	if errors.As(err, &e) {
-		switch e.Code() & 0xff { // the primary result code
-		case sqlitelib.SQLITE_CORRUPT, sqlitelib.SQLITE_NOTADB:
-			return damaged(path, err)
-		case sqlitelib.SQLITE_BUSY, sqlitelib.SQLITE_LOCKED:
-			return fmt.Errorf("state database %s: %s: another process holds it; stop that process and repeat (%w)", path, what, err)
-		case sqlitelib.SQLITE_FULL:
-			return fmt.Errorf("state database %s: %s: the disk is full; make room and repeat (%w)", path, what, err)
-		case sqlitelib.SQLITE_READONLY, sqlitelib.SQLITE_PERM, sqlitelib.SQLITE_CANTOPEN:
-			return fmt.Errorf("state database %s: %s: it can't be written; see to the folder's owner, mode and mount (%w)", path, what, err)
-		}
+		return explain(e.Code(), path, what, err)
 	}
 	return fmt.Errorf("state database %s: %s: %w", path, what, err)
+}
+
+// explain says what SQLite's result code asks of a person (https://sqlite.org/rescode.html).
+func explain(code int, path, what string, err error) error {
+	remedy := ""
+	switch code & 0xff { // the primary result code
+	case sqlitelib.SQLITE_CORRUPT, sqlitelib.SQLITE_NOTADB:
+		return damaged(path, err)
+	case sqlitelib.SQLITE_BUSY, sqlitelib.SQLITE_LOCKED:
+		remedy = "another process holds it; stop that process and repeat"
+	case sqlitelib.SQLITE_FULL:
+		remedy = "the disk is full; make room and repeat"
+	case sqlitelib.SQLITE_IOERR:
+		// SQLite knows ENOSPC as full, and EDQUOT only as a write that failed.
+		remedy = "the disk does not take it: it fails, or the quota of the folder's owner is used up; look at the kernel's log and at quota, and repeat"
+	case sqlitelib.SQLITE_READONLY, sqlitelib.SQLITE_PERM, sqlitelib.SQLITE_CANTOPEN:
+		remedy = "it can't be written; see to the folder's owner, mode and mount"
+	default:
+		return fmt.Errorf("state database %s: %s: %w", path, what, err)
+	}
+	return fmt.Errorf("state database %s: %s: %s (%w)", path, what, remedy, err)
+}
+
+// Writable makes a small durable write, and looks whether the file is still the one that was opened: SQLite goes on
+// writing to one that was deleted.
+func (s *Store) Writable(ctx context.Context) error {
+	for _, name := range []string{s.path, s.path + "-wal"} {
+		info, err := os.Lstat(name)
+		switch {
+		case err != nil:
+			return fmt.Errorf("state database %s: it is gone, and what is written now is lost; stop the server and restore the file from its newest backup (%w)", s.path, err)
+		case name == s.path && !os.SameFile(info, s.file):
+			return fmt.Errorf("state database %s: another file lies in its place, and what is written now is lost; restart the server", s.path)
+		}
+	}
+	return s.write(ctx, "write to it", func(tx *sql.Tx) error {
+		// Unchanged, and written all the same: the row's checksum is made anew.
+		_, err := tx.ExecContext(ctx, `UPDATE revisions SET value = value WHERE name = 'registrations'`)
+		return err
+	})
 }

@@ -6,24 +6,17 @@
 package store
 
 import (
-	"bytes"
 	"context"
-	"crypto/x509"
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
-	"math"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
-	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
-	"github.com/signet-ca/signet/keystore"
-	"github.com/signet-ca/signet/trust"
 )
 
 // Config says where the state is.
@@ -40,6 +33,10 @@ type Config struct {
 type Store struct {
 	db   *sql.DB
 	path string
+	// file is what was opened: another one may lie at the path later.
+	file fs.FileInfo
+	// note goes with what is written, see Telling.
+	note *Note
 }
 
 var _ identity.TokenStore = (*Store)(nil)
@@ -48,6 +45,8 @@ var _ identity.TokenStore = (*Store)(nil)
 var (
 	// ErrConflict says that somebody else has changed the set since it was read.
 	ErrConflict = errors.New("changed by somebody else meanwhile; read it again and repeat")
+	// ErrTokenUsed says that there is nothing left to revoke.
+	ErrTokenUsed = errors.New("revoking it changes nothing")
 	// ErrNotFound says that there is no such row.
 	ErrNotFound = errors.New("not found")
 	// ErrFixed says that a fact about the folder was to be changed.
@@ -63,19 +62,6 @@ type Agent struct {
 	NotAfter time.Time
 }
 
-// Authority is an issuer, or one in the making: its key, its request and what was signed.
-type Authority struct {
-	ID        string
-	Hierarchy identity.Hierarchy
-	State     ca.State
-	Key       keystore.Ref
-	// Chain is the issuer's certificate, then those above it, DER, without the mesh root; empty while it is unsigned.
-	Chain [][]byte
-	// CSR is what an upstream authority was asked to sign, DER; nil for the control CA.
-	CSR     []byte
-	Created time.Time
-}
-
 // Close releases the file.
 func (s *Store) Close() error {
 	if err := s.db.Close(); err != nil {
@@ -86,7 +72,12 @@ func (s *Store) Close() error {
 
 // write runs f in a transaction that is durable when write returns nil; f's own refusals pass unchanged.
 func (s *Store) write(ctx context.Context, what string, f func(tx *sql.Tx) error) error {
-	return s.transact(ctx, nil, what, f)
+	return s.transact(ctx, nil, what, func(tx *sql.Tx) error {
+		if err := f(tx); err != nil || s.note == nil {
+			return err
+		}
+		return s.note.put(ctx, tx)
+	})
 }
 
 // read runs f on one consistent state.
@@ -102,6 +93,11 @@ func (s *Store) transact(ctx context.Context, opts *sql.TxOptions, what string, 
 	defer tx.Rollback() //nolint:errcheck // after a commit it does nothing
 	if err := f(tx); err != nil {
 		return failed(s.path, what, err)
+	}
+	if opts == nil {
+		if err := seal(ctx, tx); err != nil {
+			return failed(s.path, what, err)
+		}
 	}
 	if err := tx.Commit(); err != nil {
 		return failed(s.path, what, err)
@@ -349,13 +345,17 @@ func (s *Store) CreateToken(ctx context.Context, t identity.Token) error {
 	})
 }
 
-// UseToken spends the token with this hash, see identity.TokenStore.
-func (s *Store) UseToken(ctx context.Context, hash [32]byte, now time.Time) (identity.Token, error) {
+// UseToken spends the token with this hash for a key, see identity.TokenStore, and enrols its agent with that key in the same
+// transaction: a row that is there keeps its ban. Of a key that comes again nothing is written, and no note is taken.
+func (s *Store) UseToken(ctx context.Context, hash [32]byte, key []byte, now time.Time) (identity.Token, error) {
 	var t identity.Token
-	err := s.write(ctx, "use a join token", func(tx *sql.Tx) error {
+	// What goes with it depends on whose token it is.
+	bare := *s
+	bare.note = nil
+	err := bare.write(ctx, "use a join token", func(tx *sql.Tx) error {
 		// One statement decides who wins; looking first and marking afterwards let one token in twice elsewhere.
-		n, err := affected(tx.ExecContext(ctx, `UPDATE join_tokens SET used = $1
-			WHERE hash = $2 AND used IS NULL AND revoked IS NULL AND expires > $3`, now.UnixNano(), hash[:], now.UnixNano()))
+		n, err := affected(tx.ExecContext(ctx, `UPDATE join_tokens SET used = $1, used_by = $2
+			WHERE hash = $3 AND used IS NULL AND revoked IS NULL AND expires > $4`, now.UnixNano(), key, hash[:], now.UnixNano()))
 		if err != nil {
 			return err
 		}
@@ -367,12 +367,17 @@ func (s *Store) UseToken(ctx context.Context, hash [32]byte, now time.Time) (ide
 			return err
 		}
 		if n == 1 && found {
-			return nil
+			return s.enrol(ctx, tx, t, key, now)
 		}
 		u := &identity.UnusableToken{Reason: "unknown"}
 		if found {
 			u.ID, u.Agent = t.ID, t.Agent
+			again, err := usedBy(ctx, tx, t, key)
 			switch {
+			case err != nil:
+				return err
+			case again && now.Before(t.Expires):
+				return nil
 			case !t.Used.IsZero():
 				u.Reason = "used"
 			case !t.Revoked.IsZero():
@@ -387,6 +392,32 @@ func (s *Store) UseToken(ctx context.Context, hash [32]byte, now time.Time) (ide
 		return identity.Token{}, err
 	}
 	return t, nil
+}
+
+// enrol writes the agent's row of a token that was just spent, and what the log is told.
+func (s *Store) enrol(ctx context.Context, tx *sql.Tx, t identity.Token, key []byte, now time.Time) error {
+	if _, err := tx.ExecContext(ctx, `INSERT INTO agents (name, spki, banned, enrolled, last_seen) VALUES ($1, $2, $3, $4, $5)
+		ON CONFLICT (name) DO UPDATE SET spki = excluded.spki, enrolled = excluded.enrolled, last_seen = excluded.last_seen, not_after = NULL`,
+		t.Agent, key, false, now.UnixNano(), now.UnixNano()); err != nil {
+		return err
+	}
+	if s.note == nil {
+		return nil
+	}
+	if s.note.OfToken != nil {
+		if err := s.note.OfToken(t); err != nil {
+			return refusal{err}
+		}
+	}
+	return s.note.put(ctx, tx)
+}
+
+// usedBy reports whether a token was used by this key, and its agent is still enrolled with it.
+func usedBy(ctx context.Context, tx *sql.Tx, t identity.Token, key []byte) (bool, error) {
+	var n int
+	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM join_tokens JOIN agents ON agents.name = join_tokens.agent
+		WHERE join_tokens.hash = $1 AND join_tokens.used_by = $2 AND agents.spki = $3`, t.Hash[:], key, key).Scan(&n)
+	return n == 1, err
 }
 
 // PurgeTokens forgets, of the tokens that were used, revoked or had expired before that time, as many as may go in one
@@ -440,8 +471,8 @@ func (s *Store) RevokeToken(ctx context.Context, id string, now time.Time) error
 		case !found:
 			return refuse("revoke join token %.32q: %w; `signet join-token list` shows those there are", id, ErrNotFound)
 		case !t.Used.IsZero():
-			return refuse("join token %s was used at %s: agent %s has enrolled with it, revoking it changes nothing",
-				id, t.Used.Format(time.RFC3339), t.Agent)
+			return refuse("join token %s was used at %s: agent %s has enrolled with it, %w",
+				id, t.Used.Format(time.RFC3339), t.Agent, ErrTokenUsed)
 		}
 		return nil
 	})
@@ -462,185 +493,6 @@ func scanToken(scan func(...any) error, t *identity.Token) error {
 	t.Created, t.Expires = fromNano(created), fromNano(expires)
 	t.Used, t.Revoked = fromNullNano(used), fromNullNano(revoked)
 	return nil
-}
-
-// Authorities returns all authorities, oldest first.
-func (s *Store) Authorities(ctx context.Context) ([]Authority, error) {
-	var all []Authority
-	err := s.read(ctx, "read the authorities", func(tx *sql.Tx) error {
-		at := map[string]int{}
-		if err := query(ctx, tx, func(scan func(...any) error) error {
-			var a Authority
-			var hierarchy, state, key string
-			var created int64
-			if err := scan(&a.ID, &hierarchy, &state, &key, &a.CSR, &created); err != nil {
-				return err
-			}
-			var err error
-			if a.Key, err = keystore.ParseRef(key); err != nil {
-				return refuse("stored authority %s: %w", a.ID, err)
-			}
-			a.State, a.Created = ca.State(state), fromNano(created)
-			for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
-				if h.String() == hierarchy {
-					a.Hierarchy = h
-				}
-			}
-			if err := checkAuthority(a); err != nil {
-				return refuse("stored %w", err)
-			}
-			at[a.ID] = len(all)
-			all = append(all, a)
-			return nil
-		}, `SELECT id, hierarchy, state, key, csr, created FROM authorities ORDER BY created, id`); err != nil {
-			return err
-		}
-		return query(ctx, tx, func(scan func(...any) error) error {
-			var id string
-			var der []byte
-			if err := scan(&id, &der); err != nil {
-				return err
-			}
-			i, ok := at[id]
-			if !ok {
-				return refuse("the chain of authority %s is stored without it", id)
-			}
-			all[i].Chain = append(all[i].Chain, der)
-			return nil
-		}, `SELECT authority, der FROM authority_certificates ORDER BY authority, position`)
-	})
-	if err != nil {
-		return nil, err
-	}
-	return all, nil
-}
-
-// maxChain bounds an authority's chain.
-const maxChain = 8
-
-func checkAuthority(a Authority) error {
-	switch {
-	case a.ID == "" || len(a.ID) > 255:
-		return fmt.Errorf("authority id of %d bytes: want 1 to 255", len(a.ID))
-	case a.Hierarchy != identity.Mesh && a.Hierarchy != identity.ControlPlane:
-		return fmt.Errorf("authority %s belongs to no hierarchy", a.ID)
-	case !slices.Contains([]ca.State{ca.Prepared, ca.Published, ca.Active, ca.Retired, ca.Removed}, a.State):
-		return fmt.Errorf("authority %s is in no known state: %.32q", a.ID, a.State)
-	case a.Key.IsZero():
-		return fmt.Errorf("authority %s has no key reference", a.ID)
-	case len(a.Chain) > maxChain:
-		return fmt.Errorf("authority %s has a chain of %d certificates: at most %d are allowed", a.ID, len(a.Chain), maxChain)
-	case a.Created.IsZero():
-		return fmt.Errorf("authority %s has no time of creation", a.ID)
-	}
-	return nil
-}
-
-// PutAuthority adds the authority or replaces the one with that ID as a whole.
-func (s *Store) PutAuthority(ctx context.Context, a Authority) error {
-	if err := checkAuthority(a); err != nil {
-		return err
-	}
-	if _, err := keystore.ParseRef(a.Key.String()); err != nil {
-		return fmt.Errorf("authority %s: %w", a.ID, err)
-	}
-	return s.write(ctx, "keep authority "+a.ID, func(tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, `INSERT INTO authorities (id, hierarchy, state, key, csr, created) VALUES ($1, $2, $3, $4, $5, $6)
-			ON CONFLICT (id) DO UPDATE SET hierarchy = excluded.hierarchy, state = excluded.state, key = excluded.key,
-				csr = excluded.csr, created = excluded.created`,
-			a.ID, a.Hierarchy.String(), string(a.State), a.Key.String(), a.CSR, a.Created.UnixNano()); err != nil {
-			return err
-		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM authority_certificates WHERE authority = $1`, a.ID); err != nil {
-			return err
-		}
-		for i, der := range a.Chain {
-			if _, err := tx.ExecContext(ctx, `INSERT INTO authority_certificates (authority, position, der) VALUES ($1, $2, $3)`, a.ID, i, der); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// Bundle returns the trust domain's bundle, and whether there is one.
-func (s *Store) Bundle(ctx context.Context, td spiffeid.TrustDomain) (trust.Bundle, bool, error) {
-	var b trust.Bundle
-	err := s.read(ctx, "read the trust bundle of "+td.Name(), func(tx *sql.Tx) error {
-		var sequence uint64
-		var digest []byte
-		row := tx.QueryRowContext(ctx, `SELECT sequence, digest FROM bundles WHERE trust_domain = $1`, td.Name())
-		if err := row.Scan(&sequence, &digest); errors.Is(err, sql.ErrNoRows) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		var roots []*x509.Certificate
-		if err := query(ctx, tx, func(scan func(...any) error) error {
-			var der []byte
-			if err := scan(&der); err != nil {
-				return err
-			}
-			root, err := x509.ParseCertificate(der)
-			if err != nil {
-				return refuse("stored trust bundle of %s: %w", td, err)
-			}
-			roots = append(roots, root)
-			return nil
-		}, `SELECT der FROM bundle_roots WHERE trust_domain = $1 ORDER BY position`, td.Name()); err != nil {
-			return err
-		}
-		read, err := trust.NewBundle(td, sequence, roots)
-		if err != nil {
-			return refuse("stored %w", err)
-		}
-		if d := read.Digest(); !bytes.Equal(d[:], digest) {
-			return refuse("stored trust bundle of %s, sequence %d, does not have the digest it was stored with: its roots were changed behind Signet's back", td, sequence)
-		}
-		b = read
-		return nil
-	})
-	if err != nil {
-		return trust.Bundle{}, false, err
-	}
-	return b, !b.IsZero(), nil
-}
-
-// PutBundle keeps a newer bundle of its trust domain. The same one again changes nothing; an older one, or another one with
-// the same sequence, is trust.ErrRollback.
-func (s *Store) PutBundle(ctx context.Context, b trust.Bundle) error {
-	if b.IsZero() || b.Sequence() > math.MaxInt64 {
-		return fmt.Errorf("trust bundle of %q with sequence %d can't be kept", b.TrustDomain().Name(), b.Sequence())
-	}
-	td, digest := b.TrustDomain().Name(), b.Digest()
-	return s.write(ctx, "keep the trust bundle of "+td, func(tx *sql.Tx) error {
-		n, err := affected(tx.ExecContext(ctx, `INSERT INTO bundles (trust_domain, sequence, digest) VALUES ($1, $2, $3)
-			ON CONFLICT (trust_domain) DO UPDATE SET sequence = excluded.sequence, digest = excluded.digest
-			WHERE bundles.sequence < excluded.sequence`, td, int64(b.Sequence()), digest[:]))
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			var sequence uint64
-			var old []byte
-			if err := tx.QueryRowContext(ctx, `SELECT sequence, digest FROM bundles WHERE trust_domain = $1`, td).Scan(&sequence, &old); err != nil {
-				return err
-			}
-			if sequence == b.Sequence() && bytes.Equal(old, digest[:]) {
-				return nil
-			}
-			return refuse("trust bundle of %s, sequence %d, over sequence %d: %w", td, b.Sequence(), sequence, trust.ErrRollback)
-		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM bundle_roots WHERE trust_domain = $1`, td); err != nil {
-			return err
-		}
-		for i, root := range b.Roots() {
-			if _, err := tx.ExecContext(ctx, `INSERT INTO bundle_roots (trust_domain, position, der) VALUES ($1, $2, $3)`, td, i, root.Raw); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
 }
 
 // Meta returns a fact about the folder, and whether it is there.

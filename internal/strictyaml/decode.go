@@ -114,6 +114,10 @@ func (f *File) value(n *yaml.Node, key string, tag reflect.StructTag, v reflect.
 		}
 	case !parsed && v.CanInt():
 		f.integer(n, here, key, v)
+	case !parsed && v.Kind() == reflect.Bool:
+		f.boolean(n, here, key, v)
+	case !parsed && v.CanFloat():
+		f.number(n, here, key, v)
 	case v.CanInt() && n.Kind != yaml.ScalarNode:
 		f.add(here, key, "%s: want one value, got %s", what, describe(n))
 	case !v.CanInt() && (n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str"):
@@ -148,6 +152,25 @@ func (f *File) integer(n *yaml.Node, here position, key string, v reflect.Value)
 	default:
 		v.SetInt(i)
 	}
+}
+
+// boolean takes true and false only: yes, on and 1 are other values to other readers of the file.
+func (f *File) boolean(n *yaml.Node, here position, key string, v reflect.Value) {
+	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!bool" || n.Value != "true" && n.Value != "false" {
+		f.add(here, key, "%s: want true or false, got %s", key, describe(n))
+		return
+	}
+	v.SetBool(n.Value == "true")
+}
+
+// number takes plain decimals: no exponent, no infinity.
+func (f *File) number(n *yaml.Node, here position, key string, v reflect.Value) {
+	x, err := strconv.ParseFloat(n.Value, v.Type().Bits())
+	if n.Kind != yaml.ScalarNode || n.ShortTag() == "!!str" || err != nil || strings.Trim(n.Value, "-0123456789.") != "" {
+		f.add(here, key, "%s: want a number such as 0.5, got %s", key, describe(n))
+		return
+	}
+	v.SetFloat(x)
 }
 
 func (f *File) text(n *yaml.Node, here position, key, kind string, v reflect.Value) {

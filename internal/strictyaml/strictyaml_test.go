@@ -26,6 +26,8 @@ type whole struct {
 	Dirs  []string      `yaml:"dirs" kind:"path"`
 	Wait  time.Duration `yaml:"wait"`
 	Count int           `yaml:"count"`
+	On    bool          `yaml:"on"`
+	Share float64       `yaml:"share"`
 	Parts []part        `yaml:"parts"`
 	Deep  struct {
 		Er struct {
@@ -44,6 +46,8 @@ dir: a/../b
 dirs: [c, /d]
 wait: 90s
 count: -7
+on: true
+share: 0.25
 parts:
   - { name: x, tags: [], rank: 127 }
   - name: y
@@ -63,7 +67,7 @@ func TestAFileIsReadWhole(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := whole{
-		Host: netip.IPv6Loopback(), Level: "high", Dir: dir + "/b", Dirs: []string{dir + "/c", "/d"}, Wait: 90 * time.Second, Count: -7,
+		Host: netip.IPv6Loopback(), Level: "high", Dir: dir + "/b", Dirs: []string{dir + "/c", "/d"}, Wait: 90 * time.Second, Count: -7, On: true, Share: 0.25,
 		Parts: []part{{"x", []string{}, 127}, {"y", []string{"1"}, 0}},
 	}
 	want.Deep.Er.Most = 3
@@ -75,8 +79,8 @@ func TestAFileIsReadWhole(t *testing.T) {
 		source, _ := f.Source(key)
 		list = append(list, fmt.Sprintf("%s=%v %s", key, v, strings.TrimPrefix(source, "dir/f.yaml")))
 	}
-	if got, want := strings.Join(list, "|"), "host=::1 :1|level=high :2|dir="+dir+"/b :3|dirs[0]="+dir+"/c :4|dirs[1]=/d :4|wait=1m30s :5|count=-7 :6|"+
-		"parts[0].name=x :8|parts[0].tags=[] :8|parts[0].rank=127 :8|parts[1].name=y :9|parts[1].tags[0]=1 :11|parts[1].rank=0 :0|deep.er.most=3 :12"; got != want {
+	if got, want := strings.Join(list, "|"), "host=::1 :1|level=high :2|dir="+dir+"/b :3|dirs[0]="+dir+"/c :4|dirs[1]=/d :4|wait=1m30s :5|count=-7 :6|on=true :7|share=0.25 :8|"+
+		"parts[0].name=x :10|parts[0].tags=[] :10|parts[0].rank=127 :10|parts[1].name=y :11|parts[1].tags[0]=1 :13|parts[1].rank=0 :0|deep.er.most=3 :14"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	if f.Given("parts[1].rank") || !f.Given("parts[1].tags[0]") {
@@ -98,12 +102,20 @@ func TestFindingsHavePlaceAndRemedy(t *testing.T) {
 		"deep: {er: {mots: 1}}\n":              `:1:13: unknown key "mots"; did you mean "most"?`,
 		most + "er: 1\n":                       `:2:1: unknown key "er"; did you mean deep.er?`,
 		most + "tags: 1\n":                     `:2:1: unknown key "tags"; did you mean parts[].tags?`,
-		most + "colour: red\n":                 `:2:1: unknown key "colour"; known are host, level, dir, dirs, wait, count, parts, deep`,
+		most + "colour: red\n":                 `:2:1: unknown key "colour"; known are host, level, dir, dirs, wait, count, on, share, parts, deep`,
 		most + "parts: [{name: x}]\n":          ":2:9: parts[0].tags is missing",
 		most + "parts: [{name: '', tags: []}]": ":2:10: parts[0].name has no value: give it one",
 		most + "parts: [{name: x, tags: ~}]\n": ":2:25: parts[0].tags has no value: give it one",
 		most + "parts: [{name: x, tags: [~]}]": ":2:26: parts[0].tags[0] has no value: give it one",
 		most + "count: 1.5\n":                  `:2:8: count: want a whole number, got "1.5"`,
+		most + "on: yes\n":                     `:2:5: on: want true or false, got "yes"`,
+		most + "on: \"true\"\n":                `:2:5: on: want true or false, got "true"`,
+		most + "on: {}\n":                      ":2:5: on: want true or false, got keys",
+		most + "share: half\n":                 `:2:8: share: want a number such as 0.5, got "half"`,
+		most + "share: 1e-1\n":                 `:2:8: share: want a number such as 0.5, got "1e-1"`,
+		most + "share: .nan\n":                 `:2:8: share: want a number such as 0.5, got ".nan"`,
+		most + "share: \"0.5\"\n":              `:2:8: share: want a number such as 0.5, got "0.5"`,
+		most + "share: [1]\n":                  ":2:8: share: want a number such as 0.5, got a list",
 		most + "count: [1]\n":                  ":2:8: count: want a whole number, got a list",
 		most + "count: 1e3\n":                  `:2:8: count: want a whole number, got "1e3"`,
 		most + "parts: [{name: x, tags: [], rank: 128}]\n": `:2:35: parts[0].rank: want a whole number from -128 to 127, got "128"`,

@@ -25,14 +25,14 @@ var arrows = map[string]string{
 	"ca/ceremony": "ca keystore audit identity",
 	"rotation":    "ca trust",
 	"sds":         "trust",
-	"agent":       "identity trust sds rotation keystore audit",
-	"server":      "ca identity trust audit rotation keystore internal/store",
+	"agent":       "identity trust sds rotation keystore audit check",
+	"server":      "ca identity trust audit rotation keystore check internal/store",
 	"check":       "audit",
 
 	"internal/durable":    "",
 	"internal/strictyaml": "",
-	"internal/health":     "",
-	"internal/store":      "identity ca trust keystore",
+	"internal/health":     "check",
+	"internal/store":      "identity ca trust keystore rotation",
 	"internal/config":     "identity keystore",
 }
 

@@ -161,16 +161,17 @@ func bareOn(ctx context.Context, b *bench, sizes map[string]int) (*child, string
 // coldStart opens all sidecars of a node at once on an agent that has issued nothing yet: attest, make a key, ask the
 // server, log, sign, check, push. The floor is the bare server, whose answers are made before.
 //
-// The largest crowd has 10,000 streams where the agent may open as many files as that takes: two for each stream, by which
-// it holds the process that it has attested, one for each connection, one for each dedicated socket.
+// The largest crowd has 20,000 streams on 10,000 connections where the agent may open as many files as that takes: two for
+// each connection, itself and what holds the process behind it, one for each dedicated socket, and a quarter of the places
+// is kept for other users. That is 28,000 files.
 func coldStart(ctx context.Context, b *bench) ([]figure, error) {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
 		return nil, err
 	}
-	const perSidecar, others = 5, 3000
-	most := min(5000, (int(min(files.Cur, 1<<20))-others)/perSidecar/100*100)
-	shapes := []struct{ sidecars, identities, runs int }{{100, 100, 3}, {1000, 1000, 3}, {most, 1000, 1}}
+	const identities, perSidecar, others = 1000, 2, 300
+	most := min(10_000, (int(min(files.Cur, 1<<20))-others-identities)/perSidecar*3/4/100*100)
+	shapes := []struct{ sidecars, identities, runs int }{{100, 100, 3}, {1000, identities, 3}, {most, identities, 1}}
 	if b.quick {
 		shapes = []struct{ sidecars, identities, runs int }{{50, 50, 1}}
 	}

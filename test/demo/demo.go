@@ -16,6 +16,7 @@ const (
 	frontendID = "spiffe://example.org/ns/shop/sa/frontend"
 	backendID  = "spiffe://example.org/ns/shop/sa/backend"
 	intruderID = "spiffe://example.org/ns/shop/sa/intruder"
+	batchID    = "spiffe://example.org/ns/shop/sa/batch"
 	probeID    = "spiffe://example.org/ns/shop/sa/probe"
 	leafTTL    = 10 * time.Second
 )
@@ -27,6 +28,10 @@ type demo struct {
 	whole      context.Context
 	started    time.Time
 	east, west *cluster
+	ways       []way
+	// guest is a workload on a socket of its own, which has guestID; the sidecars let guests in as well.
+	guest, guestID string
+	guests         []string
 
 	seen    *sightings
 	refused int
@@ -42,12 +47,21 @@ type cluster struct {
 
 // sidecar is an Envoy beside a workload.
 type sidecar struct {
-	cluster *cluster
-	role    string
-	// port of the frontend is plaintext, its way out to the other cluster; the backend's is mutual TLS.
-	port  int
-	envoy *envoy.Process
+	cluster  *cluster
+	role, id string
+	// out is its port for requests in clear, which go to the other cluster; in is its port for mutual TLS.
+	out, in int
+	envoy   *envoy.Process
 }
+
+// way is where the requests of a sidecar go.
+type way struct {
+	from, to *sidecar
+	// perConnection is after how many requests there is a fresh connection, with a handshake of its own; 0 = it is held open.
+	perConnection int
+}
+
+func (w way) String() string { return w.from.String() + " to " + w.to.String() }
 
 func (s *sidecar) String() string { return s.cluster.Name + " " + s.role }
 
@@ -56,20 +70,24 @@ func newDemo(ctx context.Context, dir, signet string) (*demo, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &demo{Lab: l, whole: ctx, started: time.Now(), seen: newSightings()}
+	d := &demo{Lab: l, whole: ctx, started: time.Now(), guest: "intruder", guestID: intruderID, seen: newSightings()}
 	for name, into := range map[string]**cluster{"east": &d.east, "west": &d.west} {
 		lc, err := l.NewCluster(name, "")
 		if err != nil {
 			return nil, err
 		}
-		ports, err := lab.FreePorts(2)
+		ports, err := lab.FreePorts(4)
 		if err != nil {
 			return nil, err
 		}
 		c := &cluster{Cluster: lc}
-		c.frontend = &sidecar{cluster: c, role: "frontend", port: ports[0]}
-		c.backend = &sidecar{cluster: c, role: "backend", port: ports[1]}
+		c.frontend = &sidecar{cluster: c, role: "frontend", id: frontendID, out: ports[0], in: ports[1]}
+		c.backend = &sidecar{cluster: c, role: "backend", id: backendID, out: ports[2], in: ports[3]}
 		*into = c
+	}
+	d.ways = []way{
+		{d.east.frontend, d.west.backend, requestsPerConnection},
+		{d.west.frontend, d.east.backend, requestsPerConnection},
 	}
 	return d, nil
 }
@@ -89,6 +107,9 @@ func (d *demo) step(ctx context.Context, title string, do func(context.Context) 
 	}
 	if name, ended := d.Ended(); ended {
 		return fmt.Errorf("%s: %s has ended by itself", title, name)
+	}
+	if err := d.unharmed(); err != nil {
+		return fmt.Errorf("%s: %w", title, err)
 	}
 	fmt.Printf("         ok: %s\n", detail)
 	return nil
@@ -142,7 +163,7 @@ func (d *demo) startServersAndAgents(ctx context.Context) (string, error) {
 			return "", err
 		}
 		var err error
-		if c.agent, err = c.StartAgent(ctx, "node-1", "frontend", "intruder"); err != nil {
+		if c.agent, err = c.StartAgent(ctx, "node-1", "frontend", d.guest); err != nil {
 			return "", err
 		}
 	}
@@ -166,15 +187,16 @@ func (d *demo) register(ctx context.Context) (string, error) {
     agents: [node-1]
     selectors: ["unix:uid:%[5]d", "unix:sha256:%[6]s"]
     ttl: %[7]s
-  - name: intruder
+  - name: %[8]s
     spiffe_id: %[3]s
     agents: [node-1]
-    selectors: ["socket:intruder"]
+    selectors: ["socket:%[8]s"]
+    ttl: %[7]s
   - name: probe
     spiffe_id: %[4]s
     agents: [probe]
     selectors: ["socket:probe"]
-`, frontendID, backendID, intruderID, probeID, os.Getuid(), hash, leafTTL)
+`, frontendID, backendID, d.guestID, probeID, os.Getuid(), hash, leafTTL, d.guest)
 	for _, c := range d.clusters() {
 		dryRun := []string{"registration", "apply", "--config", c.Config(), "-f", c.Path("registrations.yaml"), "--dry-run"}
 		if err := d.Write(c.Name+"/registrations.yaml", regs); err != nil {

@@ -5,18 +5,26 @@ package main
 import (
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 )
 
 // The demo is what a visitor sees first: it has to hold at every change.
-func TestTheDemoPasses(t *testing.T) {
+func TestTheDemoPasses(t *testing.T) { passes(t, story) }
+
+func TestTheRotationDemoPasses(t *testing.T) { passes(t, rotationStory) }
+
+func passes(t *testing.T, tell teller) {
+	t.Helper()
+	runtime.LockOSThread() // which the processes die with
+	defer runtime.UnlockOSThread()
 	t.Chdir("../..")
 	dir := t.TempDir()
 	signet := filepath.Join(dir, "signet")
 	if out, err := exec.Command("go", "build", "-o", signet, "./cmd/signet").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v: %s", err, out)
 	}
-	if err := run(t.Context(), filepath.Join(dir, "demo"), signet, false); err != nil {
+	if err := run(t.Context(), tell, filepath.Join(dir, "demo"), signet, false); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -33,7 +33,11 @@ func forge(id string, issuer *x509.Certificate, issuerKey crypto.Signer) (*tls.C
 	if err != nil {
 		return nil, err
 	}
-	return &tls.Certificate{Certificate: [][]byte{raw, issuer.Raw}, PrivateKey: key}, nil
+	leaf, err := x509.ParseCertificate(raw)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Certificate{Certificate: [][]byte{raw, issuer.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
 func parsePEM(text []byte) ([]*x509.Certificate, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -63,8 +64,8 @@ func (c *cluster) fetchSVID(ctx context.Context, socket string) (tls.Certificate
 	return tls.LoadX509KeyPair(filepath.Join(out, "svid.pem"), filepath.Join(out, "key.pem"))
 }
 
-// askBackend makes a request to a backend's mutual-TLS port with a certificate of ours.
-func askBackend(ctx context.Context, port int, cert tls.Certificate) error {
+// ask makes a request to a sidecar's mutual-TLS port with a certificate of ours.
+func ask(ctx context.Context, port int, cert tls.Certificate) error {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
 		Certificates:       []tls.Certificate{cert},
 		InsecureSkipVerify: true, //nolint:gosec // what is tried here is whether the other side lets us in
@@ -88,26 +89,26 @@ func askBackend(ctx context.Context, port int, cert tls.Certificate) error {
 }
 
 func (d *demo) foreignCertificates(ctx context.Context) error {
-	port := d.west.backend.port
+	port := d.west.backend.in
 	good, err := d.east.fetchSVID(ctx, "frontend")
 	if err != nil {
 		return err
 	}
-	if err := askBackend(ctx, port, good); err != nil {
+	if err := ask(ctx, port, good); err != nil {
 		return fmt.Errorf("the frontend's own certificate is not accepted: %w", err)
 	}
 	otherRoot, err := selfMade(frontendID)
 	if err != nil {
 		return err
 	}
-	if err := d.mustFail("a certificate of another root", askBackend(ctx, port, otherRoot)); err != nil {
+	if err := d.mustFail("a certificate of another root", ask(ctx, port, otherRoot)); err != nil {
 		return err
 	}
 	intruder, err := d.east.fetchSVID(ctx, "intruder")
 	if err != nil {
 		return err
 	}
-	return d.mustFail("the right root with "+intruderID, askBackend(ctx, port, intruder))
+	return d.mustFail("the right root with "+intruderID, ask(ctx, port, intruder))
 }
 
 func (d *demo) unregisteredProcess(ctx context.Context) error {
@@ -279,32 +280,41 @@ func selfMade(id string) (tls.Certificate, error) {
 	return *cert, nil
 }
 
-// mint is what somebody does who holds the intermediate key of this cluster: any name he likes.
+// mint is what somebody does who holds the key of this cluster's first intermediate: any name he likes.
 func (c *cluster) mint(ctx context.Context, id string) (*tls.Certificate, error) {
-	keys, err := keystore.NewFile(keystore.FileConfig{Dir: c.Path("state", "keys"), Passphrase: keystore.PassphraseFile(c.Path("server.pass"))})
+	issuer, key, err := c.openIssuer(ctx, c.Path("chain.pem"))
 	if err != nil {
 		return nil, err
 	}
-	chain, err := os.ReadFile(c.Path("chain.pem"))
+	return forge(id, issuer, key)
+}
+
+// openIssuer opens the key of an intermediate of this cluster, whose chain is in a file.
+func (c *cluster) openIssuer(ctx context.Context, chainFile string) (*x509.Certificate, crypto.Signer, error) {
+	keys, err := keystore.NewFile(keystore.FileConfig{Dir: c.Path("state", "keys"), Passphrase: keystore.PassphraseFile(c.Path("server.pass"))})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	chain, err := os.ReadFile(chainFile)
+	if err != nil {
+		return nil, nil, err
 	}
 	certs, err := parsePEM(chain)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	refs, err := keys.List(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, ref := range refs {
 		key, err := keys.Open(ctx, ref)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if pub, ok := key.Public().(*ecdsa.PublicKey); ok && pub.Equal(certs[0].PublicKey) {
-			return forge(id, certs[0], key)
+			return certs[0], key, nil
 		}
 	}
-	return nil, errors.New("the intermediate's key is not in the keystore")
+	return nil, nil, errors.New("the intermediate's key is not in the keystore")
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"strings"
 	"text/tabwriter"
 	"time"
 )
@@ -17,7 +18,7 @@ func (d *demo) table() {
 	}
 	w.Flush()
 	fmt.Fprintln(w, "\nREQUESTS\tFAILED\tREFUSED ATTEMPTS\tPROOFS\tSECONDS")
-	fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%.1f\n", d.requests(), d.seen.failures[d.east]+d.seen.failures[d.west], d.refused, d.proven, time.Since(d.started).Seconds())
+	fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%.1f\n", d.requests(), d.failures(), d.refused, d.proven, time.Since(d.started).Seconds())
 	w.Flush()
 	fmt.Println()
 }
@@ -38,5 +39,57 @@ func (d *demo) tryThis() {
   what the server is doing:
     curl -s 'http://%s/readyz?verbose'
 
-`, d.east.frontend.port, rel(d.east), rel(d.east), rel(d.east), d.east.HTTP)
+`, d.east.frontend.out, rel(d.east), rel(d.east), rel(d.east), d.east.HTTP)
+}
+
+// table is what was seen of each sidecar, by the root that it stood under.
+func (r *rotating) table() {
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(w, "\nSIDECAR\tCERTIFICATES SEEN\tUNDER ROOT A\tB\tC\tPROVEN IN THE LOG")
+	for _, s := range r.sidecars() {
+		under := map[*root]int{}
+		for serial := range r.seen.bySide[s] {
+			if x := r.behind[serial]; x != nil {
+				under[x.under]++
+			}
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\tall\n", s, len(r.seen.bySide[s]), under[r.a], under[r.b], under[r.c])
+	}
+	w.Flush()
+	fmt.Fprintln(w, "\nCLUSTER\tISSUERS, IN THEIR ORDER")
+	for _, c := range r.clusters() {
+		var names []string
+		for _, x := range r.issuers[c] {
+			name := x.String()
+			if x == r.thief.issuer {
+				name += " (stolen)"
+			}
+			names = append(names, name)
+		}
+		fmt.Fprintf(w, "%s\t%s\n", c.Name, strings.Join(names, ", "))
+	}
+	w.Flush()
+	fmt.Fprintln(w, "\nREQUESTS\tFAILED\tREFUSED ATTEMPTS\tPROOFS\tSECONDS")
+	fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%.1f\n", r.requests(), r.failures(), r.refused, r.proven, time.Since(r.started).Seconds())
+	w.Flush()
+	fmt.Println()
+}
+
+// tryThis prints what a visitor may type while it all runs.
+func (r *rotating) tryThis() {
+	config := r.east.Config()
+	fmt.Printf(`It goes on running; Ctrl-C ends it. In another terminal:
+
+  where every CA stands, and who accepts what a thief forges:
+    .tools/bin/signet rotation status --config %[1]s
+  what a rotation of the intermediate would do, and one:
+    .tools/bin/signet rotation plan --config %[1]s intermediate
+    .tools/bin/signet rotation start --config %[1]s intermediate
+  the banned workload, and letting it in again:
+    .tools/bin/signet svid fetch --socket %[2]s
+    .tools/bin/signet identity unban --config %[1]s %[3]s
+  a request from east's frontend to west's backend, and the certificates both saw:
+    curl -si http://127.0.0.1:%[4]d/ | head -12
+
+`, config, r.east.Path("run", r.guest+".sock"), r.guestID, r.east.frontend.out)
 }

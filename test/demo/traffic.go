@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/signet-ca/signet/test/envoy"
+	"github.com/signet-ca/signet/test/lab"
 )
 
 const (
@@ -24,7 +26,7 @@ const (
 	renewals = 3
 	// loadLimit bounds the load: three renewals of a leaf of 10 s take about 15 s.
 	loadLimit = 60 * time.Second
-	// pace is the time between two requests in each direction.
+	// pace is the time between two requests on each way.
 	pace = 10 * time.Millisecond
 	// requestsPerConnection makes a fresh handshake several times a second.
 	requestsPerConnection = 25
@@ -49,34 +51,26 @@ func envoyHash(ctx context.Context) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// startEnvoys starts the four sidecars. Each frontend may only speak to a backend, each backend only to a frontend.
+// startEnvoys starts the four sidecars. Each may only speak to the other end of its way, and lets in nobody else but guests.
 func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 	for _, c := range d.clusters() {
 		workload, err := startWorkload(d.whole, c.Name)
 		if err != nil {
 			return "", err
 		}
-		other := d.west
-		if c == d.west {
-			other = d.east
-		}
-		for _, s := range []struct {
-			*sidecar
-			boot envoy.Sidecar
-		}{
-			{c.frontend, envoy.Sidecar{
-				Node: c.Name + "-frontend", Delta: c == d.west, SDSSocket: c.Path("run", "frontend.sock"),
-				Outbound: &envoy.Outbound{
-					Port: c.frontend.port, Target: fmt.Sprintf("127.0.0.1:%d", other.backend.port),
-					ExpectSPIFFEID: backendID, RequestsPerConnection: requestsPerConnection,
-				},
-			}},
-			{c.backend, envoy.Sidecar{
-				Node: c.Name + "-backend", Delta: c == d.west, SDSSocket: c.agent.Socket,
-				Inbound: &envoy.Inbound{Port: c.backend.port, AllowSPIFFEIDs: []string{frontendID}, Upstream: workload},
-			}},
-		} {
-			yaml, err := s.boot.YAML()
+		for s, socket := range map[*sidecar]string{c.frontend: c.Path("run", "frontend.sock"), c.backend: c.agent.Socket} {
+			boot := envoy.Sidecar{Node: c.Name + "-" + s.role, Delta: c == d.west, SDSSocket: socket}
+			for _, w := range d.ways {
+				if w.from == s {
+					boot.Outbound = &envoy.Outbound{
+						Port: s.out, Target: fmt.Sprintf("127.0.0.1:%d", w.to.in), ExpectSPIFFEID: w.to.id, RequestsPerConnection: w.perConnection,
+					}
+				}
+				if w.to == s {
+					boot.Inbound = &envoy.Inbound{Port: s.in, AllowSPIFFEIDs: append([]string{w.from.id}, d.guests...), Upstream: workload}
+				}
+			}
+			yaml, err := boot.YAML()
 			if err != nil {
 				return "", err
 			}
@@ -113,16 +107,17 @@ func startWorkload(ctx context.Context, name string) (string, error) {
 // sightings is what the requests have shown.
 type sightings struct {
 	mu       sync.Mutex
-	requests map[*cluster]int             // by the cluster they came from
-	failures map[*cluster]int             //
+	requests map[way]int
+	failures map[way]int
+	first    map[way]error                // the first failure
 	bySide   map[*sidecar]map[string]bool // serials seen in handshakes
-	first    map[*cluster]error           // the first failure
+	newest   map[*sidecar]string          // serials on the newest of the fresh connections
 }
 
 func newSightings() *sightings {
 	return &sightings{
-		requests: map[*cluster]int{}, failures: map[*cluster]int{},
-		bySide: map[*sidecar]map[string]bool{}, first: map[*cluster]error{},
+		requests: map[way]int{}, failures: map[way]int{}, first: map[way]error{},
+		bySide: map[*sidecar]map[string]bool{}, newest: map[*sidecar]string{},
 	}
 }
 
@@ -135,14 +130,20 @@ func (s *sightings) saw(side *sidecar, serial string) {
 	s.bySide[side][serial] = true
 }
 
-func (s *sightings) count(from *cluster, err error) {
+func (s *sightings) sawOnFresh(side *sidecar, serial string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.requests[from]++
+	s.newest[side] = serial
+}
+
+func (s *sightings) count(w way, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requests[w]++
 	if err != nil {
-		s.failures[from]++
-		if s.first[from] == nil {
-			s.first[from] = err
+		s.failures[w]++
+		if s.first[w] == nil {
+			s.first[w] = fmt.Errorf("at %s: %w", time.Now().Format("15:04:05.000"), err)
 		}
 	}
 }
@@ -161,94 +162,115 @@ func (s *sightings) serials(c *cluster) []string {
 	return slices.Concat(slices.Sorted(maps.Keys(s.bySide[c.frontend])), slices.Sorted(maps.Keys(s.bySide[c.backend])))
 }
 
-// load sends requests from each frontend to the other cluster's backend until every sidecar was seen with renewed
-// certificates. No request may fail and no Envoy may restart.
+// load sends requests until every sidecar was seen with renewed certificates. No request may fail and no Envoy may restart.
 func (d *demo) load(ctx context.Context) (string, error) {
-	if err := d.firstAnswers(ctx); err != nil {
+	stop, err := d.startLoad(ctx)
+	if err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(ctx, loadLimit)
-	defer cancel()
-	enough := func() bool {
-		for _, s := range d.sidecars() {
-			if d.seen.renewed(s) < renewals {
-				return false
-			}
-		}
-		return true
+	err = d.untilRenewed(ctx, renewals)
+	stop()
+	if err := errors.Join(d.unharmed(), err); err != nil {
+		return "", err
 	}
-	done := make(chan struct{})
+	return fmt.Sprintf("%d requests, 0 failed; %s", d.requests(), d.renewedSoFar()), nil
+}
+
+// startLoad sends requests on all ways until it is stopped, which waits for those that are under way.
+func (d *demo) startLoad(ctx context.Context) (stop func(), err error) {
+	if err := d.firstAnswers(ctx); err != nil {
+		return nil, err
+	}
+	load, stopLoad := context.WithCancel(d.whole)
 	var wg sync.WaitGroup
-	for _, way := range []struct{ from, to *cluster }{{d.east, d.west}, {d.west, d.east}} {
+	for _, w := range d.ways {
 		wg.Go(func() {
 			tick := time.NewTicker(pace)
 			defer tick.Stop()
 			for {
 				select {
-				case <-done:
-					return
-				case <-ctx.Done():
+				case <-load.Done():
 					return
 				case <-tick.C:
 				}
-				d.seen.count(way.from, d.request(context.WithoutCancel(ctx), way.from, way.to))
+				d.seen.count(w, d.request(context.WithoutCancel(load), w))
 			}
 		})
 	}
+	return func() { stopLoad(); wg.Wait() }, nil
+}
+
+// untilRenewed waits until every sidecar was seen with so many renewed certificates, while nothing fails.
+func (d *demo) untilRenewed(ctx context.Context, times int) error {
+	ctx, cancel := context.WithTimeout(ctx, loadLimit)
+	defer cancel()
+	enough := func() bool {
+		for _, s := range d.sidecars() {
+			if d.seen.renewed(s) < times {
+				return false
+			}
+		}
+		return true
+	}
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
-	for !enough() && ctx.Err() == nil {
+	for !enough() {
 		select {
 		case <-ctx.Done():
+			return fmt.Errorf("not every sidecar was renewed %d times within %s: %s", times, loadLimit, d.renewedSoFar())
 		case <-time.After(100 * time.Millisecond):
 		case <-tick.C:
 			fmt.Printf("          %d requests, %s\n", d.requests(), d.renewedSoFar())
 		}
-	}
-	close(done)
-	wg.Wait()
-	for _, c := range d.clusters() {
-		if n := d.seen.failures[c]; n > 0 {
-			return "", fmt.Errorf("%d of %d requests from %s failed, the first: %w", n, d.seen.requests[c], c.Name, d.seen.first[c])
-		}
-	}
-	for _, s := range d.sidecars() {
-		select {
-		case <-s.envoy.Done():
-			return "", fmt.Errorf("the Envoy of %s has ended", s)
-		default:
-		}
-	}
-	if !enough() {
-		return "", fmt.Errorf("not every sidecar was renewed %d times within %s: %s", renewals, loadLimit, d.renewedSoFar())
-	}
-	return fmt.Sprintf("%d requests, 0 failed; %s", d.requests(), d.renewedSoFar()), nil
-}
-
-// firstAnswers waits until each way is open once; from then on nothing may fail.
-func (d *demo) firstAnswers(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
-	defer cancel()
-	for _, way := range []struct{ from, to *cluster }{{d.east, d.west}, {d.west, d.east}} {
-		for {
-			err := d.request(ctx, way.from, way.to)
-			if err == nil {
-				break
-			}
-			select {
-			case <-ctx.Done():
-				return fmt.Errorf("the first request from %s to %s: %w", way.from.Name, way.to.Name, err)
-			case <-time.After(100 * time.Millisecond):
-			}
+		if err := d.unharmed(); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func (d *demo) requests() int {
+// unharmed reports the first request that failed, or an Envoy that has ended.
+func (d *demo) unharmed() error {
 	d.seen.mu.Lock()
 	defer d.seen.mu.Unlock()
-	return d.seen.requests[d.east] + d.seen.requests[d.west]
+	for _, w := range d.ways {
+		if n := d.seen.failures[w]; n > 0 {
+			return fmt.Errorf("%d of %d requests from %s failed, the first %w", n, d.seen.requests[w], w, d.seen.first[w])
+		}
+	}
+	for _, s := range d.sidecars() {
+		if s.envoy == nil {
+			continue
+		}
+		select {
+		case <-s.envoy.Done():
+			return fmt.Errorf("the Envoy of %s has ended", s)
+		default:
+		}
+	}
+	return nil
+}
+
+// firstAnswers waits until each way is open once; from then on nothing may fail.
+func (d *demo) firstAnswers(ctx context.Context) error {
+	for _, w := range d.ways {
+		if err := lab.Until(ctx, "the first request from "+w.String(), 15*time.Second, func() error { return d.request(ctx, w) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *demo) requests() int { return d.seen.sum(d.seen.requests) }
+func (d *demo) failures() int { return d.seen.sum(d.seen.failures) }
+
+func (s *sightings) sum(counts map[way]int) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range counts {
+		n += c
+	}
+	return n
 }
 
 func (d *demo) renewedSoFar() string {
@@ -259,12 +281,12 @@ func (d *demo) renewedSoFar() string {
 	return "renewals: " + strings.Join(parts, ", ")
 }
 
-// request goes from a frontend, through both Envoys, to the other cluster's backend. The Envoys add to the response which
+// request goes through both Envoys of a way to the other cluster's workload. The Envoys add to the response which
 // certificate each has seen on the other side.
-func (d *demo) request(ctx context.Context, from, to *cluster) error {
+func (d *demo) request(ctx context.Context, w way) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/", from.frontend.port), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/", w.from.out), nil)
 	if err != nil {
 		return err
 	}
@@ -279,10 +301,10 @@ func (d *demo) request(ctx context.Context, from, to *cluster) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("answered %s (%s)", resp.Status, resp.Header.Get("x-envoy-response-flags"))
 	}
-	if got := resp.Header.Get("x-cluster"); got != to.Name {
-		return fmt.Errorf("answered by %q, want %s", got, to.Name)
+	if got := resp.Header.Get("x-cluster"); got != w.to.cluster.Name {
+		return fmt.Errorf("answered by %q, want %s", got, w.to.cluster.Name)
 	}
-	for header, want := range map[string]string{envoy.HeaderClientID: frontendID, envoy.HeaderServerID: backendID} {
+	for header, want := range map[string]string{envoy.HeaderClientID: w.from.id, envoy.HeaderServerID: w.to.id} {
 		if got := resp.Header.Get(header); got != want {
 			return fmt.Errorf("%s is %q, want %s", header, got, want)
 		}
@@ -295,7 +317,11 @@ func (d *demo) request(ctx context.Context, from, to *cluster) error {
 	if err != nil {
 		return err
 	}
-	d.seen.saw(from.frontend, client)
-	d.seen.saw(to.backend, server)
+	for side, serial := range map[*sidecar]string{w.from: client, w.to: server} {
+		d.seen.saw(side, serial)
+		if w.perConnection > 0 {
+			d.seen.sawOnFresh(side, serial)
+		}
+	}
 	return nil
 }

@@ -46,6 +46,21 @@ var reads = map[string]string{
 		.control_ca .instance .log_verifier_key .roots .trust_domain`,
 	"registration list --config east/server.yaml": `.registrations .registrations[].agents .registrations[].name .registrations[].priority
 		.registrations[].selectors .registrations[].spiffe_id .registrations[].ttl`,
+	"ca list --config east/server.yaml": `[].fingerprint [].id [].key [].key_fingerprint [].kind [].not_after [].not_before [].root [].serial [].signing
+		[].since [].state [].subject [].wanted`,
+	"ca show intermediate-1 --config east/server.yaml": `.chain .fingerprint .id .key .key_fingerprint .kind .not_after .not_before .root .serial .signing
+		.since .state .subject .wanted`,
+	"rotation status --config east/server.yaml": `.authorities .authorities[].fingerprint .authorities[].id .authorities[].key
+		.authorities[].key_fingerprint .authorities[].kind .authorities[].not_after .authorities[].not_before .authorities[].root .authorities[].serial
+		.authorities[].signing .authorities[].since .authorities[].state .authorities[].subject .authorities[].wanted .automatic .cluster .clusters
+		.clusters[].cluster .clusters[].reported .clusters[].roots .clusters[].roots[].holding .clusters[].roots[].id .clusters[].roots[].leaves_until
+		.clusters[].roots[].leaving .clusters[].roots[].missing .clusters[].roots[].signing .clusters[].roots[].trusting .clusters[].roots[].validators .next
+		.next[].at .next[].because .next[].kind .next[].ready .next[].to .next[].waits .next[].waits[].code .next[].waits[].for .next[].waits[].forcible
+		.next[].waits[].missing .next[].waits[].until .tainted`,
+	"rotation plan root --config east/server.yaml": `[].at [].authority [].because [].from [].kind [].ready [].to [].waits`,
+	"trust list --config east/server.yaml": `.bundle_digest .bundle_sequence .roots .roots[].fingerprint .roots[].id .roots[].key_fingerprint .roots[].kind
+		.roots[].not_after .roots[].not_before .roots[].serial .roots[].signing .roots[].since .roots[].state .roots[].subject .roots[].wanted`,
+	"identity list --config east/server.yaml":   ``,
 	"join-token list --config east/server.yaml": `[].agent [].created [].expires [].id [].state [].used`,
 	"svid fetch --socket agent.sock": `.chain .chain[].issuer .chain[].key .chain[].kind .chain[].not_after .chain[].not_before .chain[].serial
 		.chain[].sha256 .chain[].spiffe_id .chain[].subject .not_after .not_before .roots .roots[].issuer .roots[].key .roots[].kind .roots[].not_after

@@ -222,6 +222,62 @@ func TestADamagedDatabaseIsRefused(t *testing.T) {
 	s.verify(t)
 }
 
+// Bits that rot inside values, where the database itself has no checksum: whose name, which key, which time, would be changed.
+func TestAValueThatRotsInTheDatabaseIsRefusedAndNamed(t *testing.T) {
+	s := newSite(t)
+	s.serve(t)
+	if err := s.issue(t.Context(), s.member); err != nil {
+		t.Fatal(err)
+	}
+	s.server.Stop()
+	db := s.east.Path("state/signet.db")
+	id := "spiffe://example.org/"
+	for what, c := range map[string]struct {
+		find string
+		at   int // of the byte that changes, from where it is found
+		bit  byte
+		says string
+	}{
+		"an identity":        {id, len(id), 1, "registration"},
+		"a selector":         {"unix:uid:", len("unix:uid:"), 1, "a selector of registration"},
+		"the cluster's name": {"clustereast", len("cluster"), 1, `the fact "cluster"`},
+		"the state of a CA":  {"active", 1, 1, "authority"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			damaged(t, s.east.Path("state"), db, func(data []byte) []byte {
+				// Wherever it stands, so that a copy in a free page, which says nothing, is not all that is hit.
+				hits := 0
+				for i := 0; ; hits++ {
+					next := bytes.Index(data[i:], []byte(c.find))
+					if next < 0 {
+						break
+					}
+					i += next + c.at
+					data[i] ^= c.bit
+				}
+				if hits == 0 {
+					t.Fatalf("no %q in the database", c.find)
+				}
+				return data
+			}, func() {
+				refusal := s.outcome(t, "east-server", s.east.HTTP, "serve", "--config", s.east.Config())
+				if refusal == "" {
+					t.Error("not noticed at the start")
+					s.server.Kill()
+					return
+				}
+				oneSentence(t, what, refusal)
+				if !strings.Contains(refusal, "signet.db") || !strings.Contains(refusal, c.says) {
+					t.Errorf("the refusal names neither file nor %q", c.says)
+				}
+				t.Log(refusal)
+			})
+		})
+	}
+	s.serve(t)
+	s.verify(t)
+}
+
 func TestAnAgentsDamagedFilesAreNamedOrMadeAnew(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

@@ -15,7 +15,7 @@ func (s *site) failed(t *testing.T, call, errno, when string) {
 	}
 	what := call + " gives " + errno + when
 	token := s.token(t, "m2")
-	tr := s.attach(t, call+":error="+errno+when)
+	tr := s.attach(t, call, call+":error="+errno+when)
 	refused := false
 	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end) && !refused; {
 		if err := s.issue(t.Context(), s.member); err != nil {

@@ -103,6 +103,8 @@ type site struct {
 	member *doors.Member
 	server *lab.Process
 	last   *lab.Process // what outcome has started
+	// slowest recovery from a failed call.
+	slowest time.Duration
 }
 
 var sites atomic.Int64

@@ -41,3 +41,23 @@ func TestNothingIsLostByAKillAtSomeCalls(t *testing.T) {
 	t.Logf("kills: %v", kills)
 	s.verify(t)
 }
+
+// A sample of TestAnAgentKilledAtAnyCallOfItsEnrolmentComesBack.
+func TestAnAgentKilledDuringItsEnrolmentComesBack(t *testing.T) {
+	needsStrace(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	chance := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // a test's choices
+	s := newSite(t)
+	s.serve(t)
+	all, kills := s.enrolmentCalls(t), 0
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end) && !t.Failed(); {
+		if s.killedEnrolment(t, all[chance.IntN(len(all))]) {
+			kills++
+		}
+	}
+	if kills == 0 {
+		t.Error("no kill came during the enrolment")
+	}
+	t.Logf("%d kills", kills)
+}

@@ -2,16 +2,11 @@
 
 package faults
 
-import "testing"
-
-// calls are the system calls by which anything gets onto a disk, or a lock is taken.
-var calls = []string{
-	"openat", "open", "write", "pwrite64", "fsync", "fdatasync", "renameat", "linkat", "unlinkat", "unlink", "mkdirat",
-	"ftruncate", "fchmod", "utimensat", "fcntl", "flock",
-}
-
-// most bounds a sweep of one call, should its calls never end.
-const most = 200
+import (
+	"fmt"
+	"testing"
+	"time"
+)
 
 func TestNothingIsLostByAKillAtAnyCall(t *testing.T) {
 	needsStrace(t)
@@ -37,6 +32,36 @@ func TestNothingIsLostByAKillAtAnyCall(t *testing.T) {
 			}
 			t.Logf("%d kills", total)
 			s.verify(t)
+		})
+	}
+}
+
+func TestAnAgentKilledAtAnyCallOfItsEnrolmentComesBack(t *testing.T) {
+	needsStrace(t)
+	for shard := range sweepShards {
+		t.Run(fmt.Sprintf("%dof%d", shard+1, sweepShards), func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			s.serve(t)
+			kills, tried, untried := 0, 0, 0
+			end := time.Now().Add(sweepLimit)
+			for i, at := range s.enrolmentCalls(t) {
+				switch {
+				case i%sweepShards != shard:
+					continue
+				case time.Now().After(end):
+					untried++
+					continue
+				}
+				tried++
+				if s.killedEnrolment(t, at) {
+					kills++
+				}
+			}
+			if untried > 0 || kills < 10 {
+				t.Errorf("%d kills, no time for %d calls", kills, untried)
+			}
+			t.Logf("%d calls tried, %d kills", tried, kills)
 		})
 	}
 }

@@ -22,12 +22,15 @@ var phases = []phase{
 		if s.server != nil {
 			s.server.Kill()
 		}
-		killed := s.startUnder(t, kill(call, n))
+		how, _ := s.startUnder(t, s.program(), call, kill(call, n), nil)
+		if how == ended {
+			t.Errorf("not killed at %s %d of a start, and ended", call, n)
+		}
 		s.serve(t)
 		if err := s.issue(t.Context(), s.member); err != nil {
 			t.Errorf("killed at %s %d of a start, and then: %v", call, n, err)
 		}
-		return killed
+		return how == killed
 	}},
 	{"issuance", func(t *testing.T, s *site, call string, n int) bool {
 		return s.killedDuring(t, call, n, func(ctx context.Context) {
@@ -68,7 +71,7 @@ func (s *site) killedDuring(t *testing.T, call string, n int, do func(context.Co
 	if s.server == nil || !alive(s.server) {
 		s.serve(t)
 	}
-	tr := s.attach(t, kill(call, n))
+	tr := s.attach(t, call, kill(call, n))
 	do(t.Context())
 	died(s.server, 100*time.Millisecond) // calls of its own go on for a while
 	tr.detach()

@@ -33,13 +33,18 @@ type tracer struct {
 	done chan struct{}
 }
 
-func (s *site) trace(t *testing.T, inject string, args ...string) *tracer {
+// trace runs strace over calls, of which inject fails one or kills at it; "" only watches. What the process says goes to its log.
+func (s *site) trace(t *testing.T, name, calls, inject string, args ...string) *tracer {
 	t.Helper()
 	tr := &tracer{out: s.path("strace.out"), done: make(chan struct{})}
-	call, _, _ := strings.Cut(inject, ":")
-	tr.cmd = exec.Command("strace", append([]string{"-f", "-qq", "-o", tr.out, "-e", "trace=" + call, "-e", "signal=none", "-e", "inject=" + inject}, args...)...)
+	// Without --seccomp-bpf, with which strace 6.1 counts wrongly.
+	flags := []string{"-f", "-qq", "-o", tr.out, "-e", "trace=" + calls, "-e", "signal=none"}
+	if inject != "" {
+		flags = append(flags, "-e", "inject="+inject)
+	}
+	tr.cmd = exec.Command("strace", append(flags, args...)...)
 	tr.cmd.Dir = s.Dir
-	log, err := os.OpenFile(s.path("east-server.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(s.path(name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,10 +59,10 @@ func (s *site) trace(t *testing.T, inject string, args ...string) *tracer {
 }
 
 // attach puts a running server under strace; counts of calls begin here, in each thread.
-func (s *site) attach(t *testing.T, inject string) *tracer {
+func (s *site) attach(t *testing.T, calls, inject string) *tracer {
 	t.Helper()
 	pid := s.server.PID()
-	tr := s.trace(t, inject, "-p", fmt.Sprint(pid))
+	tr := s.trace(t, "east-server", calls, inject, "-p", fmt.Sprint(pid))
 	err := lab.Until(t.Context(), "strace attached", 5*time.Second, func() error {
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 		if err != nil {
@@ -85,41 +90,84 @@ func (tr *tracer) detach() int {
 		_ = tr.cmd.Process.Kill()
 		<-tr.done
 	}
+	return tr.injected()
+}
+
+func (tr *tracer) injected() int {
 	text, _ := os.ReadFile(tr.out)
 	return bytes.Count(text, []byte("(INJECTED)"))
 }
 
-// startUnder starts the server under strace and reports whether it was killed before it was ready. It is ended in any case.
-func (s *site) startUnder(t *testing.T, inject string) (killed bool) {
+// most is how often the busiest thread made each call.
+func (tr *tracer) most() map[string]int {
+	text, _ := os.ReadFile(tr.out)
+	by, most := map[string]int{}, map[string]int{}
+	for line := range strings.Lines(string(text)) {
+		thread, rest, _ := strings.Cut(line, " ")
+		call, _, ok := strings.Cut(strings.TrimSpace(rest), "(")
+		if !ok || strings.HasPrefix(call, "<...") {
+			continue
+		}
+		by[thread+call]++
+		most[call] = max(most[call], by[thread+call])
+	}
+	return most
+}
+
+// program is what can be started under strace.
+type program struct {
+	name, http string
+	args       []string
+}
+
+func (s *site) program() program {
+	return program{"east-server", s.east.HTTP, []string{"serve", "--config", s.east.Config()}}
+}
+
+// How a program that was started under strace came out.
+const (
+	ready = iota
+	killed
+	ended // by itself
+)
+
+// startUnder starts a program under strace. What comes up does something more, and is killed then in any case.
+func (s *site) startUnder(t *testing.T, p program, calls, inject string, up func()) (int, *tracer) {
 	t.Helper()
-	// Without --seccomp-bpf, with which strace 6.1 counts wrongly.
-	tr := s.trace(t, inject, signet, "serve", "--config", s.east.Config())
+	tr := s.trace(t, p.name, calls, inject, append([]string{signet}, p.args...)...)
 	children := fmt.Sprintf("/proc/%d/task/%[1]d/children", tr.cmd.Process.Pid)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	ready := make(chan error, 1)
-	go func() { ready <- lab.Ready(ctx, "the server under strace", s.east.HTTP) }()
+	isReady := make(chan error, 1)
+	go func() { isReady <- lab.Ready(ctx, p.name+" under strace", p.http) }()
+	how := func() int {
+		// strace ends by the signal that has ended its child.
+		if status, ok := tr.cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signal() == syscall.SIGKILL {
+			return killed
+		}
+		return ended
+	}
 	select {
 	case <-tr.done:
-		// strace ends by the signal that has ended its child.
-		if status, ok := tr.cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
-			t.Errorf("%s: the server was not killed and ended: %v", inject, tr.cmd.ProcessState)
-		}
-		return true
-	case err := <-ready:
+		return how(), tr
+	case err := <-isReady:
 		if err != nil {
 			t.Errorf("%s: %v", inject, err)
+		} else if up != nil {
+			up()
+		}
+		select {
+		case <-tr.done:
+			return how(), tr
+		default:
 		}
 		list, err := os.ReadFile(children)
-		if err != nil {
-			t.Fatal(err)
+		if err == nil {
+			if pid, err := strconv.Atoi(strings.TrimSpace(string(list))); err == nil {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
 		}
-		pid, err := strconv.Atoi(strings.TrimSpace(string(list)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = syscall.Kill(pid, syscall.SIGKILL)
 		<-tr.done
-		return false
+		return ready, tr
 	}
 }

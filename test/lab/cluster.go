@@ -13,24 +13,29 @@ import (
 )
 
 // MakeRoot makes the offline root in root/.
-func (l *Lab) MakeRoot(ctx context.Context) error {
-	if err := l.Passphrase("root.pass"); err != nil {
-		return err
+func (l *Lab) MakeRoot(ctx context.Context) (err error) {
+	l.RootFingerprint, err = l.MakeRootIn(ctx, "root")
+	return err
+}
+
+// MakeRootIn makes an offline root in a folder, with its passphrase in <dir>.pass, and returns its fingerprint.
+func (l *Lab) MakeRootIn(ctx context.Context, dir string) (fingerprint string, err error) {
+	if err := l.Passphrase(dir + ".pass"); err != nil {
+		return "", err
 	}
-	if _, err := l.Run(ctx, "root", "init", "--trust-domain", TrustDomain, "--dir", "root", "--passphrase-file", "root.pass"); err != nil {
-		return err
+	if _, err := l.Run(ctx, "root", "init", "--trust-domain", TrustDomain, "--dir", dir, "--passphrase-file", dir+".pass"); err != nil {
+		return "", err
 	}
 	var root struct {
 		Fingerprint string `json:"fingerprint"`
 	}
-	if err := l.JSON(ctx, &root, "root", "show", "--dir", "root"); err != nil {
-		return err
+	if err := l.JSON(ctx, &root, "root", "show", "--dir", dir); err != nil {
+		return "", err
 	}
 	if root.Fingerprint == "" {
-		return errors.New("root show gives no fingerprint")
+		return "", errors.New("root show gives no fingerprint")
 	}
-	l.RootFingerprint = root.Fingerprint
-	return nil
+	return root.Fingerprint, nil
 }
 
 // Cluster is one installation: addresses of its server's doors, and its folder.
@@ -56,9 +61,12 @@ func (l *Lab) Cluster(name, extra string) (*Cluster, error) {
 	}
 	addr := func(i int) string { return fmt.Sprintf("127.0.0.1:%d", ports[i]) }
 	c := &Cluster{Lab: l, Name: name, Enrol: addr(0), Agents: addr(1), HTTP: addr(2)}
-	return c, errors.Join(
-		os.MkdirAll(c.Path("run"), 0o700),
-		l.Write(name+"/server.yaml", fmt.Sprintf(`trust_domain: %s
+	return c, errors.Join(os.MkdirAll(c.Path("run"), 0o700), c.Configure(extra))
+}
+
+// Configure writes the server's configuration anew, with something else appended to it.
+func (c *Cluster) Configure(extra string) error {
+	return c.Lab.Write(c.Name+"/server.yaml", fmt.Sprintf(`trust_domain: %s
 cluster: %s
 state_dir: ./state
 keystore:
@@ -67,7 +75,7 @@ listen:
   enrol: %s
   agents: %s
   http: %s
-%s`, TrustDomain, name, c.Enrol, c.Agents, c.HTTP, extra)))
+%s`, TrustDomain, c.Name, c.Enrol, c.Agents, c.HTTP, extra))
 }
 
 // Path is a path in the cluster's folder.
@@ -147,10 +155,12 @@ func (c *Cluster) Member(ctx context.Context, agent string) (*doors.Member, erro
 type Agent struct {
 	*Process
 	Token, HTTP, Socket string
+	cluster             *Cluster
+	name                string
 }
 
-// StartAgent enrols and starts an agent; sockets are the names of dedicated ones, at run/<name>.sock.
-func (c *Cluster) StartAgent(ctx context.Context, name string, sockets ...string) (*Agent, error) {
+// NewAgent makes the token and the configuration of an agent; sockets are the names of dedicated ones, at run/<name>.sock.
+func (c *Cluster) NewAgent(ctx context.Context, name string, sockets ...string) (*Agent, error) {
 	ports, err := FreePorts(1)
 	if err != nil {
 		return nil, err
@@ -159,7 +169,7 @@ func (c *Cluster) StartAgent(ctx context.Context, name string, sockets ...string
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{Token: token, HTTP: fmt.Sprintf("127.0.0.1:%d", ports[0]), Socket: c.Path("run", name+".sock")}
+	a := &Agent{Token: token, HTTP: fmt.Sprintf("127.0.0.1:%d", ports[0]), Socket: c.Path("run", name+".sock"), cluster: c, name: name}
 	conf := fmt.Sprintf("state_dir: ./%[1]s\njoin_token_file: ./%[1]s.token\nsocket: ./run/%[1]s.sock\nhttp: %[2]s\n", name, a.HTTP)
 	for i, s := range sockets {
 		if i == 0 {
@@ -167,13 +177,28 @@ func (c *Cluster) StartAgent(ctx context.Context, name string, sockets ...string
 		}
 		conf += fmt.Sprintf("  - { name: %[1]s, path: ./run/%[1]s.sock }\n", s)
 	}
-	if err := errors.Join(c.Lab.Write(c.Name+"/"+name+".token", token+"\n"), c.Lab.Write(c.Name+"/"+name+".yaml", conf)); err != nil {
+	return a, errors.Join(c.Lab.Write(c.Name+"/"+name+".token", token+"\n"), c.Lab.Write(c.Name+"/"+name+".yaml", conf))
+}
+
+// Config is the path of the agent's configuration.
+func (a *Agent) Config() string { return a.cluster.Path(a.name + ".yaml") }
+
+// Start starts the agent, once more if it has ended, and waits until it is ready.
+func (a *Agent) Start(ctx context.Context) error {
+	var err error
+	if a.Process, err = a.cluster.Lab.Start(a.cluster.Name+"-"+a.name, "agent", "--config", a.Config()); err != nil {
+		return err
+	}
+	return Ready(ctx, a.cluster.Name+"'s agent "+a.name, a.HTTP)
+}
+
+// StartAgent enrols and starts an agent, see NewAgent.
+func (c *Cluster) StartAgent(ctx context.Context, name string, sockets ...string) (*Agent, error) {
+	a, err := c.NewAgent(ctx, name, sockets...)
+	if err != nil {
 		return nil, err
 	}
-	if a.Process, err = c.Lab.Start(c.Name+"-"+name, "agent", "--config", c.Path(name+".yaml")); err != nil {
-		return nil, err
-	}
-	return a, Ready(ctx, c.Name+"'s agent "+name, a.HTTP)
+	return a, a.Start(ctx)
 }
 
 // CheckpointLag bounds how long a new entry waits for a checkpoint that covers it.

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -249,11 +250,15 @@ func Ready(ctx context.Context, who, addr string) error {
 	})
 }
 
-// FreePorts asks the kernel for ports that nobody listens on.
+// FreePorts finds ports that nobody listens on, below those that the kernel gives to outgoing connections: one of these might
+// take them before they are used.
 func FreePorts(n int) ([]int, error) {
 	var ports []int
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	for tries := 0; len(ports) < n; tries++ {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+mathrand.IntN(20_000))) //nolint:gosec // no secret
+		if err != nil && tries < 1000 {
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -520,8 +520,10 @@ type SyncRequest struct {
 	BundleAcks []*BundleAck `protobuf:"bytes,1,rep,name=bundle_acks,json=bundleAcks,proto3" json:"bundle_acks,omitempty"`
 	// The newest checkpoint the agent has verified; answered by a Checkpoint that is consistent with it.
 	CheckpointSeen *CheckpointSeen `protobuf:"bytes,2,opt,name=checkpoint_seen,json=checkpointSeen,proto3" json:"checkpoint_seen,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Which issuers' leaves this agent holds; replaces what was said before.
+	IssuersHeld   *IssuersHeld `protobuf:"bytes,3,opt,name=issuers_held,json=issuersHeld,proto3" json:"issuers_held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncRequest) Reset() {
@@ -568,18 +570,72 @@ func (x *SyncRequest) GetCheckpointSeen() *CheckpointSeen {
 	return nil
 }
 
+func (x *SyncRequest) GetIssuersHeld() *IssuersHeld {
+	if x != nil {
+		return x.IssuersHeld
+	}
+	return nil
+}
+
+type IssuersHeld struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Authority key identifiers, each once.
+	KeyIds        [][]byte `protobuf:"bytes,1,rep,name=key_ids,json=keyIds,proto3" json:"key_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuersHeld) Reset() {
+	*x = IssuersHeld{}
+	mi := &file_api_signet_v1_agents_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuersHeld) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuersHeld) ProtoMessage() {}
+
+func (x *IssuersHeld) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_v1_agents_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuersHeld.ProtoReflect.Descriptor instead.
+func (*IssuersHeld) Descriptor() ([]byte, []int) {
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *IssuersHeld) GetKeyIds() [][]byte {
+	if x != nil {
+		return x.KeyIds
+	}
+	return nil
+}
+
 type BundleAck struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	// SHA-256, see Bundle.
-	Digest        []byte `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	Digest []byte `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	// Of that bundle: a root that was removed and came again gives an old digest once more.
+	Sequence      uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BundleAck) Reset() {
 	*x = BundleAck{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[9]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -591,7 +647,7 @@ func (x *BundleAck) String() string {
 func (*BundleAck) ProtoMessage() {}
 
 func (x *BundleAck) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[9]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -604,7 +660,7 @@ func (x *BundleAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleAck.ProtoReflect.Descriptor instead.
 func (*BundleAck) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{9}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *BundleAck) GetTrustDomain() string {
@@ -621,6 +677,13 @@ func (x *BundleAck) GetDigest() []byte {
 	return nil
 }
 
+func (x *BundleAck) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
 type CheckpointSeen struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Size          uint64                 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
@@ -631,7 +694,7 @@ type CheckpointSeen struct {
 
 func (x *CheckpointSeen) Reset() {
 	*x = CheckpointSeen{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[10]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +706,7 @@ func (x *CheckpointSeen) String() string {
 func (*CheckpointSeen) ProtoMessage() {}
 
 func (x *CheckpointSeen) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[10]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +719,7 @@ func (x *CheckpointSeen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointSeen.ProtoReflect.Descriptor instead.
 func (*CheckpointSeen) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{10}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CheckpointSeen) GetSize() uint64 {
@@ -680,6 +743,7 @@ type SyncResponse struct {
 	//	*SyncResponse_Bundle
 	//	*SyncResponse_Registrations
 	//	*SyncResponse_Checkpoint
+	//	*SyncResponse_Reissue
 	Update        isSyncResponse_Update `protobuf_oneof:"update"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -687,7 +751,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[11]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +763,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[11]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +776,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{11}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SyncResponse) GetUpdate() isSyncResponse_Update {
@@ -749,6 +813,15 @@ func (x *SyncResponse) GetCheckpoint() *Checkpoint {
 	return nil
 }
 
+func (x *SyncResponse) GetReissue() *Reissue {
+	if x != nil {
+		if x, ok := x.Update.(*SyncResponse_Reissue); ok {
+			return x.Reissue
+		}
+	}
+	return nil
+}
+
 type isSyncResponse_Update interface {
 	isSyncResponse_Update()
 }
@@ -765,11 +838,72 @@ type SyncResponse_Checkpoint struct {
 	Checkpoint *Checkpoint `protobuf:"bytes,3,opt,name=checkpoint,proto3,oneof"`
 }
 
+type SyncResponse_Reissue struct {
+	Reissue *Reissue `protobuf:"bytes,4,opt,name=reissue,proto3,oneof"`
+}
+
 func (*SyncResponse_Bundle) isSyncResponse_Update() {}
 
 func (*SyncResponse_Registrations) isSyncResponse_Update() {}
 
 func (*SyncResponse_Checkpoint) isSyncResponse_Update() {}
+
+func (*SyncResponse_Reissue) isSyncResponse_Update() {}
+
+// Leaves of these issuers are to be replaced ahead of time, because a key was lost. Replaces what was said before.
+type Reissue struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Authority key identifiers.
+	IssuerKeyIds [][]byte `protobuf:"bytes,1,rep,name=issuer_key_ids,json=issuerKeyIds,proto3" json:"issuer_key_ids,omitempty"`
+	// Each leaf at its own moment in this window from receipt on, so that the server can bear it.
+	WindowMs      int64 `protobuf:"varint,2,opt,name=window_ms,json=windowMs,proto3" json:"window_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reissue) Reset() {
+	*x = Reissue{}
+	mi := &file_api_signet_v1_agents_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reissue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reissue) ProtoMessage() {}
+
+func (x *Reissue) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_v1_agents_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reissue.ProtoReflect.Descriptor instead.
+func (*Reissue) Descriptor() ([]byte, []int) {
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Reissue) GetIssuerKeyIds() [][]byte {
+	if x != nil {
+		return x.IssuerKeyIds
+	}
+	return nil
+}
+
+func (x *Reissue) GetWindowMs() int64 {
+	if x != nil {
+		return x.WindowMs
+	}
+	return 0
+}
 
 // What a trust domain believes.
 type Bundle struct {
@@ -785,7 +919,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[12]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -797,7 +931,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[12]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -810,7 +944,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{12}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -845,7 +979,7 @@ type RegistrationSet struct {
 
 func (x *RegistrationSet) Reset() {
 	*x = RegistrationSet{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[13]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +991,7 @@ func (x *RegistrationSet) String() string {
 func (*RegistrationSet) ProtoMessage() {}
 
 func (x *RegistrationSet) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[13]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1004,7 @@ func (x *RegistrationSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistrationSet.ProtoReflect.Descriptor instead.
 func (*RegistrationSet) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{13}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RegistrationSet) GetRevision() uint64 {
@@ -904,7 +1038,7 @@ type Registration struct {
 
 func (x *Registration) Reset() {
 	*x = Registration{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[14]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1050,7 @@ func (x *Registration) String() string {
 func (*Registration) ProtoMessage() {}
 
 func (x *Registration) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[14]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1063,7 @@ func (x *Registration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Registration.ProtoReflect.Descriptor instead.
 func (*Registration) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{14}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Registration) GetName() string {
@@ -988,7 +1122,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_api_signet_v1_agents_proto_msgTypes[15]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1000,7 +1134,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_v1_agents_proto_msgTypes[15]
+	mi := &file_api_signet_v1_agents_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1013,7 +1147,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{15}
+	return file_api_signet_v1_agents_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Checkpoint) GetNote() []byte {
@@ -1069,24 +1203,32 @@ const file_api_signet_v1_agents_proto_rawDesc = "" +
 	"\fRenewRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"<\n" +
 	"\rRenewResponse\x12+\n" +
-	"\x11certificate_chain\x18\x01 \x03(\fR\x10certificateChain\"\x88\x01\n" +
+	"\x11certificate_chain\x18\x01 \x03(\fR\x10certificateChain\"\xc3\x01\n" +
 	"\vSyncRequest\x125\n" +
 	"\vbundle_acks\x18\x01 \x03(\v2\x14.signet.v1.BundleAckR\n" +
 	"bundleAcks\x12B\n" +
-	"\x0fcheckpoint_seen\x18\x02 \x01(\v2\x19.signet.v1.CheckpointSeenR\x0echeckpointSeen\"F\n" +
+	"\x0fcheckpoint_seen\x18\x02 \x01(\v2\x19.signet.v1.CheckpointSeenR\x0echeckpointSeen\x129\n" +
+	"\fissuers_held\x18\x03 \x01(\v2\x16.signet.v1.IssuersHeldR\vissuersHeld\"&\n" +
+	"\vIssuersHeld\x12\x17\n" +
+	"\akey_ids\x18\x01 \x03(\fR\x06keyIds\"b\n" +
 	"\tBundleAck\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\fR\x06digest\"A\n" +
+	"\x06digest\x18\x02 \x01(\fR\x06digest\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\"A\n" +
 	"\x0eCheckpointSeen\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x04R\x04size\x12\x1b\n" +
-	"\troot_hash\x18\x02 \x01(\fR\brootHash\"\xc2\x01\n" +
+	"\troot_hash\x18\x02 \x01(\fR\brootHash\"\xf2\x01\n" +
 	"\fSyncResponse\x12+\n" +
 	"\x06bundle\x18\x01 \x01(\v2\x11.signet.v1.BundleH\x00R\x06bundle\x12B\n" +
 	"\rregistrations\x18\x02 \x01(\v2\x1a.signet.v1.RegistrationSetH\x00R\rregistrations\x127\n" +
 	"\n" +
 	"checkpoint\x18\x03 \x01(\v2\x15.signet.v1.CheckpointH\x00R\n" +
-	"checkpointB\b\n" +
-	"\x06update\"]\n" +
+	"checkpoint\x12.\n" +
+	"\areissue\x18\x04 \x01(\v2\x12.signet.v1.ReissueH\x00R\areissueB\b\n" +
+	"\x06update\"L\n" +
+	"\aReissue\x12$\n" +
+	"\x0eissuer_key_ids\x18\x01 \x03(\fR\fissuerKeyIds\x12\x1b\n" +
+	"\twindow_ms\x18\x02 \x01(\x03R\bwindowMs\"]\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x14\n" +
@@ -1125,7 +1267,7 @@ func file_api_signet_v1_agents_proto_rawDescGZIP() []byte {
 }
 
 var file_api_signet_v1_agents_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_api_signet_v1_agents_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_api_signet_v1_agents_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_api_signet_v1_agents_proto_goTypes = []any{
 	(Refusal_Reason)(0),       // 0: signet.v1.Refusal.Reason
 	(*IssueRequest)(nil),      // 1: signet.v1.IssueRequest
@@ -1137,13 +1279,15 @@ var file_api_signet_v1_agents_proto_goTypes = []any{
 	(*RenewRequest)(nil),      // 7: signet.v1.RenewRequest
 	(*RenewResponse)(nil),     // 8: signet.v1.RenewResponse
 	(*SyncRequest)(nil),       // 9: signet.v1.SyncRequest
-	(*BundleAck)(nil),         // 10: signet.v1.BundleAck
-	(*CheckpointSeen)(nil),    // 11: signet.v1.CheckpointSeen
-	(*SyncResponse)(nil),      // 12: signet.v1.SyncResponse
-	(*Bundle)(nil),            // 13: signet.v1.Bundle
-	(*RegistrationSet)(nil),   // 14: signet.v1.RegistrationSet
-	(*Registration)(nil),      // 15: signet.v1.Registration
-	(*Checkpoint)(nil),        // 16: signet.v1.Checkpoint
+	(*IssuersHeld)(nil),       // 10: signet.v1.IssuersHeld
+	(*BundleAck)(nil),         // 11: signet.v1.BundleAck
+	(*CheckpointSeen)(nil),    // 12: signet.v1.CheckpointSeen
+	(*SyncResponse)(nil),      // 13: signet.v1.SyncResponse
+	(*Reissue)(nil),           // 14: signet.v1.Reissue
+	(*Bundle)(nil),            // 15: signet.v1.Bundle
+	(*RegistrationSet)(nil),   // 16: signet.v1.RegistrationSet
+	(*Registration)(nil),      // 17: signet.v1.Registration
+	(*Checkpoint)(nil),        // 18: signet.v1.Checkpoint
 }
 var file_api_signet_v1_agents_proto_depIdxs = []int32{
 	2,  // 0: signet.v1.IssueRequest.items:type_name -> signet.v1.IssueItem
@@ -1151,23 +1295,25 @@ var file_api_signet_v1_agents_proto_depIdxs = []int32{
 	5,  // 2: signet.v1.IssueResult.certificate:type_name -> signet.v1.IssuedCertificate
 	6,  // 3: signet.v1.IssueResult.refusal:type_name -> signet.v1.Refusal
 	0,  // 4: signet.v1.Refusal.reason:type_name -> signet.v1.Refusal.Reason
-	10, // 5: signet.v1.SyncRequest.bundle_acks:type_name -> signet.v1.BundleAck
-	11, // 6: signet.v1.SyncRequest.checkpoint_seen:type_name -> signet.v1.CheckpointSeen
-	13, // 7: signet.v1.SyncResponse.bundle:type_name -> signet.v1.Bundle
-	14, // 8: signet.v1.SyncResponse.registrations:type_name -> signet.v1.RegistrationSet
-	16, // 9: signet.v1.SyncResponse.checkpoint:type_name -> signet.v1.Checkpoint
-	15, // 10: signet.v1.RegistrationSet.registrations:type_name -> signet.v1.Registration
-	1,  // 11: signet.v1.Agents.Issue:input_type -> signet.v1.IssueRequest
-	7,  // 12: signet.v1.Agents.Renew:input_type -> signet.v1.RenewRequest
-	9,  // 13: signet.v1.Agents.Sync:input_type -> signet.v1.SyncRequest
-	3,  // 14: signet.v1.Agents.Issue:output_type -> signet.v1.IssueResponse
-	8,  // 15: signet.v1.Agents.Renew:output_type -> signet.v1.RenewResponse
-	12, // 16: signet.v1.Agents.Sync:output_type -> signet.v1.SyncResponse
-	14, // [14:17] is the sub-list for method output_type
-	11, // [11:14] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	11, // 5: signet.v1.SyncRequest.bundle_acks:type_name -> signet.v1.BundleAck
+	12, // 6: signet.v1.SyncRequest.checkpoint_seen:type_name -> signet.v1.CheckpointSeen
+	10, // 7: signet.v1.SyncRequest.issuers_held:type_name -> signet.v1.IssuersHeld
+	15, // 8: signet.v1.SyncResponse.bundle:type_name -> signet.v1.Bundle
+	16, // 9: signet.v1.SyncResponse.registrations:type_name -> signet.v1.RegistrationSet
+	18, // 10: signet.v1.SyncResponse.checkpoint:type_name -> signet.v1.Checkpoint
+	14, // 11: signet.v1.SyncResponse.reissue:type_name -> signet.v1.Reissue
+	17, // 12: signet.v1.RegistrationSet.registrations:type_name -> signet.v1.Registration
+	1,  // 13: signet.v1.Agents.Issue:input_type -> signet.v1.IssueRequest
+	7,  // 14: signet.v1.Agents.Renew:input_type -> signet.v1.RenewRequest
+	9,  // 15: signet.v1.Agents.Sync:input_type -> signet.v1.SyncRequest
+	3,  // 16: signet.v1.Agents.Issue:output_type -> signet.v1.IssueResponse
+	8,  // 17: signet.v1.Agents.Renew:output_type -> signet.v1.RenewResponse
+	13, // 18: signet.v1.Agents.Sync:output_type -> signet.v1.SyncResponse
+	16, // [16:19] is the sub-list for method output_type
+	13, // [13:16] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_v1_agents_proto_init() }
@@ -1179,10 +1325,11 @@ func file_api_signet_v1_agents_proto_init() {
 		(*IssueResult_Certificate)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
-	file_api_signet_v1_agents_proto_msgTypes[11].OneofWrappers = []any{
+	file_api_signet_v1_agents_proto_msgTypes[12].OneofWrappers = []any{
 		(*SyncResponse_Bundle)(nil),
 		(*SyncResponse_Registrations)(nil),
 		(*SyncResponse_Checkpoint)(nil),
+		(*SyncResponse_Reissue)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1190,7 +1337,7 @@ func file_api_signet_v1_agents_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_v1_agents_proto_rawDesc), len(file_api_signet_v1_agents_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

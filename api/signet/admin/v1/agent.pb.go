@@ -235,7 +235,9 @@ type AgentBundleStatus struct {
 	Digest   string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
 	Roots    uint32                 `protobuf:"varint,3,opt,name=roots,proto3" json:"roots,omitempty"`
 	// End of the root that ends first.
-	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	NotAfter *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// It is in use but could not be written to disk yet: the server is told of the one before.
+	Unstored      bool `protobuf:"varint,5,opt,name=unstored,proto3" json:"unstored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -298,13 +300,23 @@ func (x *AgentBundleStatus) GetNotAfter() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *AgentBundleStatus) GetUnstored() bool {
+	if x != nil {
+		return x.Unstored
+	}
+	return false
+}
+
 type AgentWitnessStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Of the newest checkpoint of the audit log that this agent has seen.
 	Size     uint64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
 	RootHash []byte `protobuf:"bytes,2,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"`
-	// The log has contradicted what was seen, since the agent's start.
-	Contradicted  bool `protobuf:"varint,3,opt,name=contradicted,proto3" json:"contradicted,omitempty"`
+	// The log has contradicted what was seen, since the agent's start or before, as evidence_file shows.
+	Contradicted bool `protobuf:"varint,3,opt,name=contradicted,proto3" json:"contradicted,omitempty"`
+	// The file with the evidence, and what is in it: both signed checkpoints. Unset without a contradiction.
+	EvidenceFile  string `protobuf:"bytes,4,opt,name=evidence_file,json=evidenceFile,proto3" json:"evidence_file,omitempty"`
+	Evidence      string `protobuf:"bytes,5,opt,name=evidence,proto3" json:"evidence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -360,6 +372,20 @@ func (x *AgentWitnessStatus) GetContradicted() bool {
 	return false
 }
 
+func (x *AgentWitnessStatus) GetEvidenceFile() string {
+	if x != nil {
+		return x.EvidenceFile
+	}
+	return ""
+}
+
+func (x *AgentWitnessStatus) GetEvidence() string {
+	if x != nil {
+		return x.Evidence
+	}
+	return ""
+}
+
 // AgentIdentityStatus is one registration that somebody wants or has wanted. Nothing in it is secret.
 type AgentIdentityStatus struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
@@ -373,8 +399,12 @@ type AgentIdentityStatus struct {
 	NotAfter  *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	RenewAt   *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=renew_at,json=renewAt,proto3" json:"renew_at,omitempty"`
 	// Tries in a row that have failed, and why the last one did.
-	FailedTries   uint32 `protobuf:"varint,8,opt,name=failed_tries,json=failedTries,proto3" json:"failed_tries,omitempty"`
-	LastError     string `protobuf:"bytes,9,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	FailedTries uint32 `protobuf:"varint,8,opt,name=failed_tries,json=failedTries,proto3" json:"failed_tries,omitempty"`
+	LastError   string `protobuf:"bytes,9,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	// Authority key identifier of the certificate.
+	IssuerKeyId []byte `protobuf:"bytes,10,opt,name=issuer_key_id,json=issuerKeyId,proto3" json:"issuer_key_id,omitempty"`
+	// When it is replaced ahead of time because the server wants its issuer replaced; unset = it does not.
+	ReissueAt     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=reissue_at,json=reissueAt,proto3" json:"reissue_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -470,6 +500,20 @@ func (x *AgentIdentityStatus) GetLastError() string {
 		return x.LastError
 	}
 	return ""
+}
+
+func (x *AgentIdentityStatus) GetIssuerKeyId() []byte {
+	if x != nil {
+		return x.IssuerKeyId
+	}
+	return nil
+}
+
+func (x *AgentIdentityStatus) GetReissueAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReissueAt
+	}
+	return nil
 }
 
 type AgentStreamStatus struct {
@@ -1013,16 +1057,19 @@ const file_api_signet_admin_v1_agent_proto_rawDesc = "" +
 	"agent_door\x18\x01 \x01(\tR\tagentDoor\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12=\n" +
 	"\flast_contact\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vlastContact\x12F\n" +
-	"\x11control_not_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0fcontrolNotAfter\"\x96\x01\n" +
+	"\x11control_not_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0fcontrolNotAfter\"\xb2\x01\n" +
 	"\x11AgentBundleStatus\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x14\n" +
 	"\x05roots\x18\x03 \x01(\rR\x05roots\x127\n" +
-	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"i\n" +
+	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1a\n" +
+	"\bunstored\x18\x05 \x01(\bR\bunstored\"\xaa\x01\n" +
 	"\x12AgentWitnessStatus\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x04R\x04size\x12\x1b\n" +
 	"\troot_hash\x18\x02 \x01(\fR\brootHash\x12\"\n" +
-	"\fcontradicted\x18\x03 \x01(\bR\fcontradicted\"\xf3\x02\n" +
+	"\fcontradicted\x18\x03 \x01(\bR\fcontradicted\x12#\n" +
+	"\revidence_file\x18\x04 \x01(\tR\fevidenceFile\x12\x1a\n" +
+	"\bevidence\x18\x05 \x01(\tR\bevidence\"\xd2\x03\n" +
 	"\x13AgentIdentityStatus\x12\"\n" +
 	"\fregistration\x18\x01 \x01(\tR\fregistration\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x16\n" +
@@ -1034,7 +1081,11 @@ const file_api_signet_admin_v1_agent_proto_rawDesc = "" +
 	"\brenew_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\arenewAt\x12!\n" +
 	"\ffailed_tries\x18\b \x01(\rR\vfailedTries\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\t \x01(\tR\tlastError\"\xd9\x01\n" +
+	"last_error\x18\t \x01(\tR\tlastError\x12\"\n" +
+	"\rissuer_key_id\x18\n" +
+	" \x01(\fR\vissuerKeyId\x129\n" +
+	"\n" +
+	"reissue_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\treissueAt\"\xd9\x01\n" +
 	"\x11AgentStreamStatus\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x12\n" +
 	"\x04peer\x18\x02 \x01(\tR\x04peer\x12\x1a\n" +
@@ -1120,20 +1171,21 @@ var file_api_signet_admin_v1_agent_proto_depIdxs = []int32{
 	12, // 8: signet.admin.v1.AgentIdentityStatus.not_before:type_name -> google.protobuf.Timestamp
 	12, // 9: signet.admin.v1.AgentIdentityStatus.not_after:type_name -> google.protobuf.Timestamp
 	12, // 10: signet.admin.v1.AgentIdentityStatus.renew_at:type_name -> google.protobuf.Timestamp
-	12, // 11: signet.admin.v1.AgentStreamStatus.since:type_name -> google.protobuf.Timestamp
-	7,  // 12: signet.admin.v1.AgentStreamStatus.names:type_name -> signet.admin.v1.AgentNameStatus
-	10, // 13: signet.admin.v1.WhyResponse.registrations:type_name -> signet.admin.v1.WhyRegistration
-	11, // 14: signet.admin.v1.WhyRegistration.callers:type_name -> signet.admin.v1.WhyCaller
-	12, // 15: signet.admin.v1.WhyCaller.refused:type_name -> google.protobuf.Timestamp
-	0,  // 16: signet.admin.v1.AgentAdmin.Status:input_type -> signet.admin.v1.AgentStatusRequest
-	8,  // 17: signet.admin.v1.AgentAdmin.Why:input_type -> signet.admin.v1.WhyRequest
-	1,  // 18: signet.admin.v1.AgentAdmin.Status:output_type -> signet.admin.v1.AgentStatusResponse
-	9,  // 19: signet.admin.v1.AgentAdmin.Why:output_type -> signet.admin.v1.WhyResponse
-	18, // [18:20] is the sub-list for method output_type
-	16, // [16:18] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	12, // 11: signet.admin.v1.AgentIdentityStatus.reissue_at:type_name -> google.protobuf.Timestamp
+	12, // 12: signet.admin.v1.AgentStreamStatus.since:type_name -> google.protobuf.Timestamp
+	7,  // 13: signet.admin.v1.AgentStreamStatus.names:type_name -> signet.admin.v1.AgentNameStatus
+	10, // 14: signet.admin.v1.WhyResponse.registrations:type_name -> signet.admin.v1.WhyRegistration
+	11, // 15: signet.admin.v1.WhyRegistration.callers:type_name -> signet.admin.v1.WhyCaller
+	12, // 16: signet.admin.v1.WhyCaller.refused:type_name -> google.protobuf.Timestamp
+	0,  // 17: signet.admin.v1.AgentAdmin.Status:input_type -> signet.admin.v1.AgentStatusRequest
+	8,  // 18: signet.admin.v1.AgentAdmin.Why:input_type -> signet.admin.v1.WhyRequest
+	1,  // 19: signet.admin.v1.AgentAdmin.Status:output_type -> signet.admin.v1.AgentStatusResponse
+	9,  // 20: signet.admin.v1.AgentAdmin.Why:output_type -> signet.admin.v1.WhyResponse
+	19, // [19:21] is the sub-list for method output_type
+	17, // [17:19] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_agent_proto_init() }

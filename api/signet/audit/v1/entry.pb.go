@@ -39,6 +39,9 @@ type Entry struct {
 	//	*Entry_AgentEnrolled
 	//	*Entry_AgentBanned
 	//	*Entry_AgentUnbanned
+	//	*Entry_AuthorityChanged
+	//	*Entry_IdentityBanned
+	//	*Entry_IdentityUnbanned
 	Event         isEntry_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -178,6 +181,33 @@ func (x *Entry) GetAgentUnbanned() *AgentUnbanned {
 	return nil
 }
 
+func (x *Entry) GetAuthorityChanged() *AuthorityChanged {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_AuthorityChanged); ok {
+			return x.AuthorityChanged
+		}
+	}
+	return nil
+}
+
+func (x *Entry) GetIdentityBanned() *IdentityBanned {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_IdentityBanned); ok {
+			return x.IdentityBanned
+		}
+	}
+	return nil
+}
+
+func (x *Entry) GetIdentityUnbanned() *IdentityUnbanned {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_IdentityUnbanned); ok {
+			return x.IdentityUnbanned
+		}
+	}
+	return nil
+}
+
 type isEntry_Event interface {
 	isEntry_Event()
 }
@@ -225,6 +255,18 @@ type Entry_AgentUnbanned struct {
 	AgentUnbanned *AgentUnbanned `protobuf:"bytes,11,opt,name=agent_unbanned,json=agentUnbanned,proto3,oneof"`
 }
 
+type Entry_AuthorityChanged struct {
+	AuthorityChanged *AuthorityChanged `protobuf:"bytes,12,opt,name=authority_changed,json=authorityChanged,proto3,oneof"`
+}
+
+type Entry_IdentityBanned struct {
+	IdentityBanned *IdentityBanned `protobuf:"bytes,13,opt,name=identity_banned,json=identityBanned,proto3,oneof"`
+}
+
+type Entry_IdentityUnbanned struct {
+	IdentityUnbanned *IdentityUnbanned `protobuf:"bytes,14,opt,name=identity_unbanned,json=identityUnbanned,proto3,oneof"`
+}
+
 func (*Entry_CertificateIssued) isEntry_Event() {}
 
 func (*Entry_AuthorityCreated) isEntry_Event() {}
@@ -244,6 +286,12 @@ func (*Entry_AgentEnrolled) isEntry_Event() {}
 func (*Entry_AgentBanned) isEntry_Event() {}
 
 func (*Entry_AgentUnbanned) isEntry_Event() {}
+
+func (*Entry_AuthorityChanged) isEntry_Event() {}
+
+func (*Entry_IdentityBanned) isEntry_Event() {}
+
+func (*Entry_IdentityUnbanned) isEntry_Event() {}
 
 // On whose word something happened.
 type Evidence struct {
@@ -932,11 +980,238 @@ func (x *AgentUnbanned) GetEvidence() *Evidence {
 	return nil
 }
 
+// A CA of the mesh moves in its life, or a person has decided about it. Written before it takes effect.
+type AuthorityChanged struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Authority string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	// "root", "intermediate".
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// prepared, published, active, retired, removed; from is empty for a new one; equal where only a decision was taken.
+	From string `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"`
+	To   string `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`
+	// start, advance, abort, taint, add, remove, install, or schedule for what came by itself.
+	Verb   string `protobuf:"bytes,5,opt,name=verb,proto3" json:"verb,omitempty"`
+	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	// What was overridden by force, sentences; empty where nothing was.
+	Forced []string `protobuf:"bytes,7,rep,name=forced,proto3" json:"forced,omitempty"`
+	// Counts the changes of the authorities: entries with the same revision are one change.
+	Revision      uint64    `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
+	Evidence      *Evidence `protobuf:"bytes,9,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityChanged) Reset() {
+	*x = AuthorityChanged{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityChanged) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityChanged) ProtoMessage() {}
+
+func (x *AuthorityChanged) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityChanged.ProtoReflect.Descriptor instead.
+func (*AuthorityChanged) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *AuthorityChanged) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *AuthorityChanged) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AuthorityChanged) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *AuthorityChanged) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *AuthorityChanged) GetVerb() string {
+	if x != nil {
+		return x.Verb
+	}
+	return ""
+}
+
+func (x *AuthorityChanged) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *AuthorityChanged) GetForced() []string {
+	if x != nil {
+		return x.Forced
+	}
+	return nil
+}
+
+func (x *AuthorityChanged) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *AuthorityChanged) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+// From here on nobody gets a certificate for this identity.
+type IdentityBanned struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Evidence      *Evidence              `protobuf:"bytes,3,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentityBanned) Reset() {
+	*x = IdentityBanned{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentityBanned) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentityBanned) ProtoMessage() {}
+
+func (x *IdentityBanned) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentityBanned.ProtoReflect.Descriptor instead.
+func (*IdentityBanned) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *IdentityBanned) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IdentityBanned) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *IdentityBanned) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+type IdentityUnbanned struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Evidence      *Evidence              `protobuf:"bytes,2,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IdentityUnbanned) Reset() {
+	*x = IdentityUnbanned{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IdentityUnbanned) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IdentityUnbanned) ProtoMessage() {}
+
+func (x *IdentityUnbanned) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IdentityUnbanned.ProtoReflect.Descriptor instead.
+func (*IdentityUnbanned) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *IdentityUnbanned) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IdentityUnbanned) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
 var File_api_signet_audit_v1_entry_proto protoreflect.FileDescriptor
 
 const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\n" +
-	"\x1fapi/signet/audit/v1/entry.proto\x12\x0fsignet.audit.v1\"\xc3\x06\n" +
+	"\x1fapi/signet/audit/v1/entry.proto\x12\x0fsignet.audit.v1\"\xb3\b\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04time\x18\x01 \x01(\x03R\x04time\x12S\n" +
 	"\x12certificate_issued\x18\x02 \x01(\v2\".signet.audit.v1.CertificateIssuedH\x00R\x11certificateIssued\x12P\n" +
@@ -949,7 +1224,10 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\x0eagent_enrolled\x18\t \x01(\v2\x1e.signet.audit.v1.AgentEnrolledH\x00R\ragentEnrolled\x12A\n" +
 	"\fagent_banned\x18\n" +
 	" \x01(\v2\x1c.signet.audit.v1.AgentBannedH\x00R\vagentBanned\x12G\n" +
-	"\x0eagent_unbanned\x18\v \x01(\v2\x1e.signet.audit.v1.AgentUnbannedH\x00R\ragentUnbannedB\a\n" +
+	"\x0eagent_unbanned\x18\v \x01(\v2\x1e.signet.audit.v1.AgentUnbannedH\x00R\ragentUnbanned\x12P\n" +
+	"\x11authority_changed\x18\f \x01(\v2!.signet.audit.v1.AuthorityChangedH\x00R\x10authorityChanged\x12J\n" +
+	"\x0fidentity_banned\x18\r \x01(\v2\x1f.signet.audit.v1.IdentityBannedH\x00R\x0eidentityBanned\x12P\n" +
+	"\x11identity_unbanned\x18\x0e \x01(\v2!.signet.audit.v1.IdentityUnbannedH\x00R\x10identityUnbannedB\a\n" +
 	"\x05event\"\xdf\x01\n" +
 	"\bEvidence\x12\x16\n" +
 	"\x06caller\x18\x01 \x01(\tR\x06caller\x12\x12\n" +
@@ -997,6 +1275,23 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\\\n" +
 	"\rAgentUnbanned\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x125\n" +
+	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\xff\x01\n" +
+	"\x10AuthorityChanged\x12\x1c\n" +
+	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04from\x18\x03 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x04 \x01(\tR\x02to\x12\x12\n" +
+	"\x04verb\x18\x05 \x01(\tR\x04verb\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06forced\x18\a \x03(\tR\x06forced\x12\x1a\n" +
+	"\brevision\x18\b \x01(\x04R\brevision\x125\n" +
+	"\bevidence\x18\t \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"|\n" +
+	"\x0eIdentityBanned\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x125\n" +
+	"\bevidence\x18\x03 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"f\n" +
+	"\x10IdentityUnbanned\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x125\n" +
 	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidenceB9Z7github.com/signet-ca/signet/api/signet/audit/v1;auditv1b\x06proto3"
 
 var (
@@ -1011,7 +1306,7 @@ func file_api_signet_audit_v1_entry_proto_rawDescGZIP() []byte {
 	return file_api_signet_audit_v1_entry_proto_rawDescData
 }
 
-var file_api_signet_audit_v1_entry_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_api_signet_audit_v1_entry_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_api_signet_audit_v1_entry_proto_goTypes = []any{
 	(*Entry)(nil),               // 0: signet.audit.v1.Entry
 	(*Evidence)(nil),            // 1: signet.audit.v1.Evidence
@@ -1025,6 +1320,9 @@ var file_api_signet_audit_v1_entry_proto_goTypes = []any{
 	(*AgentEnrolled)(nil),       // 9: signet.audit.v1.AgentEnrolled
 	(*AgentBanned)(nil),         // 10: signet.audit.v1.AgentBanned
 	(*AgentUnbanned)(nil),       // 11: signet.audit.v1.AgentUnbanned
+	(*AuthorityChanged)(nil),    // 12: signet.audit.v1.AuthorityChanged
+	(*IdentityBanned)(nil),      // 13: signet.audit.v1.IdentityBanned
+	(*IdentityUnbanned)(nil),    // 14: signet.audit.v1.IdentityUnbanned
 }
 var file_api_signet_audit_v1_entry_proto_depIdxs = []int32{
 	2,  // 0: signet.audit.v1.Entry.certificate_issued:type_name -> signet.audit.v1.CertificateIssued
@@ -1037,20 +1335,26 @@ var file_api_signet_audit_v1_entry_proto_depIdxs = []int32{
 	9,  // 7: signet.audit.v1.Entry.agent_enrolled:type_name -> signet.audit.v1.AgentEnrolled
 	10, // 8: signet.audit.v1.Entry.agent_banned:type_name -> signet.audit.v1.AgentBanned
 	11, // 9: signet.audit.v1.Entry.agent_unbanned:type_name -> signet.audit.v1.AgentUnbanned
-	1,  // 10: signet.audit.v1.CertificateIssued.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 11: signet.audit.v1.AuthorityCreated.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 12: signet.audit.v1.AuthorityInstalled.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 13: signet.audit.v1.RegistrationChanged.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 14: signet.audit.v1.JoinTokenCreated.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 15: signet.audit.v1.JoinTokenRevoked.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 16: signet.audit.v1.AgentEnrolled.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 17: signet.audit.v1.AgentBanned.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 18: signet.audit.v1.AgentUnbanned.evidence:type_name -> signet.audit.v1.Evidence
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	12, // 10: signet.audit.v1.Entry.authority_changed:type_name -> signet.audit.v1.AuthorityChanged
+	13, // 11: signet.audit.v1.Entry.identity_banned:type_name -> signet.audit.v1.IdentityBanned
+	14, // 12: signet.audit.v1.Entry.identity_unbanned:type_name -> signet.audit.v1.IdentityUnbanned
+	1,  // 13: signet.audit.v1.CertificateIssued.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 14: signet.audit.v1.AuthorityCreated.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 15: signet.audit.v1.AuthorityInstalled.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 16: signet.audit.v1.RegistrationChanged.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 17: signet.audit.v1.JoinTokenCreated.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 18: signet.audit.v1.JoinTokenRevoked.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 19: signet.audit.v1.AgentEnrolled.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 20: signet.audit.v1.AgentBanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 21: signet.audit.v1.AgentUnbanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 22: signet.audit.v1.AuthorityChanged.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 23: signet.audit.v1.IdentityBanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 24: signet.audit.v1.IdentityUnbanned.evidence:type_name -> signet.audit.v1.Evidence
+	25, // [25:25] is the sub-list for method output_type
+	25, // [25:25] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_audit_v1_entry_proto_init() }
@@ -1069,6 +1373,9 @@ func file_api_signet_audit_v1_entry_proto_init() {
 		(*Entry_AgentEnrolled)(nil),
 		(*Entry_AgentBanned)(nil),
 		(*Entry_AgentUnbanned)(nil),
+		(*Entry_AuthorityChanged)(nil),
+		(*Entry_IdentityBanned)(nil),
+		(*Entry_IdentityUnbanned)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1076,7 +1383,7 @@ func file_api_signet_audit_v1_entry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_audit_v1_entry_proto_rawDesc), len(file_api_signet_audit_v1_entry_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,108 @@
+package agent
+
+import (
+	"context"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/signet-ca/signet/trust"
+)
+
+// storeRetry is the time between tries to write a bundle while the disk does not take it.
+const storeRetry = time.Second
+
+// storedBundles is how far the bundle in use is on disk. A bundle that a restart would take back must not be acknowledged:
+// the server would go on, and the workloads that come after the restart would not know the new root.
+type storedBundles struct {
+	// writing is held over a write, so that an older one never replaces a newer one.
+	writing sync.Mutex
+	// changed rings when a bundle has been stored, owed when one could not be.
+	changed, owed bell
+
+	mu sync.Mutex
+	// last is what is on disk; zero = nothing.
+	last trust.Bundle
+	// unstored are the bundles in use since then.
+	unstored map[trust.Digest]uint64 // by digest, their sequence
+}
+
+// loaded notes what was found on disk.
+func (s *storedBundles) loaded(b trust.Bundle) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = b
+}
+
+// taken notes that a bundle is about to be used.
+func (s *storedBundles) taken(b trust.Bundle) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.Sequence() > s.last.Sequence() {
+		if s.unstored == nil {
+			s.unstored = map[trust.Digest]uint64{}
+		}
+		s.unstored[b.Digest()] = b.Sequence()
+	}
+}
+
+// pending reports whether a bundle is in use that is not on disk.
+func (s *storedBundles) pending() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.unstored) > 0
+}
+
+// honest is what may be acknowledged where d is believed; false = nothing.
+func (s *storedBundles) honest(d trust.Digest) (trust.Digest, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.unstored[d]; !ok {
+		return d, true
+	}
+	return s.last.Digest(), !s.last.IsZero()
+}
+
+// storeNewest writes the bundle in use.
+func (a *Agent) storeNewest() error {
+	s := &a.stored
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	b, ok := a.bundles.Get(a.member.Load().td)
+	if !ok {
+		return nil
+	}
+	if err := a.storeBundle(b); err != nil {
+		s.owed.ring()
+		return err
+	}
+	s.mu.Lock()
+	s.last = b
+	maps.DeleteFunc(s.unstored, func(_ trust.Digest, sequence uint64) bool { return sequence <= b.Sequence() })
+	s.mu.Unlock()
+	s.changed.ring()
+	return nil
+}
+
+// keepStored writes until it works what could not be written at once.
+func (a *Agent) keepStored(ctx context.Context) {
+	for {
+		owed := a.stored.owed.next()
+		var retry <-chan time.Time
+		if a.stored.pending() {
+			retry = time.After(storeRetry)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-owed:
+			continue
+		case <-retry:
+		}
+		if err := a.storeNewest(); err != nil {
+			a.log.Warn("still could not store the trust bundle in use: the server is told of the one before, and goes on with no trust change that needs it", "err", err)
+		} else {
+			a.log.Info("the trust bundle in use is stored now")
+		}
+	}
+}

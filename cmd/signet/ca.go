@@ -1,0 +1,344 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	"github.com/signet-ca/signet/ca"
+)
+
+func (c *cli) caCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "ca",
+		Short: "See the roots and intermediates, and say that a key is lost",
+		Long: `The CAs of a cluster are the roots that its workloads believe, and the intermediates that sign for it. A root has the same
+ID in every cluster. These commands talk to the running server over its admin socket.`,
+		Args: cobra.NoArgs,
+	}
+	cmd.AddCommand(c.caListCommand(), c.caShowCommand(), c.caTaintCommand())
+	return cmd
+}
+
+// authorityShown is a CA as -o json has it.
+type authorityShown struct {
+	ID    string    `json:"id"`
+	Kind  string    `json:"kind"`
+	Root  string    `json:"root,omitempty"`
+	State string    `json:"state"`
+	Since time.Time `json:"since"`
+	// Signing: leaves are signed by it now, or under it.
+	Signing        bool       `json:"signing"`
+	Wanted         bool       `json:"wanted"`
+	NotBefore      *time.Time `json:"not_before,omitempty"`
+	NotAfter       *time.Time `json:"not_after,omitempty"`
+	Leaving        *time.Time `json:"leaving,omitempty"`
+	Tainted        *time.Time `json:"tainted,omitempty"`
+	LeavesUntil    *time.Time `json:"leaves_until,omitempty"`
+	Subject        string     `json:"subject,omitempty"`
+	Serial         string     `json:"serial,omitempty"`
+	Fingerprint    string     `json:"fingerprint,omitempty"`
+	KeyFingerprint string     `json:"key_fingerprint,omitempty"`
+	Key            string     `json:"key,omitempty"`
+
+	chain []*x509.Certificate
+	csr   []byte
+}
+
+// describeAuthorities says which sign as well.
+func describeAuthorities(list []*adminv1.AuthorityInfo) ([]authorityShown, error) {
+	signing := map[string]bool{}
+	for _, m := range list {
+		if m.Kind == ca.KindIntermediate && m.State == string(ca.Active) {
+			signing[m.Id], signing[m.Root] = true, true
+		}
+	}
+	all := []authorityShown{}
+	for _, m := range list {
+		a := authorityShown{
+			ID: m.Id, Kind: m.Kind, Root: m.Root, State: m.State, Since: m.Since.AsTime(), Signing: signing[m.Id], Wanted: m.Wanted,
+			NotBefore: timeOf(m.NotBefore), NotAfter: timeOf(m.NotAfter), Leaving: timeOf(m.Leaving), Tainted: timeOf(m.Tainted),
+			LeavesUntil: timeOf(m.LeavesUntil), Key: m.Key, csr: m.Csr,
+		}
+		for _, der := range m.Chain {
+			cert, err := x509.ParseCertificate(der)
+			if err != nil {
+				return nil, fmt.Errorf("certificate of %s can't be read: %w", m.Id, err)
+			}
+			a.chain = append(a.chain, cert)
+		}
+		if len(a.chain) > 0 {
+			own := a.chain[0]
+			a.Subject, a.Serial = own.Subject.String(), serialOf(own)
+			a.Fingerprint, a.KeyFingerprint = ca.CertificateFingerprint(own.Raw), ca.KeyFingerprint(own.RawSubjectPublicKeyInfo)
+		} else if request, err := x509.ParseCertificateRequest(m.Csr); err == nil {
+			a.Subject, a.KeyFingerprint = request.Subject.String(), ca.KeyFingerprint(request.RawSubjectPublicKeyInfo)
+		}
+		all = append(all, a)
+	}
+	return all, nil
+}
+
+// stands is the state with what is special about it.
+func (a authorityShown) stands() string {
+	words := []string{a.State}
+	if a.Wanted {
+		words = append(words, "wanted")
+	}
+	if a.Leaving != nil && a.State != string(ca.Removed) {
+		words = append(words, "leaving")
+	}
+	if a.Tainted != nil {
+		words = append(words, "TAINTED")
+	}
+	return strings.Join(words, ", ")
+}
+
+// authorityList is CAs as a table; a zero now leaves out what is said relative to it.
+type authorityList struct {
+	list []authorityShown
+	now  time.Time
+}
+
+func (authorityList) columns() []string {
+	return []string{"ID", "STATE", "SINCE", "SIGNS", "EXPIRES", "ROOT", "+KIND", "+NOT AFTER", "+LEAVES UNTIL", "+SUBJECT", "+KEY", "+FINGERPRINT"}
+}
+
+func (l authorityList) rows() [][]string {
+	var rows [][]string
+	for _, a := range l.list {
+		signs := ""
+		if a.Signing {
+			signs = "yes"
+		}
+		rows = append(rows, []string{
+			a.ID, a.stands(), moment(a.Since, l.now), signs, momentOf(a.NotAfter, l.now), a.Root, a.Kind, clockOf(a.NotAfter), clockOf(a.LeavesUntil),
+			a.Subject, a.Key, a.Fingerprint,
+		})
+	}
+	return rows
+}
+
+func (l authorityList) names() []string {
+	var names []string
+	for _, a := range l.list {
+		names = append(names, "ca/"+a.ID)
+	}
+	return names
+}
+
+func (l authorityList) MarshalJSON() ([]byte, error) { return json.Marshal(l.list) }
+
+func (c *cli) caListCommand() *cobra.Command {
+	var file, format string
+	cmd := &cobra.Command{
+		Use:   "list --config FILE",
+		Short: "List the roots and intermediates",
+		Long: `Lists all CAs, roots first. STATE is prepared (made), published (agents get it), active (may be used), retired (no longer
+used, still believed) or removed; a root that is being replaced is leaving, a CA whose key is lost is TAINTED. SIGNS says
+which intermediate signs now, and under which root.`,
+		Example: `  signet ca list --config east.yaml
+  signet ca list --config east.yaml -o wide`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
+				answer, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
+				if err != nil {
+					return err
+				}
+				list, err := describeAuthorities(answer.Authorities)
+				if err != nil {
+					return err
+				}
+				return c.show(format, authorityList{list, time.Now()})
+			})
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	outputFlag(cmd, &format)
+	return cmd
+}
+
+// caShown is one CA with all of it.
+type caShown struct {
+	authorityShown
+	// Chain and CSR are PEM; the chain begins with its own certificate and ends with the root.
+	Chain string `json:"chain,omitempty"`
+	CSR   string `json:"csr,omitempty"`
+}
+
+func (caShown) columns() []string { return nil }
+func (caShown) rows() [][]string  { return nil }
+func (s caShown) names() []string { return []string{"ca/" + s.ID} }
+
+func (s caShown) facts(now time.Time) facts {
+	f := facts{{"ca", s.ID}, {"kind", s.Kind}, {"state", s.stands() + ", since " + until(&s.Since, now)}}
+	signs := "no"
+	if s.Signing {
+		signs = "yes"
+	}
+	f = append(f, [2]string{"signs", signs})
+	for _, one := range []struct {
+		name string
+		at   *time.Time
+	}{
+		{"leaving since", s.Leaving},
+		{"tainted since", s.Tainted},
+		{"valid from", s.NotBefore},
+		{"valid until", s.NotAfter},
+		{"its leaves live until", s.LeavesUntil},
+	} {
+		if one.at != nil {
+			f = append(f, [2]string{one.name, until(one.at, now)})
+		}
+	}
+	for _, one := range [][2]string{
+		{"root", s.Root},
+		{"subject", s.Subject},
+		{"serial", s.Serial},
+		{"key", s.Key},
+		{"key fingerprint", s.KeyFingerprint},
+		{"fingerprint", s.Fingerprint},
+	} {
+		if one[1] != "" {
+			f = append(f, one)
+		}
+	}
+	return f
+}
+
+func (c *cli) caShowCommand() *cobra.Command {
+	var file, format string
+	cmd := &cobra.Command{
+		Use:   "show --config FILE ID",
+		Short: "Show a CA with its chain",
+		Long: `Shows a CA: state, validity, fingerprints, and in PEM its chain, its own certificate first and the root last; or, while it
+is unsigned, its request.`,
+		Example: `  signet ca show --config east.yaml intermediate-2
+  signet ca show --config east.yaml intermediate-2 -o json`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: c.completeAuthorities(func(*adminv1.AuthorityInfo) bool { return true }),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
+				answer, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
+				if err != nil {
+					return err
+				}
+				list, err := describeAuthorities(answer.Authorities)
+				if err != nil {
+					return err
+				}
+				for _, a := range list {
+					if a.ID == args[0] {
+						return c.showCA(format, a)
+					}
+				}
+				return no("there is no CA %q: see signet ca list", args[0])
+			})
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	outputFlag(cmd, &format)
+	return cmd
+}
+
+func (c *cli) showCA(format string, a authorityShown) error {
+	s := caShown{authorityShown: a}
+	if len(a.chain) > 0 {
+		s.Chain = string(ca.EncodeChain(a.chain...))
+	} else if len(a.csr) > 0 {
+		s.CSR = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: a.csr}))
+	}
+	if format != "table" && format != "wide" {
+		return c.show(format, s)
+	}
+	var b bytes.Buffer
+	if err := s.facts(time.Now()).print(&b); err != nil {
+		return err
+	}
+	fmt.Fprintf(&b, "\n%s%s", s.Chain, s.CSR)
+	_, err := c.out.Write(b.Bytes())
+	return err
+}
+
+func (c *cli) caTaintCommand() *cobra.Command {
+	var file, reason string
+	var dryRun, yes bool
+	cmd := &cobra.Command{
+		Use:   "taint --config FILE ID --reason TEXT",
+		Short: "Say that a CA's key is lost, and replace everything under it",
+		Long: `Takes the CA's key for lost. Nothing is signed with it as soon as another issuer can sign; if none stands ready, a request
+for one is made. Agents replace what it has signed, spread over time (rotation.reissue_rate). Whoever has the key can
+forge certificates that are accepted as long as the root above is believed, so that root has to be replaced too, in every
+cluster: signet rotation status says who still accepts a forged certificate, until nobody does.
+
+It can't be taken back. On a terminal it is asked for once more; elsewhere --yes is needed.`,
+		Example: `  signet ca taint --config east.yaml intermediate-1 --reason "backup of the key was stolen" --dry-run
+  signet ca taint --config east.yaml intermediate-1 --reason "backup of the key was stolen"`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: c.completeAuthorities(func(a *adminv1.AuthorityInfo) bool { return a.Tainted == nil }),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
+				request := &adminv1.TaintAuthorityRequest{Authority: args[0], Reason: reason, DryRun: true}
+				if dryRun || !yes {
+					answer, err := r.TaintAuthority(ctx, request)
+					if err != nil {
+						return err
+					}
+					if dryRun || !answer.Changed {
+						return c.printChange(answer, dryRun)
+					}
+					fmt.Fprintf(c.err, "Tainting %s can't be taken back. This would happen:\n", args[0])
+					for _, s := range describeSteps(answer.Taken) {
+						fmt.Fprintf(c.err, "  %s: %s\n", s.what(), s.Because)
+					}
+					c.talkOfChange(answer, false)
+					if err := c.confirm("Type "+args[0]+" to taint it: ", args[0]); err != nil {
+						return err
+					}
+				}
+				request.DryRun = false
+				answer, err := r.TaintAuthority(ctx, request)
+				if err != nil {
+					return err
+				}
+				if answer.Changed {
+					fmt.Fprintf(c.err, "%s is tainted; follow what comes with: signet rotation status --config %s --watch\n", args[0], file)
+				}
+				return c.printChange(answer, false)
+			})
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	cmd.Flags().StringVar(&reason, "reason", "", "what happened, for the audit log")
+	cmd.Flags().BoolVar(&yes, "yes", false, "don't ask")
+	_ = cmd.MarkFlagRequired("reason")
+	dryRunFlag(cmd, &dryRun)
+	return cmd
+}
+
+// confirm asks on the terminal for a word.
+func (c *cli) confirm(question, word string) error {
+	f, ok := c.in.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return errors.New("there is no terminal to ask on: say --yes if you mean it; nothing is changed")
+	}
+	fmt.Fprint(c.err, question)
+	answer, err := bufio.NewReader(f).ReadString('\n')
+	if err != nil || strings.TrimSpace(answer) != word {
+		return no("not confirmed; nothing is changed")
+	}
+	return nil
+}

@@ -1,0 +1,645 @@
+package rotation
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+)
+
+// Authority is a CA as its life is decided: a root that validators believe, or an intermediate of this cluster.
+type Authority struct {
+	// ID is unique in the cluster; a root's is the same in every cluster, see RootID.
+	ID string
+	// Kind is ca.KindRoot or ca.KindIntermediate.
+	Kind string
+	// Root is the ID of the root above an intermediate; "" while nothing is signed. Empty for a root.
+	Root  string
+	State ca.State
+	// Since is when it came into its state.
+	Since time.Time
+	// NotBefore and NotAfter bound its whole chain, root included; zero while nothing is signed.
+	NotBefore, NotAfter time.Time
+	// Wanted: an admin has asked for it, so it is activated as soon as it may be, not when its predecessor is old.
+	Wanted bool
+	// Leaving is since when a root is on its way out: no peer is told any more that we trust it. Zero = it stays.
+	Leaving time.Time
+	// Tainted is since when its key is taken for lost. Zero = it is not.
+	Tainted time.Time
+	// LeavesUntil bounds the life of every leaf that was made here under it; zero = there was none. While it is active
+	// the bound moves on.
+	LeavesUntil time.Time
+}
+
+// RootID names a root by the SHA-256 of its certificate, so that all clusters mean the same by it.
+func RootID(fingerprint []byte) string { return fmt.Sprintf("root-%x", fingerprint[:8]) }
+
+// signed reports whether there is a certificate.
+func (a Authority) signed() bool { return !a.NotAfter.IsZero() }
+
+// InBundle reports whether validators are told to believe a root.
+func (a Authority) InBundle() bool {
+	return a.Kind == ca.KindRoot && (a.State == ca.Published || a.State == ca.Active || a.State == ca.Retired)
+}
+
+// Policy is what the configuration fixes.
+type Policy struct {
+	// LongestLeaf is the longest life a leaf can have.
+	LongestLeaf time.Duration
+	// Skew is how far the clocks of validators and clusters may be apart.
+	Skew time.Duration
+	// Delay is how long after its publication those that can't acknowledge are taken to have a root.
+	Delay time.Duration
+	// Quorum is the part of a cluster's validators, in (0, 1], that must have a root before anything is signed under it.
+	Quorum float64
+	// PrepareAt and SwitchAt are fractions of an intermediate's life: when its successor is made, and when it takes over.
+	PrepareAt, SwitchAt float64
+	// ReportLife is how long a cluster keeps what it has told its peers: what a report says of trust holds for so long.
+	ReportLife time.Duration
+}
+
+// Report is what one cluster knows of its validators and issuers. Peers get it signed; our own is made when it is needed.
+type Report struct {
+	Cluster string `json:"cluster"`
+	// At is when it was made; zero = this peer has never reported.
+	At    time.Time    `json:"at"`
+	Roots []RootReport `json:"roots,omitempty"`
+	// Tainted are the CAs whose keys this cluster takes for lost.
+	Tainted []TaintReport `json:"tainted,omitempty"`
+}
+
+// RootReport is what a cluster knows of one root.
+type RootReport struct {
+	ID string `json:"id"`
+	// Trusting is how many of the cluster's validators believe the root, of Validators; those that don't are named in
+	// Missing, as far as it has room. A validator is an agent with unexpired identities.
+	Trusting   int      `json:"trusting"`
+	Validators int      `json:"validators"`
+	Missing    []string `json:"missing,omitempty"`
+	// Leaving: the cluster is about to stop trusting it, so nobody may begin to sign under it.
+	Leaving bool `json:"leaving,omitempty"`
+	// Signing: an issuer of the cluster signs leaves under it now.
+	Signing bool `json:"signing,omitempty"`
+	// LeavesUntil bounds the life of every leaf that the cluster has made under it; zero = there was none.
+	LeavesUntil time.Time `json:"leaves_until,omitzero"`
+	// Holding is how many agents use, or may use, a leaf under it.
+	Holding int `json:"holding,omitempty"`
+}
+
+// TaintReport names a CA whose key is lost. A forged certificate chains to Root until NotAfter.
+type TaintReport struct {
+	ID       string    `json:"id"`
+	Root     string    `json:"root"`
+	Since    time.Time `json:"since"`
+	NotAfter time.Time `json:"not_after"`
+}
+
+func (r Report) root(id string) (RootReport, bool) {
+	i := slices.IndexFunc(r.Roots, func(x RootReport) bool { return x.ID == id })
+	if i < 0 {
+		return RootReport{ID: id}, false
+	}
+	return r.Roots[i], true
+}
+
+// World is all that decides the next steps.
+type World struct {
+	Authorities []Authority
+	Own         Report
+	// Peers are the other clusters under the shared roots, those that have never reported included.
+	Peers []Report
+}
+
+func (w World) authority(id string) (Authority, bool) {
+	i := slices.IndexFunc(w.Authorities, func(a Authority) bool { return a.ID == id })
+	if i < 0 {
+		return Authority{}, false
+	}
+	return w.Authorities[i], true
+}
+
+func (w World) active() (Authority, bool) {
+	i := slices.IndexFunc(w.Authorities, func(a Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+	if i < 0 {
+		return Authority{}, false
+	}
+	return w.Authorities[i], true
+}
+
+// exposed reports since when certificates under the root may have been forged: its own key or one below it is lost, here
+// or in another cluster.
+func (w World) exposed(root string) (since time.Time) {
+	note := func(t time.Time) {
+		if !t.IsZero() && (since.IsZero() || t.Before(since)) {
+			since = t
+		}
+	}
+	for _, a := range w.Authorities {
+		if a.ID == root || a.Root == root {
+			note(a.Tainted)
+		}
+	}
+	for _, p := range w.Peers {
+		for _, t := range p.Tainted {
+			if t.Root == root {
+				note(t.Since)
+			}
+		}
+	}
+	return since
+}
+
+// Step is one move of one authority, with what it waits for.
+type Step struct {
+	// Authority is its ID; "" = a successor is to be made.
+	Authority string
+	Kind      string
+	// From is "" for one that is to be made.
+	From, To ca.State
+	// Because says why the step comes.
+	Because string
+	// Waits is what has to happen first; empty = it can be taken.
+	Waits []Wait
+}
+
+// Wait is something that a step waits for.
+type Wait struct {
+	Code WaitCode
+	// For is one sentence for people.
+	For string
+	// Until is when it ends by itself; zero = not by the clock.
+	Until time.Time
+	// Missing names who has not acknowledged.
+	Missing []string
+}
+
+// WaitCode names what is waited for.
+type WaitCode string
+
+// The waits. Those that forcible names may be overridden by a person who says so.
+const (
+	WaitTime       WaitCode = "time"       // its time has not come
+	WaitSignature  WaitCode = "signature"  // an upstream authority has to sign
+	WaitQuorum     WaitCode = "quorum"     // validators of this cluster don't have the root yet
+	WaitPeer       WaitCode = "peer"       // another cluster has not reported
+	WaitRoot       WaitCode = "root"       // the root above is not active
+	WaitIssuer     WaitCode = "issuer"     // an issuer still signs under it
+	WaitLeaves     WaitCode = "leaves"     // leaves under it are still valid
+	WaitNoOther    WaitCode = "no_other"   // it is the only root
+	WaitShortLived WaitCode = "short_life" // it lives shorter than the longest leaf
+)
+
+// Forcible reports whether a person may override the wait. Time, signatures and lives can't be talked over.
+func (c WaitCode) Forcible() bool {
+	return c == WaitQuorum || c == WaitPeer || c == WaitLeaves
+}
+
+// Ready reports whether the step can be taken; with force, whether it can be when a person says so.
+func (s Step) Ready(force bool) bool {
+	return !slices.ContainsFunc(s.Waits, func(w Wait) bool { return !force || !w.Code.Forcible() })
+}
+
+// Next says which steps come next, those that end something last, each with what it waits for. It is a pure function: who
+// takes a step applies it with Apply and asks again.
+func Next(p Policy, w World, now time.Time) []Step {
+	d := decision{Policy: p, World: w, now: now}
+	var steps []Step
+	for _, a := range w.Authorities {
+		var s Step
+		var ok bool
+		switch a.Kind {
+		case ca.KindRoot:
+			s, ok = d.root(a)
+		case ca.KindIntermediate:
+			s, ok = d.intermediate(a)
+		}
+		if ok {
+			s.Authority, s.Kind, s.From = a.ID, a.Kind, a.State
+			steps = append(steps, s)
+		}
+	}
+	if s, ok := d.successor(); ok {
+		steps = append(steps, s)
+	}
+	// Of several intermediates that could take over, one does.
+	if best, ok := d.next(steps); ok {
+		steps = slices.DeleteFunc(steps, func(s Step) bool {
+			return s.Kind == ca.KindIntermediate && s.To == ca.Active && s.Authority != best && s.Ready(false)
+		})
+	}
+	rank := map[ca.State]int{ca.Prepared: 0, ca.Published: 1, ca.Active: 2, ca.Retired: 3, ca.Removed: 4}
+	slices.SortStableFunc(steps, func(x, y Step) int { return cmp.Compare(rank[x.To], rank[y.To]) })
+	return steps
+}
+
+type decision struct {
+	Policy
+	World
+	now time.Time
+}
+
+func (d decision) root(r Authority) (Step, bool) {
+	if r.State == ca.Removed {
+		return Step{}, false
+	}
+	switch {
+	case r.State == ca.Prepared && !r.Leaving.IsZero():
+		return Step{To: ca.Removed, Because: "it was never published"}, true
+	case r.State == ca.Prepared:
+		return Step{To: ca.Published, Because: "it was added"}, true
+	case d.now.After(r.NotAfter.Add(d.Skew)):
+		return Step{To: ca.Removed, Because: "it has expired", Waits: d.lastRoot(r)}, true
+	case r.State == ca.Retired:
+		return Step{To: ca.Removed, Because: "nothing here signs under it", Waits: slices.Concat(d.lastRoot(r), d.leavesUnder(r), d.peersUnder(r))}, true
+	case !r.Leaving.IsZero():
+		return Step{To: ca.Retired, Because: "it is being replaced", Waits: d.signersUnder(r)}, true
+	case r.State == ca.Published:
+		return Step{To: ca.Active, Because: "it was published", Waits: d.trust(r.ID)}, true
+	}
+	return Step{}, false
+}
+
+// lastRoot: a bundle is never empty.
+func (d decision) lastRoot(r Authority) []Wait {
+	for _, a := range d.Authorities {
+		if a.ID != r.ID && a.InBundle() && !d.now.After(a.NotAfter) {
+			return nil
+		}
+	}
+	return []Wait{{Code: WaitNoOther, For: "no other root is trusted; add one first"}}
+}
+
+func (d decision) signersUnder(r Authority) []Wait {
+	var waits []Wait
+	for _, a := range d.Authorities {
+		if a.Root == r.ID && a.State == ca.Active {
+			waits = append(waits, Wait{Code: WaitIssuer, For: a.ID + " still signs under it"})
+		}
+	}
+	return waits
+}
+
+// over is when the last of the leaves that live until t has expired for everybody; NotAfter is inclusive (RFC 5280
+// §4.1.2.5).
+func (d decision) over(t time.Time) time.Time { return t.Add(d.Skew + time.Second) }
+
+// leavesUnder waits until no leaf that was made here under the root can be in use. Where the root is exposed, agents that
+// say they hold none are believed before the leaves have expired: what delays its end helps a thief.
+func (d decision) leavesUnder(r Authority) []Wait {
+	end := d.over(r.LeavesUntil)
+	if r.LeavesUntil.IsZero() || !d.now.Before(end) {
+		return nil
+	}
+	if own, known := d.Own.root(r.ID); known && own.Holding == 0 && !d.exposed(r.ID).IsZero() {
+		return nil
+	}
+	return []Wait{{Code: WaitLeaves, For: "leaves under it are valid until " + stamp(r.LeavesUntil), Until: end}}
+}
+
+// peersUnder waits until every peer has said, after the last promise we made it has run out, that nothing of it depends
+// on the root.
+func (d decision) peersUnder(r Authority) []Wait {
+	var waits []Wait
+	promised := r.Leaving.Add(d.ReportLife + d.Skew)
+	for _, p := range d.Peers {
+		x, _ := p.root(r.ID)
+		switch {
+		case d.now.Before(promised):
+			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " may rely on our last report until " + stamp(promised), Until: promised})
+		case p.At.IsZero():
+			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has never reported"})
+		case d.fromTheFuture(p):
+			waits = append(waits, d.wrongClock(p))
+		case p.At.Before(promised):
+			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has not reported since " + stamp(promised)})
+		case x.Signing:
+			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " still signs under it"})
+		case !x.LeavesUntil.IsZero() && d.now.Before(d.over(x.LeavesUntil)) && (x.Holding > 0 || d.exposed(r.ID).IsZero()):
+			waits = append(waits, Wait{
+				Code: WaitLeaves, Until: d.over(x.LeavesUntil),
+				For: "leaves of cluster " + p.Cluster + " under it are valid until " + stamp(x.LeavesUntil),
+			})
+		}
+	}
+	return waits
+}
+
+// fromTheFuture: a report that was made later than now says nothing of how long its promises hold. A clock is wrong.
+func (d decision) fromTheFuture(p Report) bool { return p.At.After(d.now.Add(d.Skew)) }
+
+func (d decision) wrongClock(p Report) Wait {
+	return Wait{
+		Code: WaitPeer, Until: p.At.Add(-d.Skew),
+		For: fmt.Sprintf("the report of cluster %s is of %s, which is yet to come: one of the clocks is wrong", p.Cluster, stamp(p.At)),
+	}
+}
+
+// trust waits until the validators of every cluster believe the root, and none of them is about to stop.
+func (d decision) trust(root string) []Wait {
+	r, ok := d.authority(root)
+	if !ok || !r.InBundle() {
+		return []Wait{{Code: WaitRoot, For: "root " + root + " is not trusted here"}}
+	}
+	if d.now.Add(d.LongestLeaf).After(r.NotAfter) {
+		return []Wait{{Code: WaitShortLived, For: fmt.Sprintf("root %s ends at %s, too soon for a leaf of %s", root, stamp(r.NotAfter), d.LongestLeaf)}}
+	}
+	if d.first() {
+		return nil
+	}
+	var waits []Wait
+	if since := r.Since.Add(d.Delay); r.State == ca.Published && d.now.Before(since) {
+		waits = append(waits, Wait{Code: WaitQuorum, For: "those that can't acknowledge have it by " + stamp(since), Until: since})
+	}
+	own, known := d.Own.root(root)
+	if !known {
+		waits = append(waits, Wait{Code: WaitQuorum, For: "it is not known which agents of this cluster have it"})
+	}
+	if short := d.short(own); short > 0 {
+		waits = append(waits, Wait{
+			Code: WaitQuorum, Missing: own.Missing,
+			For: fmt.Sprintf("%d of %d agents of this cluster have it; %d more must acknowledge", own.Trusting, own.Validators, short),
+		})
+	}
+	return append(waits, d.peersTrust(root)...)
+}
+
+// first reports whether this cluster has never signed. It has no validators then, and what a person installs is what it
+// begins with: a root under which its peers sign already.
+func (d decision) first() bool {
+	return !slices.ContainsFunc(d.Authorities, func(a Authority) bool {
+		return a.Kind == ca.KindIntermediate && (a.State == ca.Active || !a.LeavesUntil.IsZero())
+	})
+}
+
+func (d decision) peersTrust(root string) []Wait {
+	var waits []Wait
+	for _, p := range d.Peers {
+		x, known := p.root(root)
+		w := Wait{Code: WaitPeer}
+		switch {
+		case p.At.IsZero():
+			w.For = "cluster " + p.Cluster + " has never reported"
+		case d.fromTheFuture(p):
+			w = d.wrongClock(p)
+		// A promise ends a little earlier for us than for those who gave it.
+		case d.now.After(p.At.Add(d.ReportLife - d.Skew)):
+			w.For = fmt.Sprintf("the report of cluster %s is of %s, and holds for %s", p.Cluster, stamp(p.At), d.ReportLife)
+		case !known:
+			w.For = "cluster " + p.Cluster + " does not trust it"
+		case x.Leaving:
+			w.For = "cluster " + p.Cluster + " is about to stop trusting it"
+		case d.short(x) > 0:
+			w.For, w.Missing = fmt.Sprintf("%d of %d agents of cluster %s have it", x.Trusting, x.Validators, p.Cluster), x.Missing
+		default:
+			continue
+		}
+		waits = append(waits, w)
+	}
+	return waits
+}
+
+// short is how many validators are missing for the quorum.
+func (d decision) short(r RootReport) int {
+	need := int(d.Quorum * float64(r.Validators))
+	if float64(need) < d.Quorum*float64(r.Validators) {
+		need++
+	}
+	return max(0, need-r.Trusting)
+}
+
+func (d decision) intermediate(x Authority) (Step, bool) {
+	above, _ := d.authority(x.Root)
+	switch x.State {
+	case ca.Removed, ca.Active:
+		return Step{}, false
+	case ca.Retired:
+		end := d.over(x.LeavesUntil)
+		s := Step{To: ca.Removed, Because: "it was replaced"}
+		if d.now.Before(end) {
+			s.Waits = []Wait{{Code: WaitTime, For: "leaves under it are valid until " + stamp(x.LeavesUntil), Until: end}}
+		}
+		return s, true
+	}
+	if !x.Tainted.IsZero() {
+		return Step{To: ca.Removed, Because: "its key is tainted"}, true
+	}
+	if !x.signed() {
+		return Step{To: ca.Published, Because: "its request was made", Waits: []Wait{{Code: WaitSignature, For: "an upstream authority has to sign its request"}}}, true
+	}
+	switch {
+	case above.State == ca.Removed || above.State == ca.Retired:
+		return Step{To: ca.Removed, Because: "the root above it is being removed"}, true
+	case d.tooShort(x):
+		return Step{To: ca.Removed, Because: fmt.Sprintf("it ends at %s, too soon for a leaf of %s", stamp(x.NotAfter), d.LongestLeaf)}, true
+	case x.State == ca.Prepared:
+		s := Step{To: ca.Published, Because: "it was signed"}
+		if above.State != ca.Active {
+			s.Waits = []Wait{{Code: WaitRoot, For: "the root above it, " + x.Root + ", is not active yet"}}
+		}
+		return s, true
+	}
+	because, at := d.due(x)
+	s := Step{To: ca.Active, Because: because}
+	if at = later(at, x.NotBefore); d.now.Before(at) {
+		s.Waits = append(s.Waits, Wait{Code: WaitTime, For: "its time is " + stamp(at), Until: at})
+	}
+	s.Waits = append(s.Waits, d.mayBegin(x.Root)...)
+	return s, true
+}
+
+// tooShort: what lives shorter than the longest leaf is never activated.
+func (d decision) tooShort(x Authority) bool { return d.now.Add(d.LongestLeaf).After(x.NotAfter) }
+
+// mayBegin waits until signing under a root may begin. Peers don't remove a root under which they know us to sign, so an
+// issuer that takes over from another one under the same root needs no new promise.
+func (d decision) mayBegin(root string) []Wait {
+	if now, ok := d.active(); ok && now.Root == root {
+		return nil
+	}
+	if r, _ := d.authority(root); !r.Leaving.IsZero() {
+		return []Wait{{Code: WaitRoot, For: "the root above it, " + root + ", is being replaced"}}
+	}
+	return d.trust(root)
+}
+
+// due says when and why an intermediate takes over from the one that is active.
+func (d decision) due(x Authority) (because string, at time.Time) {
+	now, ok := d.active()
+	above, _ := d.authority(now.Root)
+	switch {
+	case !ok:
+		return "no issuer is active", time.Time{}
+	case !now.Tainted.IsZero():
+		return "the key of " + now.ID + " is tainted", time.Time{}
+	case !above.Leaving.IsZero() && now.Root != x.Root:
+		return "the root above " + now.ID + " is being replaced", time.Time{}
+	case x.Wanted:
+		return "it was asked for", time.Time{}
+	case worn(x, now):
+		return now.ID + " lives longer", x.NotAfter
+	}
+	at = d.at(now, d.SwitchAt)
+	return fmt.Sprintf("%.0f %% of the life of %s", d.SwitchAt*100, now.ID), at
+}
+
+// at is when a fraction of an intermediate's life is over, and never so late that it could not sign the longest leaf.
+func (d decision) at(x Authority, fraction float64) time.Time {
+	t := x.NotBefore.Add(time.Duration(fraction * float64(x.NotAfter.Sub(x.NotBefore))))
+	return earlier(t, x.NotAfter.Add(-d.LongestLeaf))
+}
+
+// next chooses who takes over: whose root stays, then who has a certificate, then who was asked for, then who begins first.
+func (d decision) next(steps []Step) (best string, ok bool) {
+	var chosen Authority
+	for _, s := range steps {
+		if s.Kind != ca.KindIntermediate || s.To != ca.Active || !s.Ready(false) {
+			continue
+		}
+		x, _ := d.authority(s.Authority)
+		if !ok || d.before(x, chosen) {
+			chosen, ok = x, true
+		}
+	}
+	return chosen.ID, ok
+}
+
+func (d decision) before(x, y Authority) bool {
+	xRoot, _ := d.authority(x.Root)
+	yRoot, _ := d.authority(y.Root)
+	if stays := xRoot.Leaving.IsZero(); stays != yRoot.Leaving.IsZero() {
+		return stays
+	}
+	if x.signed() != y.signed() {
+		return x.signed()
+	}
+	if x.Wanted != y.Wanted {
+		return x.Wanted
+	}
+	return x.NotBefore.Before(y.NotBefore)
+}
+
+// late: the active issuer is due to go, and validators don't all believe the root that its successor is under. How long that
+// takes is for others to say, so that the cluster needs one more issuer under the root that it has.
+func (d decision) late(root string) bool {
+	r, _ := d.authority(root)
+	now, ok := d.active()
+	return ok && r.State != ca.Active && !d.now.Before(d.at(now, d.SwitchAt))
+}
+
+// mostWorn is how many certificates that end with their root, too soon, may wait before no further one is asked for.
+const mostWorn = 2
+
+// worn: it would take over only to end sooner than the one before it.
+func worn(x, now Authority) bool { return !x.NotAfter.After(now.NotAfter) }
+
+// waiting reports whether an intermediate may yet become an issuer.
+func waiting(a Authority) bool {
+	return a.Kind == ca.KindIntermediate && (a.State == ca.Prepared || a.State == ca.Published) && a.Tainted.IsZero()
+}
+
+// stays reports whether a root is not on its way out.
+func (d decision) stays(root string) bool {
+	r, ok := d.authority(root)
+	return ok && r.Leaving.IsZero()
+}
+
+// successor says whether another intermediate is to be made.
+func (d decision) successor() (Step, bool) {
+	now, ok := d.active()
+	if !ok {
+		return Step{}, false // the first one is made by hand
+	}
+	above, _ := d.authority(now.Root)
+	// One that begins only when the active one is at its end, or is needed now, is none.
+	needed := now.NotAfter.Add(-d.LongestLeaf)
+	if !now.Tainted.IsZero() || !above.Leaving.IsZero() {
+		needed = d.now.Add(d.Skew)
+	}
+	bridge, useless := "", 0
+	for _, a := range d.Authorities {
+		if waiting(a) && a.signed() && d.stays(a.Root) && d.late(a.Root) {
+			bridge = fmt.Sprintf("%s ends at %s, and not all validators trust %s yet", now.ID, stamp(now.NotAfter), a.Root)
+		}
+		if waiting(a) && (!a.signed() || d.stays(a.Root) && !d.tooShort(a) && !a.NotBefore.After(needed) && !d.late(a.Root) && !worn(a, now)) {
+			return Step{}, false
+		}
+		if root, _ := d.authority(a.Root); waiting(a) && worn(a, now) && !a.NotAfter.Before(root.NotAfter) {
+			useless++
+		}
+	}
+	// Where a root at its end bounds every chain, asking again and again would not help.
+	if useless >= mostWorn {
+		return Step{}, false
+	}
+	s := Step{Kind: ca.KindIntermediate, To: ca.Prepared}
+	switch at := d.at(now, d.PrepareAt); {
+	case bridge != "":
+		s.Because = bridge
+	case !now.Tainted.IsZero():
+		s.Because = "the key of " + now.ID + " is tainted"
+	case !above.Leaving.IsZero():
+		s.Because = "the root above " + now.ID + " is being replaced"
+	default:
+		s.Because = fmt.Sprintf("%.0f %% of the life of %s", d.PrepareAt*100, now.ID)
+		if d.now.Before(at) {
+			s.Waits = []Wait{{Code: WaitTime, For: "its time is " + stamp(at), Until: at}}
+		}
+	}
+	return s, true
+}
+
+// Apply makes a step in a copy of the authorities: at one moment all is as before, at the next all is as after.
+// A step that was made already, or whose authority has moved meanwhile, changes nothing. Making a successor is left to the
+// caller, who has the keys.
+func Apply(p Policy, all []Authority, s Step, now time.Time) []Authority {
+	all = slices.Clone(all)
+	if !slices.ContainsFunc(all, func(a Authority) bool { return a.ID == s.Authority && a.State == s.From }) {
+		return all
+	}
+	for i := range all {
+		a := &all[i]
+		switch {
+		case a.ID == s.Authority:
+			a.State, a.Since = s.To, now
+			if s.To == ca.Active {
+				a.Wanted = false
+			}
+			if a.Kind == ca.KindRoot && (s.To == ca.Retired || s.To == ca.Removed) && a.Leaving.IsZero() {
+				a.Leaving = now
+			}
+		case s.Kind == ca.KindIntermediate && s.To == ca.Active && a.Kind == ca.KindIntermediate && a.State == ca.Active:
+			retire(p, all, i, now)
+		}
+	}
+	return all
+}
+
+// retire ends the signing of an active issuer.
+func retire(p Policy, all []Authority, i int, now time.Time) {
+	a := &all[i]
+	a.State, a.Since = ca.Retired, now
+	a.LeavesUntil = later(a.LeavesUntil, earlier(now.Add(p.LongestLeaf), a.NotAfter))
+	for j := range all {
+		if all[j].ID == a.Root {
+			all[j].LeavesUntil = later(all[j].LeavesUntil, a.LeavesUntil)
+		}
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

@@ -1,0 +1,638 @@
+package rotation
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+)
+
+var testPolicy = Policy{
+	LongestLeaf: day, Skew: 5 * time.Minute, Quorum: 1, PrepareAt: 0.5, SwitchAt: 0.67, ReportLife: day,
+}
+
+// noon is in the middle of the lives of testWorld.
+var noon = epoch.Add(10 * day)
+
+func rootA(state ca.State) Authority {
+	return Authority{ID: "a", Kind: ca.KindRoot, State: state, Since: epoch, NotBefore: epoch, NotAfter: epoch.Add(400 * day)}
+}
+
+func named(id string, a Authority) Authority { a.ID = id; return a }
+
+func under(root, id string, state ca.State) Authority {
+	x := Authority{ID: id, Kind: ca.KindIntermediate, Root: root, State: state, Since: epoch, NotBefore: epoch, NotAfter: epoch.Add(30 * day)}
+	if id != "i" {
+		x.NotAfter = x.NotAfter.Add(day) // made later
+	}
+	if state == ca.Retired {
+		x.LeavesUntil = noon.Add(time.Hour)
+	}
+	return x
+}
+
+// worldOf is a cluster alone with five agents that believe every root in the bundle.
+func worldOf(all ...Authority) World {
+	w := World{Authorities: all, Own: Report{Cluster: "east", At: noon, Roots: ReportRoots(testPolicy, all, noon)}}
+	for i := range w.Own.Roots {
+		w.Own.Roots[i].Trusting, w.Own.Roots[i].Validators, w.Own.Roots[i].Holding = 5, 5, 5
+	}
+	return w
+}
+
+// west reports like a cluster that believes the roots and signs under the first.
+func west(at time.Time, roots ...string) Report {
+	r := Report{Cluster: "west", At: at}
+	for i, id := range roots {
+		r.Roots = append(r.Roots, RootReport{ID: id, Trusting: 3, Validators: 3, Signing: i == 0, LeavesUntil: at.Add(day), Holding: 3})
+	}
+	return r
+}
+
+// changes tells what has become of whom.
+func changes(before, after []Authority) string {
+	var said []string
+	for _, a := range after {
+		i := slices.IndexFunc(before, func(b Authority) bool { return b.ID == a.ID })
+		if i < 0 {
+			said = append(said, "+"+a.ID+" "+string(a.State))
+			continue
+		}
+		b := before[i]
+		if a.State != b.State {
+			said = append(said, a.ID+" "+string(a.State))
+		}
+		for what, is := range map[string][2]bool{
+			"leaving": {b.Leaving.IsZero(), a.Leaving.IsZero()}, "tainted": {b.Tainted.IsZero(), a.Tainted.IsZero()},
+			"unwanted": {b.Wanted, a.Wanted}, "signed": {!b.signed(), !a.signed()},
+		} {
+			if is[0] && !is[1] {
+				said = append(said, a.ID+" "+what)
+			} else if is[1] && !is[0] {
+				said = append(said, a.ID+" not "+what)
+			}
+		}
+	}
+	slices.Sort(said)
+	return strings.Join(said, ", ")
+}
+
+func outcome(before, after []Authority, err error) string {
+	if err != nil {
+		return "refused: " + err.Error()
+	}
+	return changes(before, after)
+}
+
+var verbs = map[string]func(w World, id string) ([]Authority, error){
+	"add": func(w World, id string) ([]Authority, error) {
+		return AddRoot(testPolicy, w, named(id, rootA("")), noon)
+	},
+	"start": func(w World, id string) ([]Authority, error) { return StartRoot(w, id, noon) },
+	"want": func(w World, _ string) ([]Authority, error) {
+		all, _ := Want(testPolicy, w, noon)
+		return all, nil
+	},
+	"signed": func(w World, id string) ([]Authority, error) {
+		return Signed(testPolicy, w, id, "a", noon, noon.Add(30*day), noon)
+	},
+	"remove": func(w World, id string) ([]Authority, error) { return RemoveRoot(w, id, noon) },
+	"taint":  func(w World, id string) ([]Authority, error) { return Taint(w, id, noon) },
+	"abort":  func(w World, id string) ([]Authority, error) { return Abort(testPolicy, w, id, false, noon) },
+}
+
+// What every verb makes of a root in every state, beside root a with its active issuer i; refusals by their sentence.
+func TestEveryVerbOnARootInEveryState(t *testing.T) {
+	want := map[string]map[ca.State]string{
+		"add":    {ca.Prepared: "", ca.Published: "", ca.Active: "", ca.Retired: "b not leaving, b published", ca.Removed: "b not leaving, b prepared"},
+		"start":  {ca.Prepared: "a leaving", ca.Published: "a leaving", ca.Active: "a leaving", ca.Retired: "refused: b is being removed", ca.Removed: "refused: b is being removed"},
+		"want":   {},
+		"signed": {ca.Prepared: "refused: b is not an intermediate", ca.Published: "refused: b is not", ca.Active: "refused: b is not", ca.Retired: "refused: b is not", ca.Removed: "refused: b is not"},
+		"remove": {ca.Prepared: "b leaving", ca.Published: "b leaving", ca.Active: "b leaving"},
+		"taint":  {ca.Prepared: "b leaving, b tainted", ca.Published: "b leaving, b tainted", ca.Active: "b leaving, b tainted", ca.Retired: "b tainted", ca.Removed: "b tainted"},
+		"abort":  {ca.Prepared: "b leaving", ca.Published: "b leaving", ca.Active: "b leaving", ca.Retired: "b not leaving, b published", ca.Removed: "refused: b is removed: there is nothing to abort"},
+	}
+	for verb, do := range verbs {
+		for _, state := range []ca.State{ca.Prepared, ca.Published, ca.Active, ca.Retired, ca.Removed} {
+			t.Run(verb+" "+string(state), func(t *testing.T) {
+				b := named("b", rootA(state))
+				if state == ca.Retired || state == ca.Removed {
+					b.Leaving = epoch.Add(day)
+				}
+				w := worldOf(rootA(ca.Active), b, under("a", "i", ca.Active))
+				before := slices.Clone(w.Authorities)
+				all, err := do(w, "b")
+				if got := outcome(before, all, err); !same(got, want[verb][state]) {
+					t.Errorf("got %q, want %q", got, want[verb][state])
+				}
+				if !slices.Equal(before, w.Authorities) {
+					t.Error("the verb has changed what it was given")
+				}
+			})
+		}
+	}
+}
+
+// What every verb makes of an intermediate in every state; when x is active, i has retired before it.
+func TestEveryVerbOnAnIntermediateInEveryState(t *testing.T) {
+	no := "refused: x is not a root"
+	want := map[string]map[ca.State]string{
+		"start":  {ca.Prepared: no, ca.Published: no, ca.Active: no, ca.Retired: no, ca.Removed: no},
+		"want":   {ca.Prepared: "x not unwanted", ca.Published: "x not unwanted"},
+		"signed": {ca.Prepared: "x signed", ca.Published: "refused: x has a certificate already", ca.Active: "refused: x has a certificate", ca.Retired: "refused: x has a certificate", ca.Removed: "refused: x has a certificate"},
+		"remove": {ca.Prepared: no, ca.Published: no, ca.Active: no, ca.Retired: no, ca.Removed: no},
+		"taint":  {ca.Prepared: "x tainted", ca.Published: "x tainted", ca.Active: "x tainted", ca.Retired: "x tainted", ca.Removed: "x tainted"},
+		"abort":  {ca.Prepared: "x removed", ca.Published: "x removed", ca.Active: "i active, x retired", ca.Retired: "refused: x is retired: there is nothing to abort", ca.Removed: "refused: x is removed: there is nothing to abort"},
+	}
+	for verb, do := range verbs {
+		if verb == "add" {
+			continue // takes a certificate, not an ID
+		}
+		for _, state := range []ca.State{ca.Prepared, ca.Published, ca.Active, ca.Retired, ca.Removed} {
+			t.Run(verb+" "+string(state), func(t *testing.T) {
+				x, i := under("a", "x", state), under("a", "i", ca.Active)
+				if state == ca.Prepared {
+					x.Root, x.NotBefore, x.NotAfter = "", time.Time{}, time.Time{}
+				}
+				if state == ca.Active {
+					i = under("a", "i", ca.Retired)
+				}
+				w := worldOf(rootA(ca.Active), x, i)
+				all, err := do(w, "x")
+				// "unwanted" turns false when it becomes wanted.
+				got := strings.ReplaceAll(outcome(w.Authorities, all, err), "x unwanted", "x not unwanted")
+				if !same(got, want[verb][state]) {
+					t.Errorf("got %q, want %q", got, want[verb][state])
+				}
+			})
+		}
+	}
+}
+
+// same compares a refusal by its beginning.
+func same(got, want string) bool {
+	if strings.HasPrefix(want, "refused: ") {
+		return strings.HasPrefix(got, want)
+	}
+	return got == want
+}
+
+func stepOf(t *testing.T, steps []Step, id string) Step {
+	t.Helper()
+	i := slices.IndexFunc(steps, func(s Step) bool { return s.Authority == id })
+	if i < 0 {
+		t.Fatalf("no step for %q among %+v", id, steps)
+	}
+	return steps[i]
+}
+
+// Each guard with its code, its sentence, and when it ends.
+func TestEachGuardSaysWhatItWaitsFor(t *testing.T) {
+	leaving := func(a Authority, since time.Time) Authority { a.Leaving = since; return a }
+	tainted := func(a Authority) Authority { a.Tainted = epoch; return a }
+	lived := func(a Authority, until time.Time) Authority { a.LeavesUntil = until; return a }
+	unsigned := func(a Authority) Authority {
+		a.Root, a.NotBefore, a.NotAfter = "", time.Time{}, time.Time{}
+		return a
+	}
+	peer := func(w World, r Report) World { w.Peers = []Report{r}; return w }
+	own := func(w World, root string, trusting, holding int) World {
+		for i := range w.Own.Roots {
+			if x := &w.Own.Roots[i]; x.ID == root {
+				x.Trusting, x.Holding = trusting, holding
+				x.Missing = []string{"agent-7"}
+			}
+		}
+		return w
+	}
+	i, aged := under("a", "i", ca.Active), noon.Add(11*day)
+	b := named("b", rootA(ca.Published))
+	gone := leaving(lived(named("b", rootA(ca.Retired)), noon.Add(-day)), noon.Add(-10*day))
+	late := testPolicy
+	late.Delay = time.Hour
+	promised := noon.Add(-time.Hour).Add(day + 5*time.Minute)
+	westSigns := west(noon, "b")
+	westIsOver := west(noon, "a", "b")
+	westLeaves := west(noon, "a", "b")
+	westLeaves.Roots[1].LeavesUntil = noon.Add(time.Hour)
+	westIsOver.Roots[1].LeavesUntil = noon.Add(-day)
+	westLacks, westLeavesIt := west(noon, "a", "b"), west(noon, "a", "b")
+	westLacks.Roots[1].Trusting, westLacks.Roots[1].Missing = 2, []string{"agent-w"}
+	westLeavesIt.Roots[1].Leaving = true
+	for name, c := range map[string]struct {
+		p    Policy
+		w    World
+		now  time.Time
+		who  string
+		to   ca.State
+		code WaitCode
+		says string
+		// until is when the wait ends, after now; zero = not by the clock.
+		until    time.Duration
+		forcible bool
+	}{
+		"own agents lack it":       {w: own(worldOf(rootA(ca.Active), b, i), "b", 4, 5), who: "b", to: ca.Active, code: WaitQuorum, says: "4 of 5 agents of this cluster have it; 1 more must acknowledge", forcible: true},
+		"own agents are not known": {w: World{Authorities: []Authority{rootA(ca.Active), b, i}}, who: "b", to: ca.Active, code: WaitQuorum, says: "not known which agents", forcible: true},
+		"doors that can't acknowledge": {
+			p: late, w: worldOf(rootA(ca.Active), Authority{ID: "b", Kind: ca.KindRoot, State: ca.Published, Since: noon, NotAfter: epoch.Add(400 * day)}, i),
+			who: "b", to: ca.Active, code: WaitQuorum, says: "those that can't acknowledge have it by 2026-01-11T01:00:00Z", until: time.Hour, forcible: true,
+		},
+		"a peer never reported":        {w: peer(worldOf(rootA(ca.Active), b, i), Report{Cluster: "west"}), who: "b", to: ca.Active, code: WaitPeer, says: "cluster west has never reported", forcible: true},
+		"a peer's report is old":       {w: peer(worldOf(rootA(ca.Active), b, i), west(noon.Add(-day), "a", "b")), who: "b", to: ca.Active, code: WaitPeer, says: "is of 2026-01-10T00:00:00Z, and holds for 24h0m0s", forcible: true},
+		"a peer's report is yet to be": {w: peer(worldOf(rootA(ca.Active), b, i), west(noon.Add(time.Hour), "a", "b")), who: "b", to: ca.Active, code: WaitPeer, says: "one of the clocks is wrong", until: 55 * time.Minute, forcible: true},
+		"a peer does not trust it":     {w: peer(worldOf(rootA(ca.Active), b, i), west(noon, "a")), who: "b", to: ca.Active, code: WaitPeer, says: "cluster west does not trust it", forcible: true},
+		"a peer is about to stop":      {w: peer(worldOf(rootA(ca.Active), b, i), westLeavesIt), who: "b", to: ca.Active, code: WaitPeer, says: "about to stop trusting it", forcible: true},
+		"a peer's agents lack it":      {w: peer(worldOf(rootA(ca.Active), b, i), westLacks), who: "b", to: ca.Active, code: WaitPeer, says: "2 of 3 agents of cluster west have it", forcible: true},
+		"a root at its end":            {w: worldOf(rootA(ca.Active), Authority{ID: "b", Kind: ca.KindRoot, State: ca.Published, NotAfter: noon.Add(day - 1)}, i), who: "b", to: ca.Active, code: WaitShortLived, says: "too soon for a leaf of 24h0m0s"},
+		"an issuer signs":              {w: worldOf(leaving(rootA(ca.Active), noon), named("b", rootA(ca.Active)), i), who: "a", to: ca.Retired, code: WaitIssuer, says: "i still signs under it"},
+		"own leaves":                   {w: worldOf(rootA(ca.Active), lived(gone, noon.Add(time.Hour)), i), who: "b", to: ca.Removed, code: WaitLeaves, says: "leaves under it are valid until 2026-01-11T01:00:00Z", until: time.Hour + 5*time.Minute + time.Second, forcible: true},
+		"what we promised":             {w: peer(worldOf(rootA(ca.Active), leaving(gone, noon.Add(-time.Hour)), i), west(noon, "a")), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west may rely on our last report", until: promised.Sub(noon), forcible: true},
+		"a peer to be removed for":     {w: peer(worldOf(rootA(ca.Active), gone, i), Report{Cluster: "west"}), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west has never reported", forcible: true},
+		"a peer since the promise":     {w: peer(worldOf(rootA(ca.Active), gone, i), west(noon.Add(-9*day), "a")), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west has not reported since", forcible: true},
+		"a peer of tomorrow":           {w: peer(worldOf(rootA(ca.Active), gone, i), west(noon.Add(day), "a")), who: "b", to: ca.Removed, code: WaitPeer, says: "one of the clocks is wrong", until: day - 5*time.Minute, forcible: true},
+		"a peer that signs":            {w: peer(worldOf(rootA(ca.Active), gone, i), westSigns), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west still signs under it", forcible: true},
+		"a peer's leaves":              {w: peer(worldOf(rootA(ca.Active), gone, i), westLeaves), who: "b", to: ca.Removed, code: WaitLeaves, says: "leaves of cluster west under it are valid until", until: time.Hour + 5*time.Minute + time.Second, forcible: true},
+		"nothing in the way":           {w: peer(worldOf(rootA(ca.Active), gone, i), westIsOver), who: "b", to: ca.Removed},
+		"the last root":                {w: worldOf(leaving(rootA(ca.Retired), epoch)), who: "a", to: ca.Removed, code: WaitNoOther, says: "no other root is trusted; add one first"},
+		"exposed, and nobody holds":    {w: own(worldOf(rootA(ca.Active), lived(tainted(gone), noon.Add(time.Hour)), i), "b", 5, 0), who: "b", to: ca.Removed},
+		"exposed, and somebody holds":  {w: own(worldOf(rootA(ca.Active), lived(tainted(gone), noon.Add(time.Hour)), i), "b", 5, 1), who: "b", to: ca.Removed, code: WaitLeaves, says: "leaves under it", until: time.Hour + 5*time.Minute + time.Second, forcible: true},
+		"no signature":                 {w: worldOf(rootA(ca.Active), i, unsigned(under("", "x", ca.Prepared))), who: "x", to: ca.Published, code: WaitSignature, says: "an upstream authority has to sign its request"},
+		"the root is not active":       {w: worldOf(rootA(ca.Active), b, i, under("b", "x", ca.Prepared)), who: "x", to: ca.Published, code: WaitRoot, says: "the root above it, b, is not active yet"},
+		"its turn has not come":        {w: worldOf(rootA(ca.Active), i, under("a", "x", ca.Published)), who: "x", to: ca.Active, code: WaitTime, says: "its time is 2026-01-21T02:24:00Z", until: 10*day + 2*time.Hour + 24*time.Minute},
+		"its turn has come":            {w: worldOf(rootA(ca.Active), i, under("a", "x", ca.Published)), now: aged, who: "x", to: ca.Active},
+		"another root leaves":          {w: worldOf(rootA(ca.Active), leaving(named("b", rootA(ca.Active)), noon), i, under("b", "x", ca.Published)), now: aged, who: "x", to: ca.Active, code: WaitRoot, says: "is being replaced"},
+		"a root that leaves bears on":  {w: worldOf(leaving(rootA(ca.Active), noon), i, under("a", "x", ca.Published)), now: aged, who: "x", to: ca.Active},
+		"leaves of a retired issuer":   {w: worldOf(rootA(ca.Active), i, under("a", "x", ca.Retired)), who: "x", to: ca.Removed, code: WaitTime, says: "leaves under it are valid until", until: time.Hour + 5*time.Minute + time.Second},
+		"tainted before its time":      {w: worldOf(rootA(ca.Active), i, tainted(under("a", "x", ca.Published))), who: "x", to: ca.Removed},
+		"an intermediate at its end":   {w: worldOf(rootA(ca.Active), i, under("a", "x", ca.Published)), now: epoch.Add(30*day + 1), who: "x", to: ca.Removed},
+		"under a root that goes":       {w: worldOf(rootA(ca.Active), gone, i, under("b", "x", ca.Published)), who: "x", to: ca.Removed},
+		"never published, and leaves":  {w: worldOf(rootA(ca.Active), leaving(named("b", rootA(ca.Prepared)), noon), i), who: "b", to: ca.Removed},
+		"an expired root":              {w: worldOf(rootA(ca.Active), Authority{ID: "b", Kind: ca.KindRoot, State: ca.Active, NotAfter: noon.Add(-day)}, i), who: "b", to: ca.Removed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, now := c.p, c.now
+			if p == (Policy{}) {
+				p = testPolicy
+			}
+			if now.IsZero() {
+				now = noon
+			}
+			s := stepOf(t, Next(p, c.w, now), c.who)
+			if s.To != c.to {
+				t.Fatalf("%s goes to %s, want %s", c.who, s.To, c.to)
+			}
+			if c.code == "" {
+				if !s.Ready(false) {
+					t.Fatalf("it waits: %+v", s.Waits)
+				}
+				return
+			}
+			if len(s.Waits) != 1 || s.Waits[0].Code != c.code || !strings.Contains(s.Waits[0].For, c.says) {
+				t.Fatalf("it waits for %+v, want %s: %q", s.Waits, c.code, c.says)
+			}
+			w := s.Waits[0]
+			if c.until == 0 != w.Until.IsZero() || c.until != 0 && !w.Until.Equal(now.Add(c.until)) {
+				t.Errorf("it waits until %s, want %s after now", w.Until, c.until)
+			}
+			if s.Ready(false) || s.Ready(true) != c.forcible {
+				t.Errorf("ready %t, by force %t; want false, %t", s.Ready(false), s.Ready(true), c.forcible)
+			}
+			// What ends by the clock has ended then.
+			if !w.Until.IsZero() && w.Code != WaitPeer {
+				if later := stepOf(t, Next(p, c.w, w.Until), c.who); slices.ContainsFunc(later.Waits, func(x Wait) bool { return x.For == w.For }) {
+					t.Errorf("at %s it waits still", w.Until)
+				}
+			}
+		})
+	}
+}
+
+// settle takes every step that is ready, as a server does.
+func settle(t *testing.T, w World, now time.Time) World {
+	t.Helper()
+	for range 50 {
+		w.Authorities = slices.Clone(w.Authorities)
+		w.Own = worldOf(w.Authorities...).Own
+		steps := Next(testPolicy, w, now)
+		i := slices.IndexFunc(steps, func(s Step) bool { return s.Ready(false) && s.From != "" })
+		if i < 0 {
+			return w
+		}
+		w.Authorities = Apply(testPolicy, w.Authorities, steps[i], now)
+	}
+	t.Fatal("it does not come to rest")
+	return w
+}
+
+func active(w World) string { a, _ := w.active(); return a.ID }
+
+func TestTheFirstIssuerWaitsForNobody(t *testing.T) {
+	w := World{Peers: []Report{{Cluster: "west"}}}
+	all, err := AddRoot(testPolicy, w, rootA(""), noon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Authorities = append(all, under("a", "i", ca.Prepared))
+	p := testPolicy
+	p.Delay = 24 * time.Hour
+	for range 4 {
+		steps := Next(p, w, noon)
+		w.Authorities = Apply(p, w.Authorities, steps[0], noon)
+	}
+	if active(w) != "i" {
+		t.Fatalf("active is %q: %+v", active(w), Next(p, w, noon))
+	}
+}
+
+func TestOneOfAHundredIsSilentAndNamed(t *testing.T) {
+	w := worldOf(rootA(ca.Active), named("b", rootA(ca.Published)), under("a", "i", ca.Active))
+	for i := range w.Own.Roots {
+		w.Own.Roots[i].Trusting, w.Own.Roots[i].Validators, w.Own.Roots[i].Missing = 99, 100, []string{"agent-42"}
+	}
+	s := stepOf(t, Next(testPolicy, w, noon), "b")
+	if s.Ready(false) || !slices.Equal(s.Waits[0].Missing, []string{"agent-42"}) {
+		t.Fatalf("%+v", s)
+	}
+	p := testPolicy
+	p.Quorum = 0.99
+	if s := stepOf(t, Next(p, w, noon), "b"); !s.Ready(false) {
+		t.Fatalf("99 of 100 are the quorum that is asked for: %+v", s)
+	}
+	p.Quorum = 0.995
+	if s := stepOf(t, Next(p, w, noon), "b"); s.Ready(false) {
+		t.Fatal("99 of 100 pass for 99.5 %")
+	}
+}
+
+func TestSuccessorsWithStaggeredStartsTakeOverInTurn(t *testing.T) {
+	w := worldOf(rootA(ca.Active), under("a", "i1", ca.Active))
+	for n := 2; n <= 4; n++ {
+		x := under("a", fmt.Sprintf("i%d", n), ca.Prepared)
+		x.NotBefore = epoch.Add(time.Duration(n-1) * 20 * day)
+		x.NotAfter = x.NotBefore.Add(30 * day)
+		w.Authorities = append(w.Authorities, x)
+	}
+	var order []string
+	for now := epoch; now.Before(epoch.Add(85 * day)); now = now.Add(6 * time.Hour) {
+		w = settle(t, w, now)
+		if id := active(w); len(order) == 0 || order[len(order)-1] != id {
+			order = append(order, id)
+		}
+	}
+	if !slices.Equal(order, []string{"i1", "i2", "i3", "i4"}) {
+		t.Fatalf("order %v", order)
+	}
+	// Asleep over the whole life of the second: the third takes over.
+	w = worldOf(rootA(ca.Active), under("a", "i1", ca.Active))
+	for n := 2; n <= 3; n++ {
+		x := under("a", fmt.Sprintf("i%d", n), ca.Published)
+		x.NotBefore = epoch.Add(time.Duration(n-1) * 25 * day)
+		x.NotAfter = x.NotBefore.Add(30 * day)
+		w.Authorities = append(w.Authorities, x)
+	}
+	if w = settle(t, w, epoch.Add(60*day)); active(w) != "i3" {
+		t.Fatalf("active is %q", active(w))
+	}
+}
+
+func TestASuccessorThatBeginsTooLateIsNone(t *testing.T) {
+	x := under("a", "x", ca.Published)
+	x.NotBefore, x.NotAfter = epoch.Add(40*day), epoch.Add(70*day)
+	w := worldOf(rootA(ca.Active), under("a", "i", ca.Active), x)
+	if s := stepOf(t, Next(testPolicy, w, epoch.Add(16*day)), ""); !s.Ready(false) {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// A ceremony's spare that ends sooner than the issuer does neither takes its place nor keeps a real successor from being
+// made; and where a root at its end bounds every chain, requests end.
+func TestASpareThatEndsSoonerDoesNotTakeOver(t *testing.T) {
+	x := under("a", "x", ca.Published)
+	x.NotAfter = epoch.Add(25 * day)
+	w := worldOf(rootA(ca.Active), under("a", "i", ca.Active), x)
+	now := epoch.Add(21 * day)
+	steps := Next(testPolicy, w, now)
+	if s := stepOf(t, steps, "x"); s.Ready(true) || s.Because != "i lives longer" {
+		t.Fatalf("%+v", s)
+	}
+	if s := stepOf(t, steps, ""); !s.Ready(false) {
+		t.Fatalf("%+v", s)
+	}
+	x.ID = "y"
+	w.Authorities = append(w.Authorities, x)
+	if s := stepOf(t, Next(testPolicy, w, now), ""); !s.Ready(false) {
+		t.Fatalf("two spares keep a successor from being made: %+v", s)
+	}
+	w.Authorities[0].NotAfter = x.NotAfter
+	if steps := Next(testPolicy, w, now); slices.ContainsFunc(steps, func(s Step) bool { return s.From == "" }) {
+		t.Fatalf("a third one is asked for: %+v", steps)
+	}
+}
+
+func TestASlowRootRotationIsBridged(t *testing.T) {
+	a := rootA(ca.Active)
+	a.Leaving = noon
+	w := worldOf(a, named("b", rootA(ca.Published)), under("a", "i", ca.Active), under("b", "x", ca.Prepared))
+	w.Peers = []Report{{Cluster: "west"}}
+	if steps := Next(testPolicy, w, noon); slices.ContainsFunc(steps, func(s Step) bool { return s.From == "" }) {
+		t.Fatalf("a second successor is asked for while there is time: %+v", steps)
+	}
+	now := epoch.Add(21 * day)
+	s := stepOf(t, Next(testPolicy, w, now), "")
+	if !s.Ready(false) || !strings.Contains(s.Because, "not all validators trust b yet") {
+		t.Fatalf("%+v", s)
+	}
+	w.Authorities = append(w.Authorities, Authority{ID: "y", Kind: ca.KindIntermediate, State: ca.Prepared})
+	if _, err := Signed(testPolicy, w, "y", "b", now, now.Add(30*day), now); err == nil || !strings.Contains(err.Error(), "have y signed under a") {
+		t.Fatal(err)
+	}
+	all, err := Signed(testPolicy, w, "y", "a", now, now.Add(30*day), now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Authorities = all
+	if w = settle(t, w, now); active(w) != "y" {
+		t.Fatalf("active is %q", active(w))
+	}
+}
+
+func TestWhatLivesShorterThanTheLongestLeafIsRefused(t *testing.T) {
+	short := rootA("")
+	short.NotAfter = noon.Add(day - 1)
+	if _, err := AddRoot(testPolicy, World{}, short, noon); err == nil || !strings.Contains(err.Error(), "nothing may be signed under a root that ends before its leaves") {
+		t.Fatal(err)
+	}
+	w := worldOf(rootA(ca.Active), Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared})
+	if _, err := Signed(testPolicy, w, "x", "a", noon, noon.Add(day-1), noon); err == nil || !strings.Contains(err.Error(), "shorter than the longest leaf") {
+		t.Fatal(err)
+	}
+}
+
+// The bounds of an intermediate are those of its chain: one that outlives its root ends with it.
+func TestTheRootBoundsAnIntermediate(t *testing.T) {
+	a := rootA(ca.Active)
+	a.NotAfter = epoch.Add(12 * day)
+	i, x := under("a", "i", ca.Active), under("a", "x", ca.Published)
+	i.NotAfter, x.NotAfter = a.NotAfter.Add(-time.Hour), a.NotAfter
+	w := worldOf(a, i, x)
+	if s := stepOf(t, Next(testPolicy, w, epoch.Add(11*day+1)), "x"); s.To != ca.Removed {
+		t.Fatalf("%+v", s)
+	}
+	if s := stepOf(t, Next(testPolicy, w, epoch.Add(10*day)), "x"); s.To != ca.Active || !s.Ready(false) {
+		t.Fatalf("the switch comes at 67 %% of the shorter life: %+v", s)
+	}
+	all := Apply(testPolicy, w.Authorities, stepOf(t, Next(testPolicy, w, epoch.Add(10*day)), "x"), epoch.Add(11*day+time.Hour))
+	if until := all[1].LeavesUntil; !until.Equal(i.NotAfter) || !all[0].LeavesUntil.Equal(i.NotAfter) {
+		t.Fatalf("leaves live until %s, the chain until %s", until, a.NotAfter)
+	}
+}
+
+func TestAServerThatSleptThroughEverythingKeepsABundle(t *testing.T) {
+	w := worldOf(rootA(ca.Active), named("b", rootA(ca.Published)), under("a", "i", ca.Active), under("a", "x", ca.Published))
+	now := epoch.Add(800 * day)
+	w = settle(t, w, now)
+	if !slices.ContainsFunc(w.Authorities, Authority.InBundle) {
+		t.Fatalf("the bundle is empty: %+v", w.Authorities)
+	}
+	if active(w) != "i" {
+		t.Fatalf("active is %q", active(w))
+	}
+	c := named("c", rootA(""))
+	c.NotAfter = now.Add(400 * day)
+	all, err := AddRoot(testPolicy, w, c, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	y := under("c", "y", ca.Prepared)
+	y.NotBefore, y.NotAfter = now, now.Add(30*day)
+	w.Authorities = append(all, y)
+	if w = settle(t, w, now); active(w) != "y" {
+		t.Fatalf("active is %q: %+v", active(w), Next(testPolicy, w, now))
+	}
+	for _, id := range []string{"a", "b"} {
+		if r, _ := w.authority(id); r.State != ca.Removed {
+			t.Errorf("%s has expired and is %s", id, r.State)
+		}
+	}
+}
+
+func TestAClockThatJumpsBackTakesNothingBack(t *testing.T) {
+	a := rootA(ca.Active)
+	a.Leaving = noon
+	w := settle(t, worldOf(a, named("b", rootA(ca.Active)), under("a", "i", ca.Active), under("b", "x", ca.Published)), noon)
+	if active(w) != "x" {
+		t.Fatalf("active is %q", active(w))
+	}
+	for _, back := range []time.Duration{time.Hour, 5 * day, 400 * day} {
+		for _, s := range Next(testPolicy, w, noon.Add(-back)) {
+			if s.Ready(false) {
+				t.Errorf("%s back: %+v", back, s)
+			}
+		}
+	}
+}
+
+func TestAStepTwiceIsAStepOnce(t *testing.T) {
+	w := worldOf(rootA(ca.Active), under("a", "i", ca.Active), under("a", "x", ca.Published))
+	s := stepOf(t, Next(testPolicy, w, noon.Add(11*day)), "x")
+	once := Apply(testPolicy, w.Authorities, s, noon.Add(11*day))
+	if twice := Apply(testPolicy, once, s, noon.Add(12*day)); !slices.Equal(once, twice) {
+		t.Fatal(changes(once, twice))
+	}
+	if got := changes(w.Authorities, once); got != "i retired, x active" {
+		t.Fatal(got)
+	}
+}
+
+func TestAnAbortedRootRotationGivesBack(t *testing.T) {
+	a := rootA(ca.Active)
+	a.Leaving = noon.Add(-time.Hour)
+	before := worldOf(a, named("b", rootA(ca.Active)), under("a", "i", ca.Active), under("b", "x", ca.Published))
+	w := settle(t, before, noon)
+	all, err := Abort(testPolicy, w, "b", false, noon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := changes(w.Authorities, all), "a active, a not leaving, b leaving, i active, x retired"; got != want {
+		t.Fatalf("%q, want %q", got, want)
+	}
+	// Peers that have stopped trusting the old root stand in the way, and can be overridden.
+	w.Peers = []Report{west(noon, "b")}
+	if _, err := Abort(testPolicy, w, "b", false, noon); !errors.Is(err, ErrNotNow) {
+		t.Fatal(err)
+	}
+	if _, err := Abort(testPolicy, w, "b", true, noon); err != nil {
+		t.Fatal(err)
+	}
+	// The root that is signed under stays, not one that left before.
+	z := named("z", rootA(ca.Retired))
+	z.Leaving = noon.Add(-day)
+	w = worldOf(z, a, named("b", rootA(ca.Published)), under("a", "i", ca.Active))
+	all, err = Abort(testPolicy, w, "b", false, noon)
+	if got := outcome(w.Authorities, all, err); got != "a not leaving, b leaving" {
+		t.Fatal(got)
+	}
+}
+
+func TestTheOnlyRootIsNotRemoved(t *testing.T) {
+	w := worldOf(rootA(ca.Active))
+	for verb, do := range map[string]func() ([]Authority, error){
+		"remove": func() ([]Authority, error) { return RemoveRoot(w, "a", noon) },
+		"abort":  func() ([]Authority, error) { return Abort(testPolicy, w, "a", false, noon) },
+	} {
+		if _, err := do(); err == nil || !strings.Contains(err.Error(), "the only root that stays") {
+			t.Errorf("%s: %v", verb, err)
+		}
+	}
+}
+
+func TestATaintedIssuerIsReplacedAtOnce(t *testing.T) {
+	w := worldOf(rootA(ca.Active), named("b", rootA(ca.Active)), under("a", "i", ca.Active), under("b", "x", ca.Published))
+	all, err := Taint(w, "i", noon)
+	if got := outcome(w.Authorities, all, err); got != "a leaving, i tainted" {
+		t.Fatal(got)
+	}
+	w.Authorities = all
+	w = settle(t, w, noon)
+	if got := Stale(w); active(w) != "x" || !slices.Equal(got, []string{"i"}) {
+		t.Fatalf("active %q, stale %v", active(w), got)
+	}
+	if _, err := AddRoot(testPolicy, w, rootA(""), noon); err == nil || !strings.Contains(err.Error(), "a key below it is tainted") {
+		t.Fatal(err)
+	}
+	if _, err := StartRoot(w, "a", noon); err == nil {
+		t.Fatal("a rotation to an exposed root is started")
+	}
+	if _, err := Abort(testPolicy, w, "a", true, noon); err == nil || !strings.Contains(err.Error(), "must go") {
+		t.Fatal(err)
+	}
+	// With no other root, a successor under the same one is asked for, and status says what is missing.
+	w = worldOf(rootA(ca.Active), under("a", "i", ca.Active))
+	if w.Authorities, err = Taint(w, "i", noon); err != nil {
+		t.Fatal(err)
+	}
+	if s := stepOf(t, Next(testPolicy, w, noon), ""); !s.Ready(false) || s.Because != "the key of i is tainted" {
+		t.Fatalf("%+v", s)
+	}
+}
+
+func TestAReportListsWhatIsTrusted(t *testing.T) {
+	gone := named("g", rootA(ca.Removed))
+	gone.LeavesUntil = noon.Add(time.Hour)
+	roots := ReportRoots(testPolicy, []Authority{rootA(ca.Active), named("p", rootA(ca.Prepared)), gone, under("a", "i", ca.Active)}, noon)
+	if len(roots) != 2 || roots[0].ID != "a" || !roots[0].Signing || !roots[0].LeavesUntil.Equal(noon.Add(day)) || roots[1].ID != "g" || !roots[1].Leaving {
+		t.Fatalf("%+v", roots)
+	}
+	i := under("a", "i", ca.Retired)
+	i.Tainted = noon
+	if taints := ReportTaints(testPolicy, []Authority{rootA(ca.Active), i}, noon); len(taints) != 1 || taints[0].Root != "a" || !taints[0].NotAfter.Equal(i.NotAfter) {
+		t.Fatalf("%+v", taints)
+	}
+	if taints := ReportTaints(testPolicy, []Authority{i}, i.NotAfter.Add(day)); len(taints) != 0 {
+		t.Fatalf("%+v", taints)
+	}
+}

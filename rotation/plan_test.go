@@ -1,0 +1,97 @@
+package rotation
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+)
+
+func told(plan []Planned) []string {
+	var said []string
+	for _, s := range plan {
+		said = append(said, fmt.Sprintf("day %.1f %s %s", s.At.Sub(epoch).Hours()/24, s.Authority, s.To))
+	}
+	return said
+}
+
+func TestAPlanTellsARootRotation(t *testing.T) {
+	a, b := rootA(ca.Active), named("b", rootA(ca.Prepared))
+	a.Leaving = noon
+	w := worldOf(a, b, under("a", "i", ca.Active))
+	w.Peers = []Report{{Cluster: "west"}}
+	before := slices.Clone(w.Authorities)
+	want := []string{
+		"day 10.0 successor-1 prepared", "day 10.0 b published", "day 10.0 b active", "day 10.0 successor-1 published",
+		"day 10.0 successor-1 active", "day 10.0 a retired", "day 11.0 a removed", "day 11.0 i removed",
+	}
+	got := told(Plan(testPolicy, w, noon, 8))
+	slices.Sort(got[:2]) // neither waits for the other
+	slices.Sort(want[:2])
+	if !slices.Equal(got, want) {
+		t.Fatalf("got  %q\nwant %q", got, want)
+	}
+	if !slices.Equal(before, w.Authorities) {
+		t.Error("the plan has changed the world")
+	}
+}
+
+func TestAPlanTellsWhatComesByItself(t *testing.T) {
+	w := worldOf(rootA(ca.Active), under("a", "i", ca.Active))
+	want := []string{"day 15.0 successor-1 prepared", "day 15.0 successor-1 published", "day 20.1 successor-1 active", "day 21.1 i removed", "day 30.0 successor-2 prepared"}
+	if got := told(Plan(testPolicy, w, noon, 5)); !slices.Equal(got, want) {
+		t.Fatalf("got  %q\nwant %q", got, want)
+	}
+	if plan := Plan(testPolicy, World{}, noon, 5); len(plan) != 0 {
+		t.Fatalf("%v", told(plan))
+	}
+}
+
+func TestAStepIsExpectedWhenItsLastWaitEnds(t *testing.T) {
+	s := Step{Waits: []Wait{{Until: noon.Add(2 * time.Hour)}, {Until: noon.Add(time.Hour)}}}
+	if at := At(s, noon); !at.Equal(noon.Add(2 * time.Hour)) {
+		t.Error(at)
+	}
+	if at := At(Step{}, noon); !at.Equal(noon) {
+		t.Error(at)
+	}
+	s.Waits = append(s.Waits, Wait{Code: WaitQuorum})
+	if at := At(s, noon); !at.IsZero() {
+		t.Error(at)
+	}
+}
+
+func TestLeavesOfATaintedIssuerAreReplacedAtABoundedRate(t *testing.T) {
+	const leaves, rate = 100_000, 200.0
+	window := ReissueWindow(leaves, rate)
+	if window != 500*time.Second {
+		t.Fatalf("window %s, want 500 s", window)
+	}
+	perSecond := map[int64]int{}
+	for i := range leaves {
+		at := ReissueAt(serial(i), epoch, window)
+		if at.Before(epoch) || !at.Before(epoch.Add(window)) {
+			t.Fatalf("leaf %d at %s, want within %s", i, at.Sub(epoch), window)
+		}
+		perSecond[int64(at.Sub(epoch)/time.Second)]++
+	}
+	if len(perSecond) != 500 {
+		t.Errorf("%d of 500 seconds are used", len(perSecond))
+	}
+	// Five standard deviations of a Poisson count, √200 each.
+	for second, n := range perSecond {
+		if n > 271 || n < 129 {
+			t.Errorf("second %d: %d leaves, want 200 ± 71", second, n)
+		}
+	}
+	if a, b := ReissueAt(serial(1), epoch, window), ReissueAt(serial(1), epoch, window); !a.Equal(b) {
+		t.Error("drawn again")
+	}
+	for _, none := range []time.Duration{ReissueWindow(0, 200), ReissueWindow(5, 0), -time.Second} {
+		if at := ReissueAt(serial(1), epoch, none); !at.Equal(epoch) {
+			t.Errorf("window %s: at %s, want at once", none, at)
+		}
+	}
+}

@@ -1,0 +1,21 @@
+package rotation
+
+import "time"
+
+// reissueDraw keeps the times of ReissueAt apart from those of RenewAt, which is drawn from the same serial.
+const reissueDraw = 1 << 63
+
+// ReissueWindow says how long it takes to replace so many leaves at a bounded rate, in certificates per second. Zero or
+// less: at once.
+func ReissueWindow(identities int, perSecond float64) time.Duration {
+	if identities <= 0 || perSecond <= 0 {
+		return 0
+	}
+	return time.Duration(float64(identities) / perSecond * float64(time.Second))
+}
+
+// ReissueAt says when a leaf is replaced whose issuer is tainted: evenly within the window that begins at from, a pure
+// function of its serial, so that a restart neither bunches the fleet nor puts anything off.
+func ReissueAt(serial []byte, from time.Time, window time.Duration) time.Time {
+	return from.Add(time.Duration(fraction(serial, reissueDraw) * float64(max(window, 0))))
+}

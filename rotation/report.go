@@ -1,0 +1,45 @@
+package rotation
+
+import (
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+)
+
+// ReportRoots says what a cluster reports of its roots, but for the counts of agents, which the caller knows. A root is
+// listed when validators are told to believe it, or as leaving while leaves that were made under it may live. An issuer
+// counts as signing as long as it is active, expired or not, for it may be followed by another under the same root at any
+// time.
+func ReportRoots(p Policy, all []Authority, now time.Time) []RootReport {
+	var roots []RootReport
+	for _, r := range all {
+		if !r.InBundle() && (r.Kind != ca.KindRoot || r.State != ca.Removed || now.After(r.LeavesUntil.Add(p.Skew))) {
+			continue
+		}
+		x := RootReport{ID: r.ID, Leaving: !r.Leaving.IsZero() || r.State == ca.Removed, LeavesUntil: r.LeavesUntil}
+		for _, a := range all {
+			if a.Kind == ca.KindIntermediate && a.State == ca.Active && a.Root == r.ID {
+				x.Signing = true
+				x.LeavesUntil = later(x.LeavesUntil, earlier(now.Add(p.LongestLeaf), a.NotAfter))
+			}
+		}
+		roots = append(roots, x)
+	}
+	return roots
+}
+
+// ReportTaints says which CAs with lost keys a cluster tells its peers of: those whose chains are still valid.
+func ReportTaints(p Policy, all []Authority, now time.Time) []TaintReport {
+	var taints []TaintReport
+	for _, a := range all {
+		if a.Tainted.IsZero() || !a.signed() || now.After(a.NotAfter.Add(p.Skew)) {
+			continue
+		}
+		t := TaintReport{ID: a.ID, Root: a.Root, Since: a.Tainted, NotAfter: a.NotAfter}
+		if a.Kind == ca.KindRoot {
+			t.Root = a.ID
+		}
+		taints = append(taints, t)
+	}
+	return taints
+}

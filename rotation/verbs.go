@@ -1,0 +1,347 @@
+package rotation
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+)
+
+// What people ask for. Each verb returns the authorities as they would be, or one sentence that says why not; nothing is
+// changed in place. What follows is Next's business.
+
+// ErrNotNow marks a refusal that a person may override by force.
+var ErrNotNow = errors.New("not now")
+
+// find returns the index of an authority.
+func (w World) find(id string) (int, error) {
+	i := slices.IndexFunc(w.Authorities, func(a Authority) bool { return a.ID == id })
+	if i < 0 {
+		return 0, fmt.Errorf("no CA %q: see signet ca list", id)
+	}
+	return i, nil
+}
+
+// AddRoot begins to trust a root, which is published next. One that is trusted already stays, also when it was about to
+// leave.
+func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, error) {
+	all := slices.Clone(w.Authorities)
+	if now.Add(p.LongestLeaf).After(root.NotAfter) {
+		return nil, fmt.Errorf("root %s ends at %s: a leaf may live %s, and nothing may be signed under a root that ends before its leaves", root.ID, stamp(root.NotAfter), p.LongestLeaf)
+	}
+	root.Kind, root.State, root.Since = ca.KindRoot, ca.Prepared, now
+	i, err := w.find(root.ID)
+	switch {
+	case err != nil:
+		return append(all, root), nil
+	case !all[i].Tainted.IsZero():
+		return nil, fmt.Errorf("root %s is tainted since %s: make a new one", root.ID, stamp(all[i].Tainted))
+	case all[i].State != ca.Removed && all[i].Leaving.IsZero():
+		return all, nil
+	}
+	if since := w.exposed(root.ID); !since.IsZero() {
+		return nil, fmt.Errorf("root %s must go: a key below it is tainted since %s; make a new one", root.ID, stamp(since))
+	}
+	if all[i].State == ca.Removed {
+		all[i].State, all[i].Since = ca.Prepared, now
+	}
+	keep(&all[i], now)
+	return all, nil
+}
+
+// keep ends the removal of a root. Whether anything may be signed under it again is Next's to find out.
+func keep(r *Authority, now time.Time) {
+	r.Leaving = time.Time{}
+	if r.State == ca.Retired {
+		r.State, r.Since = ca.Published, now
+	}
+}
+
+// StartRoot replaces the root of the active issuer by another one, which must have been added. Other roots under which a
+// key is tainted go with it.
+func StartRoot(w World, id string, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	next := w.Authorities[i]
+	signing, ok := w.active()
+	switch {
+	case next.Kind != ca.KindRoot:
+		return nil, fmt.Errorf("%s is not a root", id)
+	case !ok:
+		return nil, errors.New("no issuer is active: there is nothing to replace")
+	case signing.Root == id:
+		return nil, fmt.Errorf("%s is the root of the active issuer already", id)
+	case !next.Tainted.IsZero():
+		return nil, fmt.Errorf("%s is tainted since %s: make a new root", id, stamp(next.Tainted))
+	case !next.Leaving.IsZero() || next.State == ca.Removed || next.State == ca.Retired:
+		return nil, fmt.Errorf("%s is being removed: add a new root", id)
+	case !w.exposed(id).IsZero():
+		return nil, fmt.Errorf("a key below %s is tainted since %s: make a new root", id, stamp(w.exposed(id)))
+	}
+	all := slices.Clone(w.Authorities)
+	for j := range all {
+		r := &all[j]
+		if r.InBundle() && r.ID != id && r.Leaving.IsZero() && (r.ID == signing.Root || !w.exposed(r.ID).IsZero()) {
+			r.Leaving = now
+		}
+	}
+	return all, nil
+}
+
+// Want asks for the switch to the next intermediate as soon as it may be. It reports false when there is none and one has
+// to be made, with Wanted set.
+func Want(p Policy, w World, now time.Time) (_ []Authority, found bool) {
+	d := decision{Policy: p, World: w, now: now}
+	best := -1
+	for i, a := range w.Authorities {
+		if !waiting(a) || a.signed() && (d.tooShort(a) || a.NotBefore.After(now.Add(p.Skew))) {
+			continue
+		}
+		if best < 0 || d.before(a, w.Authorities[best]) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return w.Authorities, false
+	}
+	all := slices.Clone(w.Authorities)
+	all[best].Wanted = true
+	return all, true
+}
+
+// Signed takes in that an intermediate has its certificate, under the root. The same once more changes nothing.
+func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	x := w.Authorities[i]
+	above, ok := w.authority(root)
+	signing, _ := w.active()
+	switch {
+	case x.Kind != ca.KindIntermediate:
+		return nil, fmt.Errorf("%s is not an intermediate", id)
+	case x.signed() && x.Root == root && x.NotBefore.Equal(notBefore) && x.NotAfter.Equal(notAfter):
+		return slices.Clone(w.Authorities), nil
+	case x.signed():
+		return nil, fmt.Errorf("%s has a certificate already: start a rotation for another one", id)
+	case x.State != ca.Prepared:
+		return nil, fmt.Errorf("%s is %s: its request is not waited for any more", id, x.State)
+	case !x.Tainted.IsZero():
+		return nil, fmt.Errorf("%s is tainted since %s: start a rotation for another one", id, stamp(x.Tainted))
+	case !ok || above.State == ca.Removed:
+		return nil, fmt.Errorf("the chain of %s leads to root %s, which is not trusted here: add it first with signet trust add", id, root)
+	// Until another root may be signed under, the one that leaves has to bear the cluster.
+	case above.State == ca.Retired || !above.Leaving.IsZero() && (signing.Root != root || w.replaced(root)):
+		return nil, fmt.Errorf("the chain of %s leads to root %s, which is being removed: have it signed by the root that replaces it", id, root)
+	case !above.Tainted.IsZero():
+		return nil, fmt.Errorf("the chain of %s leads to root %s, which is tainted", id, root)
+	case w.bridges(p, id, root, now):
+		return nil, fmt.Errorf("not all validators trust %s yet, and %s ends at %s: have %s signed under %s, to bridge the time", root, signing.ID, stamp(signing.NotAfter), id, signing.Root)
+	case now.Add(p.LongestLeaf).After(notAfter):
+		return nil, fmt.Errorf("%s ends at %s: it would live shorter than the longest leaf, %s; have it signed for longer", id, stamp(notAfter), p.LongestLeaf)
+	}
+	all := slices.Clone(w.Authorities)
+	all[i].Root, all[i].NotBefore, all[i].NotAfter = root, notBefore, notAfter
+	return all, nil
+}
+
+// bridges: the last request is kept for the root that can be signed under, when another certificate waits already for one
+// that can't, see late.
+func (w World) bridges(p Policy, id, root string, now time.Time) bool {
+	d := decision{Policy: p, World: w, now: now}
+	signing, _ := d.active()
+	above, _ := d.authority(signing.Root)
+	if signing.Root == root || !above.Tainted.IsZero() || !d.late(root) {
+		return false
+	}
+	held := false
+	for _, a := range d.Authorities {
+		if waiting(a) && !a.signed() && a.ID != id {
+			return false
+		}
+		held = held || waiting(a) && a.Root == root
+	}
+	return held
+}
+
+// replaced reports whether another root is ready to be signed under.
+func (w World) replaced(root string) bool {
+	return slices.ContainsFunc(w.Authorities, func(a Authority) bool {
+		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero()
+	})
+}
+
+// onlyRoot refuses that the last root goes.
+func (w World) onlyRoot(id string) error {
+	if slices.ContainsFunc(w.Authorities, func(a Authority) bool {
+		return a.ID != id && a.Kind == ca.KindRoot && a.State != ca.Removed && a.Leaving.IsZero()
+	}) {
+		return nil
+	}
+	return fmt.Errorf("%s is the only root that stays: add another one first", id)
+}
+
+// RemoveRoot begins to remove a root: it is retired when nothing signs under it, and removed when nothing depends on it.
+func RemoveRoot(w World, id string, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	if w.Authorities[i].Kind != ca.KindRoot {
+		return nil, fmt.Errorf("%s is not a root", id)
+	}
+	if err := w.onlyRoot(id); err != nil {
+		return nil, err
+	}
+	all := slices.Clone(w.Authorities)
+	if all[i].Leaving.IsZero() && all[i].State != ca.Removed {
+		all[i].Leaving = now
+	}
+	return all, nil
+}
+
+// Taint takes a CA's key for lost: nothing is signed with it as soon as another issuer can, and what was signed is
+// replaced. Where another root stands ready, the root above begins to leave; else status says that one is needed.
+func Taint(w World, id string, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	all := slices.Clone(w.Authorities)
+	if all[i].Tainted.IsZero() {
+		all[i].Tainted = now
+	}
+	root := all[i].Root
+	if all[i].Kind == ca.KindRoot {
+		root = id
+	}
+	tainted := World{Authorities: all, Own: w.Own, Peers: w.Peers}
+	if slices.ContainsFunc(all, func(a Authority) bool {
+		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero() && tainted.exposed(a.ID).IsZero()
+	}) {
+		for j := range all {
+			if all[j].ID == root && all[j].State != ca.Removed && all[j].Leaving.IsZero() {
+				all[j].Leaving = now
+			}
+		}
+	}
+	return all, nil
+}
+
+// Abort turns a rotation back. A CA that was never used is dropped. An issuer that has taken over gives back to the one
+// before it. A root that was to replace another leaves instead of it. What can't be turned back says so; ErrNotNow can be
+// forced.
+func Abort(p Policy, w World, id string, force bool, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	d := decision{Policy: p, World: World{Authorities: slices.Clone(w.Authorities), Own: w.Own, Peers: w.Peers}, now: now}
+	if a := d.Authorities[i]; a.Kind == ca.KindRoot {
+		err = d.abortRoot(i, force)
+	} else {
+		err = d.abortIntermediate(i, force)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return d.Authorities, nil
+}
+
+func (d decision) abortIntermediate(i int, force bool) error {
+	a := &d.Authorities[i]
+	switch a.State {
+	case ca.Prepared, ca.Published:
+		a.State, a.Since, a.Wanted = ca.Removed, d.now, false
+		return nil
+	case ca.Retired, ca.Removed:
+		return fmt.Errorf("%s is %s: there is nothing to abort", a.ID, a.State)
+	}
+	return d.giveBack(i, "", force)
+}
+
+// giveBack lets the issuer before the active one take over again; if root is given, one under that root.
+func (d decision) giveBack(i int, root string, force bool) error {
+	a := &d.Authorities[i]
+	before := -1
+	for j, b := range d.Authorities {
+		if b.Kind != ca.KindIntermediate || b.State != ca.Retired || !b.Tainted.IsZero() || d.tooShort(b) || root != "" && b.Root != root {
+			continue
+		}
+		if above, _ := d.authority(b.Root); above.InBundle() && d.exposed(b.Root).IsZero() && (before < 0 || b.Since.After(d.Authorities[before].Since)) {
+			before = j
+		}
+	}
+	if before < 0 {
+		return fmt.Errorf("%s signs, and no earlier issuer could take over again: start a rotation to a new one", a.ID)
+	}
+	b := &d.Authorities[before]
+	for _, w := range d.mayBegin(b.Root) {
+		if !force || !w.Code.Forcible() {
+			return fmt.Errorf("%s can't take over again from %s: %s: %w", b.ID, a.ID, w.For, ErrNotNow)
+		}
+	}
+	retire(d.Policy, d.Authorities, i, d.now)
+	b.State, b.Since = ca.Active, d.now
+	return nil
+}
+
+func (d decision) abortRoot(i int, force bool) error {
+	a := &d.Authorities[i]
+	switch {
+	case a.State == ca.Removed:
+		return fmt.Errorf("%s is removed: there is nothing to abort", a.ID)
+	case !a.Leaving.IsZero():
+		// Its removal is what is aborted.
+		if !d.exposed(a.ID).IsZero() {
+			return fmt.Errorf("%s must go: a key at or below it is tainted", a.ID)
+		}
+		keep(a, d.now)
+		return nil
+	}
+	signing, signs := d.active()
+	if old := d.leavingFor(signing); old >= 0 {
+		b := &d.Authorities[old]
+		if !d.exposed(b.ID).IsZero() {
+			return fmt.Errorf("%s can't stay in the place of %s: a key at or below it is tainted", b.ID, a.ID)
+		}
+		keep(b, d.now)
+		if signs && signing.Root == a.ID {
+			j, _ := d.find(signing.ID)
+			if err := d.giveBack(j, b.ID, force); err != nil {
+				return err
+			}
+			b.State = ca.Active
+		}
+	} else if signs && signing.Root == a.ID {
+		return fmt.Errorf("%s is what everything stands under, and no root before it is trusted any more: start a rotation to a new root", a.ID)
+	}
+	if err := d.onlyRoot(a.ID); err != nil {
+		return err
+	}
+	a.Leaving = d.now
+	return nil
+}
+
+// leavingFor finds the root that was to be replaced: the one that is still signed under, else the last one that began to
+// leave.
+func (d decision) leavingFor(signing Authority) int {
+	old := -1
+	for j, b := range d.Authorities {
+		if !b.InBundle() || b.Leaving.IsZero() {
+			continue
+		}
+		if b.ID == signing.Root {
+			return j
+		}
+		if old < 0 || b.Leaving.After(d.Authorities[old].Leaving) {
+			old = j
+		}
+	}
+	return old
+}

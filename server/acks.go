@@ -1,0 +1,97 @@
+package server
+
+import (
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/signet-ca/signet/trust"
+)
+
+// acks is what agents have said they believe and hold. It outlives their connections, but not the server: what is not known
+// counts as not acknowledged.
+type acks struct {
+	server *Server
+	// started bounds what was issued before: no leaf of that time lives longer than the longest from then.
+	started time.Time
+	// woken is told that something changed.
+	woken chan struct{}
+
+	mu   sync.Mutex
+	said map[string]said
+	// leaves is the end of the last leaf that each agent was given since the start.
+	leaves map[string]time.Time
+}
+
+// said is the newest word of an agent.
+type said struct {
+	// sequence and digest are of the oldest bundle among its streams; sequence 0 while it has said nothing.
+	sequence uint64
+	digest   trust.Digest
+	// held are the key identifiers of the issuers whose leaves it has, heard is whether it has said so.
+	held  [][]byte
+	heard bool
+}
+
+func newAcks(s *Server) *acks {
+	return &acks{server: s, started: s.now(), woken: make(chan struct{}, 1), said: map[string]said{}, leaves: map[string]time.Time{}}
+}
+
+// hear takes an agent's word.
+func (a *acks) hear(agent string, s said) {
+	a.mu.Lock()
+	old := a.said[agent]
+	a.said[agent] = s
+	a.mu.Unlock()
+	if old.sequence == s.sequence && old.digest == s.digest && old.heard == s.heard && slices.EqualFunc(old.held, s.held, slices.Equal) {
+		return
+	}
+	select {
+	case a.woken <- struct{}{}:
+	default:
+	}
+}
+
+// of returns the newest word of an agent.
+func (a *acks) of(agent string) said {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.said[agent]
+}
+
+// gave notes that an agent was given a leaf.
+func (a *acks) gave(agent string, notAfter time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if notAfter.After(a.leaves[agent]) {
+		a.leaves[agent] = notAfter
+	}
+}
+
+// validators are the agents that have, or may have, identities that live, connected or not, by name. Banned ones don't
+// count: they get nothing new, and nothing waits for them.
+func (a *acks) validators(now time.Time) []validator {
+	d := a.server.directory
+	if d == nil { // nobody has come yet
+		return nil
+	}
+	// Before the start the server has given what it does not remember.
+	before := now.Before(a.started.Add(a.server.config.MaxTTL))
+	var all []validator
+	for name, row := range d.current.Load().agents {
+		row, _ = d.agent(name)
+		if row.Banned {
+			continue
+		}
+		a.mu.Lock()
+		s, leaf := a.said[name], a.leaves[name]
+		a.mu.Unlock()
+		if now.After(leaf) && !(before && now.Before(row.NotAfter)) && a.server.sessions.of(name) == 0 {
+			continue
+		}
+		all = append(all, validator{name, s})
+	}
+	slices.SortFunc(all, func(x, y validator) int { return strings.Compare(x.agent, y.agent) })
+	return all
+}

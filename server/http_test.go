@@ -1,0 +1,73 @@
+package server
+
+import (
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+)
+
+// A database that can't be written stops enrolment and changes. What agents ask for most goes on from memory, so the
+// server stays in service, and says which of its abilities it has not.
+func TestAFailingDatabaseShowsWithinASecondAndIssuingGoesOn(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	m := s.enrol("node-1")
+	s.apply(false, registration("frontend", "node-1"))
+	conn := s.dial(m)
+	code, text := get(t, s, "/readyz?verbose")
+	if code != http.StatusOK || !strings.Contains(text, "[+]store ok\n") {
+		t.Fatalf("before: %d\n%s", code, text)
+	}
+	must(t, os.Rename(databasePath(c.dir), databasePath(c.dir)+".away"))
+	broken := time.Now()
+	for !strings.Contains(text, "[!]store degraded: SGN1011: ") {
+		if time.Since(broken) > time.Second {
+			t.Fatalf("a second after the database went: %s", text)
+		}
+		code, text = get(t, s, "/readyz?verbose")
+	}
+	if code != http.StatusOK || !strings.Contains(text, "(stopped: enrolling, changing)") || !strings.Contains(text, "it is gone") {
+		t.Errorf("readyz: %d\n%s", code, text)
+	}
+	r, err := signetv1.NewAgentsClient(conn).Issue(t.Context(), &signetv1.IssueRequest{Items: []*signetv1.IssueItem{{Registration: "frontend", Selectors: shown, Csr: newCSR(t)}}})
+	if err != nil || r.Results[0].GetRefusal() != nil {
+		t.Errorf("a certificate, with the database away: %v, %v", r, err)
+	}
+	must(t, os.Rename(databasePath(c.dir)+".away", databasePath(c.dir)))
+	if code, text := get(t, s, "/readyz?verbose"); code != http.StatusOK || !strings.Contains(text, "[+]store ok\n") {
+		t.Errorf("when it is back: %d\n%s", code, text)
+	}
+}
+
+func TestWhatWillBeBadIsToldFromWhatIs(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)
+	ends := mesh.NotAfter()
+	for _, try := range []struct {
+		left time.Duration
+		line string
+		code int
+	}{
+		{3 * time.Hour, "[!]issuer-mesh degraded: SGN1007: 0 % of its life are left, until ", http.StatusOK},
+		{-time.Hour, "[-]issuer-mesh failed: SGN1007: ", http.StatusServiceUnavailable},
+	} {
+		c.ahead.Store(int64(time.Until(ends) - try.left))
+		// The server's own certificate ends too; this is about the CA.
+		code, text := get(t, s, "/readyz?verbose")
+		if !strings.Contains(text, try.line) || try.code == http.StatusServiceUnavailable && code != try.code {
+			t.Errorf("%s before the end: %d\n%s", try.left, code, text)
+		}
+		for _, f := range s.checkIssuer(identity.Mesh) {
+			if f.Blocks() != (try.code != http.StatusOK) || f.Level != check.Error {
+				t.Errorf("%s before the end: %+v", try.left, f)
+			}
+		}
+	}
+}

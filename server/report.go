@@ -1,0 +1,226 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// validator is an agent whose workloads validate: one that is not banned and has, or may have, identities that live.
+type validator struct {
+	agent string
+	said
+}
+
+// maxMissing bounds how many agents are named.
+const maxMissing = 100
+
+// report is what this cluster knows of its validators and issuers.
+func (k *keeper) report(set *authorities, now time.Time) rotation.Report {
+	lives := set.lives()
+	r := rotation.Report{
+		Cluster: k.folder.Cluster, At: now.UTC(),
+		Roots: rotation.ReportRoots(k.policy.Policy, lives, now), Tainted: rotation.ReportTaints(k.policy.Policy, lives, now),
+	}
+	validators := k.validators(now)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	// A root that was removed is told of as long as somebody still believes it.
+	for _, a := range set.rows {
+		told := func(x rotation.RootReport) bool { return x.ID == a.ID }
+		if a.Kind == ca.KindRoot && a.State == ca.Removed && !slices.ContainsFunc(r.Roots, told) &&
+			slices.ContainsFunc(validators, func(v validator) bool { return k.mayBelieve(v.said, a.ID) }) {
+			r.Roots = append(r.Roots, rotation.RootReport{ID: a.ID, Leaving: true, LeavesUntil: a.LeavesUntil})
+		}
+	}
+	for i := range r.Roots {
+		x := &r.Roots[i]
+		x.Validators = len(validators)
+		for _, v := range validators {
+			if k.believes(v.said, x.ID) || x.Leaving && k.mayBelieve(v.said, x.ID) {
+				x.Trusting++
+			} else if len(x.Missing) < maxMissing {
+				x.Missing = append(x.Missing, v.agent)
+			}
+			if set.holds(v, x.ID) {
+				x.Holding++
+			}
+		}
+	}
+	return r
+}
+
+// mayBelieve reports whether an agent has not shown that it does not believe a root. Called with mu held.
+func (k *keeper) mayBelieve(w said, root string) bool {
+	held, known := k.heldBy(w)
+	return !known || slices.Contains(held, root)
+}
+
+// heldBy returns the roots of the bundle that somebody has acknowledged; false where that was never ours. Called with mu held.
+func (k *keeper) heldBy(w said) ([]string, bool) {
+	i, ok := slices.BinarySearchFunc(k.history, w.sequence, func(b store.PastBundle, sequence uint64) int { return cmp.Compare(b.Sequence, sequence) })
+	if !ok || k.history[i].Digest != w.digest {
+		return nil, false
+	}
+	return k.history[i].Roots, true
+}
+
+// believes reports whether an agent has acknowledged a root since it was last published: one that was removed and added
+// again has to be acknowledged again. Called with mu held.
+func (k *keeper) believes(w said, root string) bool {
+	for i := len(k.history) - 1; i >= 0 && slices.Contains(k.history[i].Roots, root); i-- {
+		if b := k.history[i]; b.Sequence == w.sequence {
+			return b.Digest == w.digest
+		}
+	}
+	return false
+}
+
+// holds reports whether a validator has, or may have, a leaf under the root.
+func (s *authorities) holds(v validator, root string) bool {
+	if !v.heard {
+		return true
+	}
+	return slices.ContainsFunc(v.held, func(id []byte) bool {
+		a, ok := s.byKeyID(id)
+		return !ok || a.Root == root
+	})
+}
+
+// reportTitle is the first line of a report, which no checkpoint has.
+const reportTitle = "signet rotation report v1\n"
+
+// maxReport bounds a report, in bytes.
+const maxReport = 1 << 20
+
+// signReport makes the report that peers get.
+func (k *keeper) signReport(ctx context.Context) ([]byte, error) {
+	ref, ok, err := k.store.Meta(ctx, logKeyFact)
+	if err != nil || !ok {
+		return nil, errors.Join(err, errors.New("the key of the log is not known"))
+	}
+	key, err := k.folder.key(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	text, err := json.MarshalIndent(k.report(k.current.Load(), k.folder.Now()), "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return audit.SignNote(k.folder.Origin(), key, reportTitle+k.folder.TrustDomain.Name()+"\n"+string(text)+"\n")
+}
+
+// openReport verifies a peer's report.
+func openReport(signed []byte, p Peer, td spiffeid.TrustDomain) (rotation.Report, error) {
+	fail := func(format string, args ...any) (rotation.Report, error) {
+		return rotation.Report{}, fmt.Errorf("report of cluster "+p.Cluster+": "+format, args...)
+	}
+	text, err := audit.OpenNote(signed, p.VerifierKey)
+	if err != nil {
+		return fail("%w", err)
+	}
+	body, ok := strings.CutPrefix(text, reportTitle+td.Name()+"\n")
+	if !ok {
+		return fail("it is not a rotation report of trust domain %s", td)
+	}
+	var r rotation.Report
+	d := json.NewDecoder(strings.NewReader(body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&r); err != nil {
+		return fail("it can't be read: %w", err)
+	}
+	switch {
+	case r.Cluster != p.Cluster:
+		return fail("it is of cluster %q", clip(r.Cluster))
+	case r.At.IsZero():
+		return fail("it has no time")
+	}
+	for _, x := range r.Roots {
+		if x.Trusting < 0 || x.Validators < 0 || x.Holding < 0 || x.Trusting > x.Validators {
+			return fail("its counts of validators contradict each other")
+		}
+	}
+	return r, nil
+}
+
+// takeReports takes what peers have signed. An older report than the one that is held changes nothing: it may have been
+// overtaken on its way.
+func (k *keeper) takeReports(ctx context.Context, notes [][]byte, dry bool) (taken []rotation.Report, err error) {
+	now := k.folder.Now()
+	for _, signed := range notes {
+		if len(signed) > maxReport {
+			return nil, fmt.Errorf("report of %d bytes: at most %d are read", len(signed), maxReport)
+		}
+		r, err := k.openAny(signed)
+		if err != nil {
+			return nil, err
+		}
+		if r.At.After(now.Add(k.policy.Skew)) {
+			return nil, fmt.Errorf("report of cluster %s is of %s, and it is %s here: set the clocks right (rotation.skew is %s)", r.Cluster, stamp(r.At), stamp(now), k.policy.Skew)
+		}
+		k.mu.Lock()
+		old := k.reports[r.Cluster]
+		k.mu.Unlock()
+		if !r.At.After(old.At) {
+			continue
+		}
+		if !dry {
+			if err := k.store.PutPeerReport(ctx, r.Cluster, signed); err != nil {
+				return nil, err
+			}
+			k.mu.Lock()
+			k.reports[r.Cluster] = r
+			k.findStale()
+			k.ring()
+			k.mu.Unlock()
+		}
+		taken = append(taken, r)
+	}
+	return taken, nil
+}
+
+// openAny finds the peer that has signed.
+func (k *keeper) openAny(signed []byte) (rotation.Report, error) {
+	if len(k.policy.Peers) == 0 {
+		return rotation.Report{}, errors.New("no peers are configured: name the other clusters and the keys of their logs under rotation.peers")
+	}
+	var errs []error
+	for _, p := range k.policy.Peers {
+		r, err := openReport(signed, p, k.folder.TrustDomain)
+		if err == nil {
+			return r, nil
+		}
+		errs = append(errs, err)
+	}
+	return rotation.Report{}, errors.Join(errs...)
+}
+
+// unbelieved names a root that is in use and that an agent has not acknowledged. Whoever gets a leaf must be able to verify
+// those of others; an agent whose identities had all expired was not waited for. Where there has been one bundle only,
+// there is nothing to be late for.
+func (k *keeper) unbelieved(w said) (root string, ok bool) {
+	set := k.current.Load()
+	if set.bundle.Sequence() <= 1 {
+		return "", false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, a := range set.rows {
+		if a.Kind == ca.KindRoot && a.State == ca.Active && !k.believes(w, a.ID) {
+			return a.ID, true
+		}
+	}
+	return "", false
+}

@@ -1,0 +1,632 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/trust"
+)
+
+// Rotation is how a cluster's CAs are rotated.
+type Rotation struct {
+	rotation.Policy
+	// Automatic: steps are taken when they can be; else only when an admin says so.
+	Automatic bool
+	// ReissueRate is how many certificates a second the server is asked for after a taint.
+	ReissueRate float64
+	// Peers are the other clusters under the shared roots.
+	Peers []Peer
+}
+
+// Peer is another cluster, known by the key of its log.
+type Peer struct{ Cluster, VerifierKey string }
+
+// Requester makes certificate requests, PEM (package ca/ceremony).
+type Requester interface {
+	Request(key crypto.Signer, plan ca.Plan) ([]byte, error)
+}
+
+const (
+	// maxSteps bounds how many steps are taken at once.
+	maxSteps = 64
+	// maxAuthorities bounds how many CAs a cluster has had that are kept.
+	maxAuthorities = 1024
+	// MaxSuccessors bounds how many successors are asked for at once.
+	MaxSuccessors = 16
+)
+
+// keeper moves the mesh's CAs through their lives. It knows how they stand, asks package rotation what comes next, and makes
+// it so: in the store with what the log is told, in the log, in memory, in this order.
+type keeper struct {
+	folder *Folder
+	policy Rotation
+	// algorithm is of the keys that are made here; prefix goes before the common names.
+	algorithm keystore.Algorithm
+	prefix    string
+	requests  Requester
+	store     *store.Store
+	log       *slog.Logger
+	// change makes a change durable and logged, then calls effect (outbox).
+	change func(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error
+	// validators says what is known of those who validate.
+	validators func(now time.Time) []validator
+	issuers    *ca.Issuers
+	bundles    *trust.Bundles
+
+	// turn has a place for the one who changes something.
+	turn    chan struct{}
+	current atomic.Pointer[authorities]
+	// replaced names the issuers whose leaves are to be replaced.
+	replaced atomic.Pointer[[][]byte]
+	// keys are those that are open, by reference. They belong to whoever has the turn.
+	keys map[keystore.Ref]keystore.Key
+
+	mu sync.Mutex
+	// reports are the newest of the peers, by cluster.
+	reports map[string]rotation.Report
+	// history is what the bundles of the past held, oldest first.
+	history []store.PastBundle
+	// changed is closed at the next change; nil while nobody waits.
+	changed chan struct{}
+}
+
+func newKeeper(f *Folder, policy Rotation) *keeper {
+	return &keeper{
+		folder: f, policy: policy, log: f.Logger, turn: make(chan struct{}, 1),
+		keys: map[keystore.Ref]keystore.Key{}, reports: map[string]rotation.Report{},
+	}
+}
+
+// load reads everything from the store. What was believed and who signs is as it was at the last change.
+func (k *keeper) load(ctx context.Context) error {
+	rows, revision, err := k.store.Authorities(ctx)
+	if err != nil {
+		return err
+	}
+	bundle, _, err := k.store.Bundle(ctx, k.folder.TrustDomain)
+	if err != nil {
+		return err
+	}
+	set, err := newAuthorities(k.folder.TrustDomain, rows, revision, bundle)
+	if err != nil {
+		return err
+	}
+	issuers, err := k.open(ctx, set)
+	if err != nil {
+		return err
+	}
+	history, err := k.store.BundleHistory(ctx)
+	if err != nil {
+		return err
+	}
+	notes, err := k.store.PeerReports(ctx)
+	if err != nil {
+		return err
+	}
+	reports := map[string]rotation.Report{}
+	for _, p := range k.policy.Peers {
+		if note, ok := notes[p.Cluster]; ok {
+			// A key that was changed in the configuration makes the old report void.
+			if r, err := openReport(note, p, k.folder.TrustDomain); err == nil {
+				reports[p.Cluster] = r
+			} else {
+				k.log.Warn("the stored report of a peer does not count any more", "peer", p.Cluster, "err", err)
+			}
+		}
+	}
+	k.mu.Lock()
+	k.history, k.reports = history, reports
+	k.mu.Unlock()
+	return k.use(set, issuers)
+}
+
+// use takes a set into effect.
+func (k *keeper) use(set *authorities, issuers []*ca.Issuer) error {
+	if err := k.issuers.Replace(issuers...); err != nil {
+		return err
+	}
+	k.current.Store(set)
+	k.mu.Lock()
+	if n := len(k.history); !set.bundle.IsZero() && (n == 0 || k.history[n-1].Sequence < set.bundle.Sequence()) {
+		past := store.PastBundle{Sequence: set.bundle.Sequence(), Digest: set.bundle.Digest()}
+		for _, r := range set.bundle.Roots() {
+			past.Roots = append(past.Roots, rootID(r))
+		}
+		k.history = append(k.history, past)
+	}
+	k.findStale()
+	k.ring()
+	k.mu.Unlock()
+	if set.bundle.IsZero() {
+		return nil
+	}
+	return k.bundles.Set(set.bundle)
+}
+
+// ring wakes whoever waits for a change. Called with mu held.
+func (k *keeper) ring() {
+	if k.changed != nil {
+		close(k.changed)
+		k.changed = nil
+	}
+}
+
+// bell returns a channel that is closed at the next change.
+func (k *keeper) bell() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.changed == nil {
+		k.changed = make(chan struct{})
+	}
+	return k.changed
+}
+
+// open makes the issuers of a set: those that sign or have signed, the control CA, and those that may sign next.
+func (k *keeper) open(ctx context.Context, set *authorities) ([]*ca.Issuer, error) {
+	var list []*ca.Issuer
+	for _, a := range set.rows {
+		if a.Kind == ca.KindRoot || len(a.Chain) == 0 || a.State == ca.Removed {
+			continue
+		}
+		key, ok := k.keys[a.Key]
+		if !ok {
+			var err error
+			if key, err = k.folder.Keys.Open(ctx, a.Key); err != nil {
+				return nil, fmt.Errorf("issuer %s: %w", a.ID, err)
+			}
+			k.keys[a.Key] = key
+		}
+		conf := ca.IssuerConfig{Name: a.ID, Hierarchy: a.Hierarchy(), TrustDomain: set.td, State: a.State, Key: key, Chain: set.chains[a.ID]}
+		if a.Kind == ca.KindIntermediate {
+			last := len(conf.Chain) - 1
+			conf.Chain, conf.Roots = conf.Chain[:last], conf.Chain[last:]
+		}
+		issuer, err := ca.NewIssuer(conf)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, issuer)
+	}
+	return list, nil
+}
+
+// world is all that decides what comes next.
+func (k *keeper) world(set *authorities, now time.Time) rotation.World {
+	w := rotation.World{Authorities: set.lives(), Own: k.report(set, now)}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, p := range k.policy.Peers {
+		r, ok := k.reports[p.Cluster]
+		if !ok {
+			r = rotation.Report{Cluster: p.Cluster}
+		}
+		w.Peers = append(w.Peers, r)
+	}
+	return w
+}
+
+// outcome is what a change has done, or would do.
+type outcome struct {
+	changed bool
+	taken   []rotation.Step
+	forced  []string
+	// dry: nothing was done.
+	dry bool
+	set *authorities
+}
+
+// decision is what a person has asked for, or the schedule.
+type decision struct {
+	verb, reason string
+	by           *auditv1.Evidence
+	dry          bool
+	// force is the authority whose waits are overridden, where they can be; "" = none.
+	force string
+}
+
+// scheduled is what comes by itself.
+func scheduled() decision { return decision{verb: "schedule", by: &auditv1.Evidence{Door: "self"}} }
+
+// do makes a change that a person asked for, then every step that follows from it. edit gets the set as it stands and
+// returns it as it is to be; nil = no change but the steps.
+func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rotation.World, time.Time) (*authorities, []*auditv1.Entry, error)) (outcome, error) {
+	select {
+	case k.turn <- struct{}{}:
+		defer func() { <-k.turn }()
+	case <-ctx.Done():
+		return outcome{}, ctx.Err()
+	}
+	// Begun, it is finished: a client that hangs up must not stop it half way.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
+	defer cancel()
+	o := outcome{dry: d.dry, set: k.current.Load()}
+	if edit != nil {
+		now := k.folder.Now()
+		next, entries, err := edit(o.set, k.world(o.set, now), now)
+		if err != nil {
+			return o, err
+		}
+		if next != nil {
+			if err := k.commit(ctx, &o, next, d, now, d.reason, nil, entries...); err != nil {
+				return o, err
+			}
+		}
+	}
+	return o, k.advance(ctx, &o, d)
+}
+
+// advance takes every step that can be taken.
+func (k *keeper) advance(ctx context.Context, o *outcome, d decision) error {
+	if d.verb == "schedule" && !k.policy.Automatic {
+		return nil
+	}
+	for range maxSteps {
+		now := k.folder.Now()
+		steps := rotation.Next(k.policy.Policy, k.world(o.set, now), now)
+		i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Ready(d.force != "" && s.Authority == d.force) })
+		if i < 0 {
+			return nil
+		}
+		step := steps[i]
+		var forced []string
+		for _, w := range step.Waits {
+			forced = append(forced, w.For)
+		}
+		if step.Authority == "" {
+			if o.dry {
+				o.taken = append(o.taken, step)
+				return nil // what follows depends on keys that are not made
+			}
+			row, err := k.request(ctx, o.set, nil)
+			if err != nil {
+				return err
+			}
+			next, err := o.set.edit(nil, row)
+			if err != nil {
+				return err
+			}
+			if err := k.commit(ctx, o, next, d, now, step.Because, nil); err != nil {
+				return err
+			}
+			o.taken = append(o.taken, step)
+			continue
+		}
+		next, err := o.set.edit(rotation.Apply(k.policy.Policy, o.set.lives(), step, now))
+		if err != nil {
+			return err
+		}
+		if err := k.commit(ctx, o, next, d, now, step.Because, forced); err != nil {
+			return err
+		}
+		o.taken, o.forced = append(o.taken, step), append(o.forced, forced...)
+		if !o.dry {
+			k.log.Info("CA moved", "authority", step.Authority, "from", string(step.From), "to", string(step.To), "because", step.Because)
+			if len(forced) > 0 {
+				k.log.Warn("a step was forced", "authority", step.Authority, "by", d.by.GetCaller(), "overridden", forced)
+			}
+		}
+	}
+	return nil
+}
+
+// commit makes the next set the present one: stored and logged, then in effect. A dry run only looks whether it could be.
+func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d decision, now time.Time, reason string, forced []string, entries ...*auditv1.Entry) error {
+	changes := next.changes(o.set)
+	if len(changes) == 0 {
+		return nil
+	}
+	next.revision = o.set.revision + 1
+	if len(next.rows) > maxAuthorities {
+		return fmt.Errorf("the cluster would have %d CAs: at most %d are kept", len(next.rows), maxAuthorities)
+	}
+	o.changed = true
+	if o.dry {
+		o.set = next
+		return nil
+	}
+	// What could not work must not be stored: keys are opened and chains checked before.
+	issuers, err := k.open(ctx, next)
+	if err != nil {
+		return err
+	}
+	if _, err := ca.NewIssuers(issuers...); err != nil {
+		return err
+	}
+	rows := make([]store.Authority, len(changes))
+	for i, c := range changes {
+		rows[i] = c.after
+		entries = append(entries, &auditv1.Entry{Event: &auditv1.Entry_AuthorityChanged{AuthorityChanged: &auditv1.AuthorityChanged{
+			Authority: c.after.ID, Kind: c.after.Kind, From: string(c.before.State), To: string(c.after.State),
+			Verb: d.verb, Reason: reason, Forced: forced, Revision: next.revision, Evidence: d.by,
+		}}})
+	}
+	note := &store.Note{}
+	for _, e := range entries {
+		e.Time = now.UnixNano()
+		raw, err := proto.Marshal(e)
+		if err != nil {
+			return fmt.Errorf("encode an entry of the log: %w", err)
+		}
+		note.Entries = append(note.Entries, raw)
+	}
+	var bundle trust.Bundle
+	if next.bundle.Sequence() != o.set.bundle.Sequence() {
+		bundle = next.bundle
+	}
+	if err := k.change(ctx, note, func(st *store.Store) error {
+		_, err := st.ChangeAuthorities(ctx, o.set.revision, rows, bundle)
+		return err
+	}, func() { err = k.use(next, issuers) }); err != nil {
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	o.set = next
+	return nil
+}
+
+// request makes the key of the next intermediate and the request for its certificate. A key that an earlier try has made
+// and nothing points to is taken, so that tries don't pile up keys.
+func (k *keeper) request(ctx context.Context, set *authorities, also []store.Authority) (store.Authority, error) {
+	refs, err := k.folder.Keys.List(ctx)
+	if err != nil {
+		return store.Authority{}, err
+	}
+	var ref keystore.Ref
+	for _, r := range refs {
+		used := func(a store.Authority) bool { return a.Key == r }
+		if r.Name == intermediateKey && !slices.ContainsFunc(set.rows, used) && !slices.ContainsFunc(also, used) && r.Version > ref.Version {
+			ref = r
+		}
+	}
+	var key keystore.Key
+	if ref.IsZero() {
+		key, err = k.folder.Keys.Create(ctx, intermediateKey, k.algorithm)
+	} else {
+		key, err = k.folder.Keys.Open(ctx, ref)
+	}
+	if err != nil {
+		return store.Authority{}, err
+	}
+	now := k.folder.Now()
+	plan, err := ca.NewIntermediatePlan(k.folder.TrustDomain, k.folder.Cluster, key.Public(), now, 0)
+	if err != nil {
+		return store.Authority{}, err
+	}
+	plan.CommonName = prefixed(k.prefix, plan.CommonName)
+	text, err := k.requests.Request(key, plan)
+	if err != nil {
+		return store.Authority{}, fmt.Errorf("make the request for an intermediate of cluster %s: %w", k.folder.Cluster, err)
+	}
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return store.Authority{}, fmt.Errorf("make the request for an intermediate of cluster %s: what was made is not PEM", k.folder.Cluster)
+	}
+	return store.Authority{
+		Authority: rotation.Authority{ID: authorityID(key.Ref()), Kind: ca.KindIntermediate, State: ca.Prepared, Since: now},
+		Key:       key.Ref(), CSR: block.Bytes, Created: now,
+	}, nil
+}
+
+// keep takes the steps that come by themselves, for as long as ctx lives: when something changed, when a time has come, and
+// every few seconds, since clocks jump.
+func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan struct{}) {
+	for {
+		bell := k.bell()
+		wait := every
+		if _, err := k.do(ctx, scheduled(), nil); err != nil && ctx.Err() == nil {
+			k.log.Error("could not take the next step in the life of a CA; it is tried again", "err", err)
+		} else if at := k.next(); !at.IsZero() {
+			wait = min(max(at.Sub(k.folder.Now()), 0)+time.Millisecond, every)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-bell:
+		case <-woken:
+			// Acknowledgements come by the thousand.
+			pause(ctx, 100*time.Millisecond)
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// next is when the clock next ends a wait; zero = none does.
+func (k *keeper) next() (at time.Time) {
+	now := k.folder.Now()
+	set := k.current.Load()
+	for _, s := range rotation.Next(k.policy.Policy, k.world(set, now), now) {
+		for _, w := range s.Waits {
+			if w.Until.After(now) && (at.IsZero() || w.Until.Before(at)) {
+				at = w.Until
+			}
+		}
+	}
+	return at
+}
+
+// stale names the issuers, by key identifier, whose leaves agents are to replace ahead of time.
+func (k *keeper) stale() [][]byte { return *k.replaced.Load() }
+
+// findStale is for when the set or a report has changed. Called with mu held.
+func (k *keeper) findStale() {
+	set := k.current.Load()
+	w := rotation.World{Authorities: set.lives()}
+	for _, r := range k.reports {
+		w.Peers = append(w.Peers, r)
+	}
+	var ids [][]byte
+	for _, a := range rotation.Stale(w) {
+		if chain := set.chains[a]; len(chain) > 0 {
+			ids = append(ids, chain[0].SubjectKeyId)
+		}
+	}
+	slices.SortFunc(ids, bytes.Compare)
+	k.replaced.Store(&ids)
+}
+
+// install takes chains that an upstream has signed, each ours first and the root last.
+func (k *keeper) install(set *authorities, w rotation.World, now time.Time, text []byte, pinned ca.Fingerprint, by *auditv1.Evidence) (*authorities, []*auditv1.Entry, error) {
+	chains, err := ca.ParseChains(text)
+	if err != nil {
+		return nil, nil, err
+	}
+	var entries []*auditv1.Entry
+	for _, chain := range chains {
+		root := chain[len(chain)-1]
+		switch {
+		case !bytes.Equal(root.RawIssuer, root.RawSubject):
+			return nil, nil, fmt.Errorf("chain ends with %q, which is not a root: give the whole file that `signet root sign` wrote, in its order: our certificate first, the root last", root.Subject)
+		case !pinned.Of(root.Raw):
+			return nil, nil, fmt.Errorf("the root in the chain is %s, but the fingerprint given is another one: ask the root's holder which one is right before you install anything", ca.CertificateFingerprint(root.Raw))
+		case len(chain) == 1 && len(chains) > 1:
+			return nil, nil, errors.New("chain is in the wrong order: our certificate comes first, the root last")
+		case len(chain) == 1:
+			return nil, nil, errors.New("chain holds the root only: give the whole file that `signet root sign` wrote")
+		}
+		row, err := set.requested(k.folder.Cluster, chain[0])
+		if err != nil {
+			return nil, nil, err
+		}
+		der := make([][]byte, len(chain)-1)
+		for i, c := range chain[:len(chain)-1] {
+			der[i] = c.Raw
+		}
+		if len(row.Chain) > 0 {
+			if !slices.EqualFunc(row.Chain, der, bytes.Equal) {
+				return nil, nil, fmt.Errorf("%s is installed already, with another chain: an intermediate is never replaced under the same key", row.ID)
+			}
+			continue
+		}
+		if row.State == ca.Removed {
+			return nil, nil, fmt.Errorf("%s was given up (see signet ca show %s): start a rotation and have the new request signed", row.ID, row.ID)
+		}
+		plan, err := ca.NewIntermediatePlan(k.folder.TrustDomain, k.folder.Cluster, chain[0].PublicKey, time.Time{}, 0)
+		if err != nil {
+			return nil, nil, err
+		}
+		request, err := x509.ParseCertificateRequest(row.CSR)
+		if err != nil {
+			return nil, nil, fmt.Errorf("stored request of %s can't be read: %w", row.ID, err)
+		}
+		plan.CommonName = request.Subject.CommonName
+		// One that begins later is for later.
+		plan.Now = func() time.Time { return latest(now, chain[0].NotBefore) }
+		if err := plan.Check(chain[:len(chain)-1], chain[len(chain)-1:]); err != nil {
+			return nil, nil, err
+		}
+		id := rootID(root)
+		if len(set.bundle.Roots()) == 0 {
+			// What a person installs first is what the cluster begins with.
+			if set, err = set.addRoot(k.policy.Policy, w, root, now); err != nil {
+				return nil, nil, err
+			}
+			w.Authorities = set.lives()
+		}
+		notBefore, notAfter := bounds(chain)
+		lives, err := rotation.Signed(k.policy.Policy, w, row.ID, id, notBefore, notAfter, now)
+		if err != nil {
+			return nil, nil, err
+		}
+		row.Chain = der
+		if set, err = set.edit(lives, row); err != nil {
+			return nil, nil, err
+		}
+		w.Authorities = set.lives()
+		raw := make([][]byte, len(chain))
+		for i, c := range chain {
+			raw[i] = c.Raw
+		}
+		entries = append(entries, &auditv1.Entry{Event: &auditv1.Entry_AuthorityInstalled{AuthorityInstalled: &auditv1.AuthorityInstalled{
+			Kind: ca.KindIntermediate, Chain: raw, Evidence: by,
+		}}})
+	}
+	if len(entries) == 0 {
+		return nil, nil, nil
+	}
+	return set, entries, nil
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// startIntermediate asks for the next intermediate: the one that stands ready, or successors that are made now.
+func (k *keeper) startIntermediate(ctx context.Context, d decision, successors int) (outcome, error) {
+	o, err := k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+		all, ok := rotation.Want(k.policy.Policy, w, now)
+		if !ok {
+			return k.successors(ctx, set, successors, d.dry)
+		}
+		next, err := set.edit(all)
+		return next, nil, err
+	})
+	return o, err
+}
+
+// successors makes successors, the first of them wanted.
+func (k *keeper) successors(ctx context.Context, set *authorities, n int, dry bool) (*authorities, []*auditv1.Entry, error) {
+	if n < 1 || n > MaxSuccessors {
+		return nil, nil, fmt.Errorf("%d successors: want 1 to %d", n, MaxSuccessors)
+	}
+	if dry {
+		return nil, nil, nil
+	}
+	rows := make([]store.Authority, 0, n)
+	for i := range n {
+		row, err := k.request(ctx, set, rows)
+		if err != nil {
+			return nil, nil, err
+		}
+		row.Wanted = i == 0
+		rows = append(rows, row)
+	}
+	next, err := set.edit(nil, rows...)
+	return next, nil, err
+}
+
+// startRoot begins to replace the root of the active issuer: the new one is published, and a request is made for an
+// intermediate under it.
+func (k *keeper) startRoot(ctx context.Context, d decision, root *x509.Certificate) (outcome, error) {
+	return k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+		next, err := set.addRoot(k.policy.Policy, w, root, now)
+		if err != nil {
+			return nil, nil, err
+		}
+		w.Authorities = next.lives()
+		return next.ifEdited(rotation.StartRoot(w, rootID(root), now))
+	})
+}

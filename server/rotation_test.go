@@ -1,0 +1,614 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/test/doors"
+	"github.com/signet-ca/signet/trust"
+)
+
+// rotations is a client of the part of the admin door that moves CAs.
+func (l *live) rotations() adminv1.RotationClient {
+	l.t.Helper()
+	conn, err := grpc.NewClient("unix:"+l.Doors().Admin, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(l.t, err)
+	l.t.Cleanup(func() { conn.Close() })
+	return adminv1.NewRotationClient(conn)
+}
+
+// listener is an agent's Sync stream that acknowledges what it is told, unless it is deaf.
+type listener struct {
+	mu      sync.Mutex
+	deaf    bool
+	held    [][]byte
+	bundle  trust.Bundle
+	reissue *signetv1.Reissue
+	stream  grpc.BidiStreamingClient[signetv1.SyncRequest, signetv1.SyncResponse]
+}
+
+func (l *live) listen(m *doors.Member, deaf bool, held ...[]byte) *listener {
+	l.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	l.t.Cleanup(cancel)
+	stream, err := signetv1.NewAgentsClient(l.dial(m)).Sync(ctx)
+	must(l.t, err)
+	a := &listener{deaf: deaf, held: held, stream: stream}
+	a.say()
+	go func() {
+		for {
+			r, err := stream.Recv()
+			if err != nil {
+				return
+			}
+			a.mu.Lock()
+			if b := r.GetBundle(); b != nil {
+				var roots []*x509.Certificate
+				for _, der := range b.Roots {
+					c, err := x509.ParseCertificate(der)
+					if err != nil {
+						panic(err)
+					}
+					roots = append(roots, c)
+				}
+				a.bundle, err = trust.NewBundle(td, b.Sequence, roots)
+				if err != nil {
+					panic(err)
+				}
+			}
+			if x := r.GetReissue(); x != nil {
+				a.reissue = x
+			}
+			a.mu.Unlock()
+			a.say()
+		}
+	}()
+	return a
+}
+
+// say sends the agent's word.
+func (a *listener) say() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	r := &signetv1.SyncRequest{IssuersHeld: &signetv1.IssuersHeld{KeyIds: a.held}}
+	if !a.bundle.IsZero() && !a.deaf {
+		digest := a.bundle.Digest()
+		r.BundleAcks = []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: digest[:], Sequence: a.bundle.Sequence()}}
+	}
+	_ = a.stream.Send(r)
+}
+
+func (a *listener) hears() {
+	a.mu.Lock()
+	a.deaf = false
+	a.mu.Unlock()
+	a.say()
+}
+
+func (a *listener) holds(ids ...[]byte) {
+	a.mu.Lock()
+	a.held = ids
+	a.mu.Unlock()
+	a.say()
+}
+
+func (a *listener) believes() trust.Bundle {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.bundle
+}
+
+// soon waits for what a running server does by itself.
+func soon(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within 20 s: %s", what)
+		}
+	}
+}
+
+// state is where a CA stands.
+func (l *live) state(id string) ca.State {
+	row, _ := l.keeper.current.Load().row(id)
+	return row.State
+}
+
+// signed has a root sign what a rotation asks for, and installs it.
+func (l *live) signed(r *root, request *adminv1.PendingRequest, change func(*x509.Certificate)) *adminv1.RotationChangeResponse {
+	l.t.Helper()
+	done, err := l.rotations().InstallAuthorities(l.t.Context(), &adminv1.InstallAuthoritiesRequest{
+		Chains: r.intermediate(l.t, request.Csr, change), RootFingerprint: r.fingerprint(),
+	})
+	must(l.t, err)
+	return done
+}
+
+func (r *root) id() string { return rootID(r.cert) }
+
+// leaf has a leaf made and returns its issuer's certificate.
+func (l *live) leaf(conn *grpc.ClientConn, registration string) *x509.Certificate {
+	l.t.Helper()
+	chain, err := doors.Issue(l.t.Context(), conn, registration, shown, newCSR(l.t))
+	must(l.t, err)
+	issuer, err := x509.ParseCertificate(chain.Chain[1])
+	must(l.t, err)
+	return issuer
+}
+
+func TestAnIntermediateTakesOverWhileTheServerRuns(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	m := s.enrol("node-1")
+	s.apply(false, registration("a", "node-1"))
+	conn := s.dial(m)
+	before := s.leaf(conn, "a")
+
+	dry, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", DryRun: true})
+	must(t, err)
+	if len(dry.Requests) != 0 || len(s.keeper.current.Load().rows) != 3 {
+		t.Errorf("a dry run has made %v", dry)
+	}
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	again, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	if len(started.Requests) != 1 || len(again.Requests) != 1 || !bytes.Equal(started.Requests[0].Csr, again.Requests[0].Csr) {
+		t.Fatalf("asked twice, the requests are %v and %v", started.Requests, again.Requests)
+	}
+	if s.leaf(conn, "a").SerialNumber.Cmp(before.SerialNumber) != 0 {
+		t.Error("an issuer that nobody has signed is in use")
+	}
+	s.signed(c.root, started.Requests[0], nil)
+	if got := s.state("intermediate-2"); got != ca.Active {
+		t.Fatalf("the new one is %s", got)
+	}
+	if got := s.state("intermediate-1"); got != ca.Retired {
+		t.Errorf("the old one is %s", got)
+	}
+	if s.leaf(conn, "a").SerialNumber.Cmp(before.SerialNumber) == 0 {
+		t.Error("new leaves come from the old issuer")
+	}
+	// The same chain again changes nothing, also after a restart.
+	must(t, s.stop())
+	s = c.start(t, nil)
+	if got := s.state("intermediate-2"); got != ca.Active {
+		t.Errorf("after a restart the new one is %s", got)
+	}
+	c.ahead.Store(int64(25 * time.Hour))
+	soon(t, "the old issuer is removed when its last leaf has ended", func() bool { return s.state("intermediate-1") == ca.Removed })
+}
+
+func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	s.apply(false, registration("a", "node-1", "node-2"))
+	m1 := s.enrol("node-1")
+	conn := s.dial(m1)
+	quick, slow := s.listen(m1, false), s.listen(s.enrol("node-2"), true)
+	s.leaf(conn, "a")
+
+	b := newRoot(t)
+	start := &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()}
+	wrong := &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: newRoot(t).fingerprint()}
+	if _, err := s.rotations().StartRotation(t.Context(), wrong); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a root that was swapped on its way: %v", err)
+	}
+	started, err := s.rotations().StartRotation(t.Context(), start)
+	must(t, err)
+	if len(started.Requests) != 1 {
+		t.Fatalf("the requests are %v", started.Requests)
+	}
+	soon(t, "the new root is told", func() bool { return len(quick.believes().Roots()) == 2 && len(slow.believes().Roots()) == 2 })
+	s.signed(b, started.Requests[0], nil)
+
+	advanced, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{})
+	must(t, err)
+	i := slices.IndexFunc(advanced.Next, func(x *adminv1.RotationStep) bool { return x.Authority == b.id() })
+	if i < 0 || advanced.Next[i].Waits[0].Code != "quorum" || !slices.Equal(advanced.Next[i].Waits[0].Missing, []string{"node-2"}) {
+		t.Fatalf("what is next, with one agent missing, is %v", advanced.Next)
+	}
+	if got := s.state("intermediate-2"); got == ca.Active {
+		t.Fatal("signed under a root that an agent does not have")
+	}
+	slow.hears()
+	soon(t, "the switch", func() bool { return s.state("intermediate-2") == ca.Active })
+	soon(t, "the old root is retired", func() bool { return s.state(c.root.id()) == ca.Retired })
+	if under := s.leaf(conn, "a"); under.CheckSignatureFrom(b.cert) != nil {
+		t.Error("new leaves are not under the new root")
+	}
+	c.ahead.Store(int64(25 * time.Hour))
+	soon(t, "the old root is removed when its last leaf has ended", func() bool { return s.state(c.root.id()) == ca.Removed })
+	soon(t, "agents stop to believe it", func() bool { return len(quick.believes().Roots()) == 1 })
+	if !quick.believes().Roots()[0].Equal(b.cert) {
+		t.Error("the wrong root was removed")
+	}
+}
+
+func TestForceSaysWhatItBreaksAndTheLogKeepsIt(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	s.listen(s.enrol("node-9"), true)
+	b := newRoot(t)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	s.signed(b, started.Requests[0], nil)
+	dry, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: b.id(), DryRun: true})
+	must(t, err)
+	if len(dry.Forced) == 0 || s.state(b.id()) != ca.Published {
+		t.Fatalf("a dry run answers %v and leaves the root %s", dry.Forced, s.state(b.id()))
+	}
+	done, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: b.id()})
+	must(t, err)
+	if len(done.Forced) == 0 || s.state(b.id()) != ca.Active {
+		t.Fatalf("force answers %v and leaves the root %s", done.Forced, s.state(b.id()))
+	}
+	must(t, s.stop())
+	var forced []string
+	for _, e := range logged(t, c) {
+		forced = append(forced, e.GetAuthorityChanged().GetForced()...)
+	}
+	if len(forced) == 0 || !strings.Contains(forced[0], "0 of 1 agents") {
+		t.Errorf("the log says %q", forced)
+	}
+}
+
+func TestAKillAtAnyStepOfARotationHealsAtStart(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	b := newRoot(t)
+	images := c.named(t, s.Server, func(step string, n int) string { return fmt.Sprintf("%s %d", step, n) })
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	s.signed(b, started.Requests[0], nil)
+	if got := s.state("intermediate-2"); got != ca.Active {
+		t.Fatalf("the new issuer is %s", got)
+	}
+	must(t, s.stop())
+	if len(images) < 10 {
+		t.Fatalf("steps seen: %d", len(images))
+	}
+	for step, image := range images {
+		s := image.start(t, nil)
+		again, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+		if s.state("intermediate-2") != ca.Active {
+			must(t, err)
+			if len(again.Requests) > 0 {
+				s.signed(b, again.Requests[0], nil)
+			}
+		}
+		soon(t, "killed "+step+": the new issuer signs", func() bool {
+			active, ok := s.issuers.Snapshot().Active(identity.Mesh)
+			return ok && active.Certificate().CheckSignatureFrom(b.cert) == nil
+		})
+		rows := s.keeper.current.Load().rows
+		signing := 0
+		for _, a := range rows {
+			if a.Kind == ca.KindIntermediate && a.State == ca.Active {
+				signing++
+			}
+		}
+		if signing != 1 || len(rows) != 5 {
+			t.Errorf("killed %s: %d issuers sign, of %d CAs", step, signing, len(rows))
+		}
+		must(t, s.stop())
+		revisions := map[uint64]string{}
+		for _, e := range distinct(t, image, func(e *auditv1.Entry) bool { return e.GetAuthorityChanged() != nil }) {
+			x := e.GetAuthorityChanged()
+			key := x.Authority + x.From + x.To
+			if old := revisions[x.Revision]; old != "" && strings.Contains(old, x.Authority) && !strings.Contains(old, key) {
+				t.Errorf("killed %s: revision %d has two contents: %s and %s", step, x.Revision, old, key)
+			}
+			revisions[x.Revision] += " " + key
+		}
+	}
+}
+
+// sibling is another cluster under the same root.
+func (c *cluster) sibling(t testing.TB, name string) *cluster {
+	t.Helper()
+	d := &cluster{name: name, dir: shortDir(t), root: c.root, keys: keystore.NewMemory()}
+	r, err := Init(t.Context(), InitConfig{Folder: d.folder(), Ceremony: byX509{}})
+	must(t, err)
+	_, err = Install(t.Context(), InstallConfig{Folder: d.folder(), Rotation: testRotation(), Chain: c.root.intermediate(t, r.CSR, nil), RootFingerprint: c.root.fingerprint()})
+	must(t, err)
+	return d
+}
+
+// startWith starts a server that knows peers.
+func (c *cluster) startWith(t testing.TB, peers ...*cluster) *live {
+	t.Helper()
+	for _, p := range peers {
+		info, err := Show(t.Context(), p.dir)
+		must(t, err)
+		c.peers = append(c.peers, Peer{Cluster: p.name, VerifierKey: info.LogVerifierKey})
+	}
+	return c.start(t, nil)
+}
+
+// tell carries one server's report to another.
+func tell(t testing.TB, from, to *live) *adminv1.RotationChangeResponse {
+	t.Helper()
+	r, err := from.rotations().ReportRotation(t.Context(), &adminv1.ReportRotationRequest{})
+	must(t, err)
+	done, err := to.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{r.Report}})
+	must(t, err)
+	return done
+}
+
+func TestClustersChangeTheirRootTogether(t *testing.T) {
+	east := newCluster(t, "east")
+	west := east.sibling(t, "west")
+	e, w := east.startWith(t, west), west.startWith(t, east)
+	b := newRoot(t)
+	start := func(s *live) *adminv1.PendingRequest {
+		r, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+		must(t, err)
+		return r.Requests[0]
+	}
+	e.signed(b, start(e), nil)
+	if e.state(b.id()) != ca.Published {
+		t.Fatal("east uses a root that west has not heard of")
+	}
+	// West does not trust it yet, and says so.
+	tell(t, w, e)
+	if e.state(b.id()) != ca.Published {
+		t.Fatal("east uses a root that west does not trust")
+	}
+	w.signed(b, start(w), nil)
+	tell(t, w, e)
+	if e.state("intermediate-2") != ca.Active {
+		t.Fatal("east does not switch although west trusts the root")
+	}
+	// West must not drop the old root, nor east, before both have said that nothing depends on it.
+	tell(t, e, w)
+	if w.state("intermediate-2") != ca.Active || w.state(east.root.id()) != ca.Retired {
+		t.Fatalf("west's new issuer is %s, its old root %s", w.state("intermediate-2"), w.state(east.root.id()))
+	}
+	for _, c := range []*cluster{east, west} {
+		c.ahead.Store(int64(26 * time.Hour))
+	}
+	time.Sleep(50 * time.Millisecond)
+	if e.state(east.root.id()) != ca.Retired {
+		t.Fatal("east drops the old root on a report from before its promise had ended")
+	}
+	tell(t, w, e)
+	tell(t, e, w)
+	soon(t, "both drop the old root", func() bool {
+		return e.state(east.root.id()) == ca.Removed && w.state(east.root.id()) == ca.Removed
+	})
+}
+
+func TestReportsAreBelievedFromPeersOnly(t *testing.T) {
+	east := newCluster(t, "east")
+	west, south := east.sibling(t, "west"), east.sibling(t, "south")
+	e, w, s := east.startWith(t, west), west.start(t, nil), south.start(t, nil)
+	report := func(l *live) []byte {
+		r, err := l.rotations().ReportRotation(t.Context(), &adminv1.ReportRotationRequest{})
+		must(t, err)
+		return r.Report
+	}
+	good := report(w)
+	checkpoint, err := w.audit.Checkpoint(t.Context())
+	must(t, err)
+	for what, note := range map[string][]byte{
+		"of no peer": report(s), "its own": report(e), "changed": bytes.Replace(good, []byte("trusting"), []byte("trustinG"), 1),
+		"cut": good[:len(good)/2], "empty": nil, "a checkpoint": checkpoint, "too long": bytes.Repeat([]byte("x"), maxReport+1),
+	} {
+		if _, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{note}}); status.Code(err) != codes.InvalidArgument && status.Code(err) != codes.ResourceExhausted {
+			t.Errorf("a report that is %s: %v", what, err)
+		}
+	}
+	west.ahead.Store(int64(time.Hour))
+	if _, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{report(w)}}); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "clocks") {
+		t.Errorf("a report from the future: %v", err)
+	}
+	west.ahead.Store(0)
+	newer := report(w)
+	for _, note := range [][]byte{newer, good} {
+		_, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{note}})
+		must(t, err)
+	}
+	want, err := openReport(newer, east.peers[0], td)
+	must(t, err)
+	if got := e.keeper.reports["west"]; !got.At.Equal(want.At) {
+		t.Errorf("an older report has replaced the newer one")
+	}
+	must(t, e.stop())
+	e = east.start(t, nil)
+	if got := e.keeper.reports["west"]; !got.At.Equal(want.At) {
+		t.Error("the report is forgotten over a restart")
+	}
+}
+
+func TestATaintedIntermediateIsReplacedAndItsLeavesAreCalledBack(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	s.apply(false, registration("a", "node-1"))
+	m := s.enrol("node-1")
+	conn := s.dial(m)
+	lost := s.leaf(conn, "a")
+	a := s.listen(m, false, lost.SubjectKeyId)
+	taint := &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "its key was on a stolen disk"}
+	if _, err := s.rotations().TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1"}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a taint without a reason: %v", err)
+	}
+	tainted, err := s.rotations().TaintAuthority(t.Context(), taint)
+	must(t, err)
+	if len(tainted.Requests) != 1 {
+		t.Fatalf("the requests are %v", tainted.Requests)
+	}
+	s.signed(c.root, tainted.Requests[0], nil)
+	soon(t, "agents are told to replace the leaves", func() bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.reissue != nil && len(a.reissue.IssuerKeyIds) == 1 && bytes.Equal(a.reissue.IssuerKeyIds[0], lost.SubjectKeyId)
+	})
+	st, err := s.rotations().RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})
+	must(t, err)
+	if st.Reissue.GetHolding() != 1 || len(st.Tainted) != 1 || st.Tainted[0].Accepting != 1 || !strings.Contains(st.Tainted[0].Advice, "signet rotation start root") {
+		t.Fatalf("status says %v, %v", st.Reissue, st.Tainted)
+	}
+	// The root above goes too, sooner than its leaves end, since the agent says that it holds none.
+	b := newRoot(t)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	s.signed(b, started.Requests[0], nil)
+	soon(t, "an issuer under the new root", func() bool { return s.state("intermediate-3") == ca.Active })
+	time.Sleep(50 * time.Millisecond)
+	if s.state(c.root.id()) == ca.Removed {
+		t.Fatal("the old root is removed while an agent uses leaves under it")
+	}
+	a.holds(s.leaf(conn, "a").SubjectKeyId)
+	soon(t, "the exposed root is removed", func() bool { return s.state(c.root.id()) == ca.Removed })
+	soon(t, "nobody accepts a forged certificate", func() bool {
+		st, err := s.rotations().RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})
+		must(t, err)
+		return len(st.Tainted) == 1 && st.Tainted[0].Accepting == 0
+	})
+}
+
+func TestAnAbortGivesBack(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	abort := func(id string) error {
+		_, err := s.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: id})
+		return err
+	}
+	if err := abort("intermediate-1"); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("the only issuer was aborted: %v", err)
+	}
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	s.signed(c.root, started.Requests[0], nil)
+	must(t, abort("intermediate-2"))
+	if s.state("intermediate-1") != ca.Active || s.state("intermediate-2") != ca.Retired {
+		t.Errorf("after the abort: %s, %s", s.state("intermediate-1"), s.state("intermediate-2"))
+	}
+	b := newRoot(t)
+	_, err = s.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	must(t, abort(b.id()))
+	soon(t, "a root that nobody used is removed", func() bool { return s.state(b.id()) == ca.Removed })
+	if roots := s.keeper.current.Load().bundle.Roots(); len(roots) != 1 || !roots[0].Equal(c.root.cert) {
+		t.Errorf("%d roots are trusted", len(roots))
+	}
+}
+
+func TestSuccessorsTakeTheirTurns(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 3})
+	must(t, err)
+	if len(started.Requests) != 3 {
+		t.Fatalf("%d requests", len(started.Requests))
+	}
+	var chains []byte
+	for i, r := range started.Requests {
+		chains = append(chains, c.root.intermediate(t, r.Csr, func(x *x509.Certificate) {
+			x.NotBefore = time.Now().Add(time.Duration(i) * 300 * time.Hour).Truncate(time.Second)
+			x.NotAfter = x.NotBefore.Add(700 * time.Hour)
+		})...)
+	}
+	_, err = s.rotations().InstallAuthorities(t.Context(), &adminv1.InstallAuthoritiesRequest{Chains: chains, RootFingerprint: c.root.fingerprint()})
+	must(t, err)
+	for i, at := range []time.Duration{0, 700 * 67 / 100 * time.Hour} {
+		c.ahead.Store(int64(at + 2*time.Hour))
+		id := started.Requests[i].Authority
+		soon(t, id+" signs in its turn", func() bool { return s.state(id) == ca.Active })
+	}
+}
+
+func TestAServerThatWasAwayForLongStartsAndSaysThatItCantIssue(t *testing.T) {
+	c := newCluster(t, "east")
+	c.ahead.Store(int64(2000 * time.Hour))
+	s := c.start(t, nil)
+	if err := s.canIssue(identity.Mesh); err == nil || !strings.Contains(err.Error(), "expired") {
+		t.Errorf("it says %v", err)
+	}
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	if len(started.Requests) != 1 {
+		t.Errorf("it asks for %v", started.Requests)
+	}
+}
+
+func TestABannedIdentityIsRefusedAtOnce(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	s.apply(false, registration("a", "node-1"), registration("b", "node-1"))
+	m := s.enrol("node-1")
+	conn := s.dial(m)
+	stream, err := signetv1.NewAgentsClient(conn).Sync(t.Context())
+	must(t, err)
+	set := func(r *signetv1.SyncResponse) *signetv1.RegistrationSet { return r.GetRegistrations() }
+	next(t, stream, set)
+	ban := &adminv1.BanIdentityRequest{SpiffeId: "spiffe://example.org/ns/default/sa/a", Reason: "stolen"}
+	got, err := s.rotations().BanIdentity(t.Context(), ban)
+	must(t, err)
+	if !got.Changed || !slices.Equal(got.Registrations, []string{"a"}) {
+		t.Errorf("the ban answers %v", got)
+	}
+	if told := next(t, stream, set); len(told.Registrations) != 1 || told.Registrations[0].Name != "b" {
+		t.Errorf("the agent is told %v", told)
+	}
+	refusedNow := func() {
+		t.Helper()
+		if _, err := doors.Issue(t.Context(), s.dial(m), "a", shown, newCSR(t)); err == nil || !strings.Contains(err.Error(), "banned_identity") {
+			t.Errorf("a banned identity: %v", err)
+		}
+		s.leaf(s.dial(m), "b")
+	}
+	refusedNow()
+	must(t, s.stop())
+	s = c.start(t, nil)
+	refusedNow()
+	for _, bad := range []string{"", "spiffe://other.org/ns/default/sa/a", "spiffe://example.org", "a"} {
+		if _, err := s.rotations().BanIdentity(t.Context(), &adminv1.BanIdentityRequest{SpiffeId: bad, Reason: "x"}); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("ban of %q: %v", bad, err)
+		}
+	}
+	lifted, err := s.rotations().UnbanIdentity(t.Context(), &adminv1.UnbanIdentityRequest{SpiffeId: ban.SpiffeId})
+	must(t, err)
+	if !lifted.Changed {
+		t.Error("nothing was lifted")
+	}
+	s.leaf(s.dial(m), "a")
+	must(t, s.stop())
+	var events []string
+	for _, e := range logged(t, c) {
+		if e.GetIdentityBanned() != nil || e.GetIdentityUnbanned() != nil {
+			events = append(events, e.GetIdentityBanned().GetReason())
+		}
+	}
+	if !slices.Equal(events, []string{"stolen", ""}) {
+		t.Errorf("the log has %q", events)
+	}
+}
+
+func TestAuthoritiesThatContradictEachOtherAreNotServed(t *testing.T) {
+	orphan := store.Authority{Authority: rotation.Authority{ID: "intermediate-1", Kind: ca.KindIntermediate, Root: "root-0", State: ca.Active}, Chain: [][]byte{newRoot(t).cert.Raw}}
+	if _, err := newAuthorities(td, []store.Authority{orphan}, 1, trust.Bundle{}); err == nil {
+		t.Error("an intermediate without its root was read")
+	}
+}

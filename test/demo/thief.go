@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/signet-ca/signet/test/lab"
+)
+
+// stolen is what somebody has made with the key of an issuer: for each sidecar a certificate of the one that it lets in.
+type stolen struct {
+	issuer *issuer
+	certs  map[*sidecar]tls.Certificate
+}
+
+// steal opens the key file of one of east's issuers with its passphrase, and forges with it.
+func (r *rotating) steal(ctx context.Context, from *issuer) (stolen, error) {
+	x := stolen{issuer: from, certs: map[*sidecar]tls.Certificate{}}
+	cert, key, err := r.east.openIssuer(ctx, from.chain)
+	if err != nil {
+		return x, err
+	}
+	for _, w := range r.ways {
+		forged, err := forge(w.from.id, cert, key)
+		if err != nil {
+			return x, err
+		}
+		x.certs[w.to] = *forged
+	}
+	return x, nil
+}
+
+// everyEnvoy tries forged certificates at all sidecars. Those are up and let honest workloads in, so that one which is
+// simply shut doesn't pass for one that refuses.
+func (r *rotating) everyEnvoy(ctx context.Context, x stolen, accepted bool) error {
+	honest, err := r.east.fetchSVID(ctx, r.guest)
+	if err != nil {
+		return err
+	}
+	for _, s := range r.sidecars() {
+		if err := ask(ctx, s.in, honest); err != nil {
+			return fmt.Errorf("%s does not let %s in: %w", s, r.guest, err)
+		}
+		err := ask(ctx, s.in, x.certs[s])
+		switch {
+		case accepted && err != nil:
+			return fmt.Errorf("%s does not accept what was forged with the key of %s: %w", s, x.issuer.id, err)
+		case !accepted && err == nil:
+			return fmt.Errorf("%s accepts what was forged with the key of %s", s, x.issuer.id)
+		case !accepted && !strings.Contains(err.Error(), "tls: "):
+			return fmt.Errorf("%s failed, but not as a refusal: %w", s, err)
+		}
+	}
+	return nil
+}
+
+func (r *rotating) taint(ctx context.Context) (_ string, err error) {
+	lost := r.newest(r.east)
+	if r.thief, err = r.steal(ctx, lost); err != nil {
+		return "", err
+	}
+	if err := r.everyEnvoy(ctx, r.thief, true); err != nil {
+		return "", err
+	}
+	r.say("the thief opened the key file of %s; all four Envoys accept what he forges", lost)
+	if _, err := r.Run(ctx, "ca", "taint", "--config", r.east.Config(), lost.id, "--reason", "its key was stolen", "--yes"); err != nil {
+		return "", err
+	}
+	s, err := r.status(ctx, r.east)
+	if err != nil {
+		return "", err
+	}
+	if s.accepting() != 2 {
+		return "", fmt.Errorf("rotation status says that %d agents accept a forged certificate: want both", s.accepting())
+	}
+	return lost.id + " is tainted; rotation status names the agents of both clusters as those that accept a forged certificate", nil
+}
+
+func (r *rotating) reissue(ctx context.Context) (string, error) {
+	began := time.Now()
+	if _, err := r.startRotation(ctx, r.east, r.b, "intermediate"); err != nil {
+		return "", err
+	}
+	if err := lab.Until(ctx, "no agent uses a leaf of "+r.thief.issuer.id, 20*time.Second, func() error {
+		s, err := r.status(ctx, r.east)
+		switch {
+		case err != nil:
+			return err
+		case s.Reissue == nil || s.Reissue.Holding > 0:
+			return errors.New("rotation status does not say so yet")
+		}
+		return nil
+	}); err != nil {
+		return "", err
+	}
+	r.say("no agent uses a leaf of %s %.1f s after another issuer was asked for", r.thief.issuer.id, time.Since(began).Seconds())
+	shown, err := r.untilShown(ctx)
+	if err != nil {
+		return "", err
+	}
+	// The root above is still believed: re-issue alone doesn't shut him out.
+	if err := r.everyEnvoy(ctx, r.thief, true); err != nil {
+		return "", err
+	}
+	return shown + "; what the thief forges is still accepted, as root B is believed", nil
+}
+
+func (r *rotating) thiefIsOut(ctx context.Context) (string, error) {
+	began := time.Now()
+	if err := r.removed(ctx, r.b, r.c); err != nil {
+		return "", err
+	}
+	if err := lab.Until(ctx, "every Envoy refuses what the thief forged", 5*time.Second, func() error { return r.everyEnvoy(ctx, r.thief, false) }); err != nil {
+		return "", err
+	}
+	if err := r.exchange(ctx, "rotation status says that nobody accepts a forged certificate", func() error {
+		return r.inBoth(func(c *cluster) error {
+			s, err := r.status(ctx, c)
+			switch {
+			case err != nil:
+				return err
+			case len(s.Tainted) != 1 || s.accepting() > 0:
+				return fmt.Errorf("%s says: %+v", c.Name, s.Tainted)
+			}
+			return nil
+		})
+	}); err != nil {
+		return "", err
+	}
+	r.refused += len(r.sidecars())
+	return fmt.Sprintf("root B was removed after %.1f s; rotation status of both clusters: nobody accepts a forged certificate", time.Since(began).Seconds()), nil
+}
+
+// ban bans the guest in east: it gets nothing any more, and what it has copied ends with its short life.
+func (r *rotating) ban(ctx context.Context) (string, error) {
+	copied, err := r.east.fetchSVID(ctx, r.guest)
+	if err != nil {
+		return "", err
+	}
+	if err := ask(ctx, r.west.backend.in, copied); err != nil {
+		return "", fmt.Errorf("%s, before it is banned: %w", r.guest, err)
+	}
+	if _, err := r.Run(ctx, "identity", "ban", "--config", r.east.Config(), r.guestID, "--reason", "was broken into"); err != nil {
+		return "", err
+	}
+	began, renewed := time.Now(), map[*sidecar]int{}
+	for _, s := range r.sidecars() {
+		renewed[s] = r.seen.renewed(s)
+	}
+	if err := lab.Until(ctx, r.guest+" is refused by its agent", 3*time.Second, func() error {
+		_, err := r.Refuses(ctx, "svid", "fetch", "--socket", r.east.Path("run", r.guest+".sock"))
+		return err
+	}); err != nil {
+		return "", err
+	}
+	r.say("the agent refuses %s %.1f s after the ban", r.guest, time.Since(began).Seconds())
+	if err := lab.Until(ctx, "a copy of "+r.guest+"'s last certificate is refused", leafTTL+3*time.Second, func() error {
+		if err := ask(ctx, r.west.backend.in, copied); err == nil {
+			return errors.New("west's backend accepts it")
+		}
+		return nil
+	}); err != nil {
+		return "", err
+	}
+	r.refused += 2
+	if err := lab.Until(ctx, "all others are renewed after the ban", leafTTL, func() error {
+		for _, s := range r.sidecars() {
+			if r.seen.renewed(s) == renewed[s] {
+				return fmt.Errorf("%s is not", s)
+			}
+		}
+		return nil
+	}); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("a copy of its last certificate was refused %.1f s after the ban; all others were renewed meanwhile", time.Since(began).Seconds()), nil
+}
