@@ -53,14 +53,14 @@ func (s *storedBundles) pending() bool {
 	return len(s.unstored) > 0
 }
 
-// honest is what may be acknowledged where d is believed; false = nothing.
-func (s *storedBundles) honest(d trust.Digest) (trust.Digest, bool) {
+// honest is what may be acknowledged where v is believed; false = nothing.
+func (s *storedBundles) honest(v trust.Version) (trust.Version, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.unstored[d]; !ok {
-		return d, true
+	if _, ok := s.unstored[v.Digest]; !ok {
+		return v, true
 	}
-	return s.last.Digest(), !s.last.IsZero()
+	return s.last.Version(), !s.last.IsZero()
 }
 
 // storeNewest writes the bundle in use.

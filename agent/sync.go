@@ -185,18 +185,18 @@ func (w word) same(x word) bool {
 // before stands for it.
 func (a *Agent) acks() []*signetv1.BundleAck {
 	td := a.member.Load().td
-	digest, ok := a.sds.OldestBundle(td)
+	v, ok := a.sds.OldestBundle(td)
 	if !ok {
 		b, known := a.bundles.Get(td)
 		if !known {
 			return nil
 		}
-		digest = b.Digest()
+		v = b.Version()
 	}
-	if digest, ok = a.stored.honest(digest); !ok {
+	if v, ok = a.stored.honest(v); !ok {
 		return nil
 	}
-	return []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: digest[:]}}
+	return []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: v.Digest[:], Sequence: v.Sequence}}
 }
 
 func sameAcks(a, b []*signetv1.BundleAck) bool {

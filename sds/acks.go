@@ -82,13 +82,13 @@ func (a *beliefs) oldest(td spiffeid.TrustDomain) (belief, bool) {
 	return old, found
 }
 
-// OldestBundle returns the digest of the oldest bundle of the trust domain that a live stream which subscribes to it has
-// acknowledged last. It is the zero digest while one of them has acknowledged none, and false if no stream subscribes.
-func (s *Server) OldestBundle(td spiffeid.TrustDomain) (trust.Digest, bool) {
+// OldestBundle returns the oldest bundle of the trust domain that a live stream which subscribes to it has acknowledged
+// last. It is the zero version while one of them has acknowledged none, and false if no stream subscribes.
+func (s *Server) OldestBundle(td spiffeid.TrustDomain) (trust.Version, bool) {
 	s.beliefs.mu.Lock()
 	defer s.beliefs.mu.Unlock()
 	b, ok := s.beliefs.oldest(td)
-	return b.digest, ok
+	return trust.Version{Sequence: b.sequence, Digest: b.digest}, ok
 }
 
 // AcksChanged returns a channel that is closed when OldestBundle next has another answer for any trust domain.

@@ -212,7 +212,7 @@ func TestS11InitialVersionsThatMatchAreNotSentAndCountAsAcknowledged(t *testing.
 		again := r.delta()
 		again.resume(had, "default", "ROOTCA")
 		again.silence("both are current")
-		if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != w.bundles[exampleTD].Digest() {
+		if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != w.bundles[exampleTD].Version() {
 			t.Errorf("believed: %s %v, want the bundle that it has", d, ok)
 		}
 		w.change(func(*world) {})
@@ -268,7 +268,7 @@ func TestS11AClaimToHaveWhatWasRejectedIsNotBelieved(t *testing.T) {
 		all := r.sds.Streams()
 		return len(all) == 2 && len(all[1].Names) == 1 && all[1].Names[0].Rejected != ""
 	})
-	if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != (trust.Digest{}) {
+	if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != (trust.Version{}) {
 		t.Errorf("believed: %s %v, want nothing acknowledged", d, ok)
 	}
 }

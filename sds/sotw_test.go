@@ -170,7 +170,7 @@ func TestS05AnAckOfARepeatedBadSecretMeansNothing(t *testing.T) {
 	}
 	again.ack(repeated, "ROOTCA")
 	eventually(t, "the worthless ACK is in the log", func() bool { return strings.Contains(r.logs.String(), "means nothing") })
-	if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != (trust.Digest{}) {
+	if d, ok := r.sds.OldestBundle(exampleTD); !ok || d != (trust.Version{}) {
 		t.Errorf("believed: %s %v, want nothing acknowledged", d, ok)
 	}
 	if n := r.metric(r.sds.metrics.acks.WithLabelValues(kindBundle)); n != 0 {
@@ -180,7 +180,7 @@ func TestS05AnAckOfARepeatedBadSecretMeansNothing(t *testing.T) {
 	b := bundleOf(exampleTD, 2, newRoot(t, "root B"))
 	w.setBundle(b)
 	again.ack(again.next(), "ROOTCA")
-	eventually(t, "an ACK of other content counts", func() bool { d, ok := r.sds.OldestBundle(exampleTD); return ok && d == b.Digest() })
+	eventually(t, "an ACK of other content counts", func() bool { d, ok := r.sds.OldestBundle(exampleTD); return ok && d.Digest == b.Digest() })
 }
 
 func TestS06AChangedSetIsHonouredWithAStaleOrEmptyNonce(t *testing.T) {
@@ -464,7 +464,7 @@ func TestS15TheOldestBundleTellsWhenEveryValidatorHasTheNewRoot(t *testing.T) {
 		want := func(what string, digest trust.Digest, subscribed bool) {
 			t.Helper()
 			synctest.Wait()
-			if d, ok := r.sds.OldestBundle(exampleTD); d != digest || ok != subscribed {
+			if d, ok := r.sds.OldestBundle(exampleTD); d.Digest != digest || ok != subscribed {
 				t.Errorf("%s: oldest %s %v, want %s %v", what, d, ok, digest, subscribed)
 			}
 		}
@@ -522,7 +522,7 @@ func TestS15AnAbortedRotationLeavesNobodyBehind(t *testing.T) {
 		one.take() // not answered yet: it believes what was aborted
 		two.take()
 		synctest.Wait()
-		if d, _ := r.sds.OldestBundle(exampleTD); d != aborted.Digest() {
+		if d, _ := r.sds.OldestBundle(exampleTD); d.Digest != aborted.Digest() {
 			t.Errorf("oldest %s, want the aborted one %s: the first is current again", d, aborted.Digest())
 		}
 	})
@@ -588,13 +588,13 @@ func TestS16AllHasEachTrustDomainOnceAndApart(t *testing.T) {
 		w.setBundle(bundleOf(other, 1, foreign))
 		grown := domains("a third", "a.test", "example.org", "z.test")
 		synctest.Wait()
-		if d, ok := r.sds.OldestBundle(other); !ok || d != (trust.Digest{}) {
+		if d, ok := r.sds.OldestBundle(other); !ok || d != (trust.Version{}) {
 			t.Errorf("not acknowledged yet: %s %v", d, ok)
 		}
 		c.ack(grown, "ALL")
 		synctest.Wait()
 		for _, td := range []spiffeid.TrustDomain{other, exampleTD, last} {
-			if d, ok := r.sds.OldestBundle(td); !ok || d != w.bundles[td].Digest() {
+			if d, ok := r.sds.OldestBundle(td); !ok || d.Digest != w.bundles[td].Digest() {
 				t.Errorf("%s is believed as %s %v", td, d, ok)
 			}
 		}

@@ -25,6 +25,13 @@ type Digest [sha256.Size]byte
 
 func (d Digest) String() string { return hex.EncodeToString(d[:8]) }
 
+// Version names a bundle by what it holds and as which it was published: the same content may be published again, after
+// other content. The zero value names none.
+type Version struct {
+	Sequence uint64
+	Digest   Digest
+}
+
 // Bundle is an immutable set of roots. The zero value is no bundle.
 type Bundle struct {
 	td       spiffeid.TrustDomain
@@ -81,6 +88,9 @@ func (b Bundle) Sequence() uint64 { return b.sequence }
 
 // Digest identifies the content.
 func (b Bundle) Digest() Digest { return b.digest }
+
+// Version names the bundle.
+func (b Bundle) Version() Version { return Version{b.sequence, b.digest} }
 
 // Roots returns a copy of the list.
 func (b Bundle) Roots() []*x509.Certificate { return slices.Clone(b.roots) }

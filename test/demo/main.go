@@ -80,7 +80,7 @@ func run(ctx context.Context, tell teller, dir, signet string, keep bool) (err e
 	}()
 	steps, table, tryThis := tell(d)
 	for i, s := range steps {
-		if err := d.step(within, fmt.Sprintf("%2d/%d %s", i+1, len(steps), s.title), s.do); err != nil {
+		if err := d.step(within, fmt.Sprintf("%d/%d %s", i+1, len(steps), s.title), s.do); err != nil {
 			return err
 		}
 	}
