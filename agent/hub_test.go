@@ -579,9 +579,9 @@ func TestAYearOfANode(t *testing.T) {
 		wg.Go(func() {
 			for {
 				up := time.Duration(random.ExpFloat64() * float64(70*time.Hour))
-				down := time.Duration(random.ExpFloat64() * float64(4*time.Hour))
+				down := time.Duration(random.ExpFloat64() * float64(time.Hour))
 				if outages%60 == 59 {
-					down += ttl // longer than any life: everything runs out
+					down += ttl * 2 / 3 // longer than is ever left: everything runs out
 				}
 				for i, span := range []time.Duration{up, down} {
 					d.away.Store(i == 1)

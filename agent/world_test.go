@@ -160,6 +160,9 @@ type world struct {
 	used       map[[32]byte][]byte
 	controlTTL time.Duration
 	acks       map[string][]*signetv1.BundleAck
+	// held is what agents say to hold, and order what they are told to replace.
+	held  map[string]*signetv1.IssuersHeld
+	order *signetv1.Reissue
 	seen       []uint64
 	peers      []string // serials of control certificates that opened a Sync stream
 	closing    chan struct{}
@@ -169,7 +172,7 @@ func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{
 		t: t, now: time.Now, tokens: map[[32]byte]string{}, used: map[[32]byte][]byte{}, agents: map[string][]byte{}, issued: map[string]int{},
-		changed: make(chan struct{}), controlTTL: 7 * 24 * time.Hour, acks: map[string][]*signetv1.BundleAck{},
+		changed: make(chan struct{}), controlTTL: 7 * 24 * time.Hour, acks: map[string][]*signetv1.BundleAck{}, held: map[string]*signetv1.IssuersHeld{},
 	}
 	w.control = newCA(t, "control", nil)
 	w.root = newCA(t, "root", nil)
@@ -409,7 +412,10 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 				return
 			}
 			w.change(func() {
-				w.acks[c.Name] = r.BundleAcks
+				w.acks[c.Name], w.held[c.Name] = r.BundleAcks, r.IssuersHeld
+				if r.IssuersHeld == nil {
+					w.t.Error("a word without the issuers whose leaves are held")
+				}
 				if r.CheckpointSeen != nil {
 					w.seen = append(w.seen, r.CheckpointSeen.Size)
 				}
@@ -417,6 +423,7 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 		}
 	}()
 	var sequence, revision uint64
+	var order *signetv1.Reissue
 	first := true
 	for {
 		if err := w.standing(); err != nil {
@@ -444,6 +451,10 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 				}
 			}
 			out = append(out, &signetv1.SyncResponse{Update: &signetv1.SyncResponse_Registrations{Registrations: set}})
+		}
+		if w.order != order {
+			order = w.order
+			out = append(out, &signetv1.SyncResponse{Update: &signetv1.SyncResponse_Reissue{Reissue: order}})
 		}
 		if w.checkpoint != nil && len(w.seen) > 0 {
 			if cp := w.checkpoint(w.seen[len(w.seen)-1]); cp != nil {

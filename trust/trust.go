@@ -32,6 +32,8 @@ type Version struct {
 	Digest   Digest
 }
 
+func (v Version) String() string { return fmt.Sprintf("%d of digest %s", v.Sequence, v.Digest) }
+
 // Bundle is an immutable set of roots. The zero value is no bundle.
 type Bundle struct {
 	td       spiffeid.TrustDomain
