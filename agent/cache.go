@@ -59,6 +59,8 @@ type cache struct {
 	purged bool
 	// onDisk is what is known of the certificates in the files, by registration.
 	onDisk map[string]cachedLeaf
+	// leaves rings when onDisk has changed.
+	leaves bell
 	// wake holds a token when changed is not empty.
 	wake chan struct{}
 }
@@ -318,8 +320,12 @@ func (c *cache) expunge(names []string, inUse func(name string) *held) {
 func (c *cache) note(name string, leaf cachedLeaf) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	before := c.onDisk[name]
 	if delete(c.onDisk, name); leaf != (cachedLeaf{}) {
 		c.onDisk[name] = leaf
+	}
+	if leaf != before {
+		c.leaves.ring()
 	}
 }
 

@@ -580,8 +580,8 @@ func TestAYearOfANode(t *testing.T) {
 			for {
 				up := time.Duration(random.ExpFloat64() * float64(70*time.Hour))
 				down := time.Duration(random.ExpFloat64() * float64(time.Hour))
-				if outages%60 == 59 {
-					down += ttl * 2 / 3 // longer than is ever left: everything runs out
+				if outages%40 == 39 {
+					down += ttl * 9 / 10 // more than is left mostly: what there is runs out
 				}
 				for i, span := range []time.Duration{up, down} {
 					d.away.Store(i == 1)

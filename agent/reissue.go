@@ -77,6 +77,9 @@ func (h *hub) reissue(ids map[string]struct{}, window time.Duration) {
 		switch {
 		case ok && e.replaceAt.IsZero():
 			e.replaceAt = rotation.ReissueAt(e.current.chain[0].SerialNumber.Bytes(), o.received, o.window)
+			if soon := now.Add(gather); e.replaceAt.Before(soon) { // with the others that are due at once
+				e.replaceAt = soon
+			}
 			if !e.inFlight && e.replaceAt.Before(e.next) {
 				h.plan(name, e, e.replaceAt)
 			}

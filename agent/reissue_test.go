@@ -31,6 +31,12 @@ func (w *world) holds(issuers ...*authority) func() bool {
 	}
 }
 
+// switchTo makes another intermediate under the same root issue.
+func (w *world) switchTo(name string) {
+	next := newCA(w.t, name, w.root)
+	w.change(func() { w.mesh = next })
+}
+
 func TestTheServerHearsWhoseLeavesAreHeld(t *testing.T) {
 	w := newWorld(t)
 	w.open()
@@ -44,7 +50,7 @@ func TestTheServerHearsWhoseLeavesAreHeld(t *testing.T) {
 	}
 	eventually(t, "the first leaf is told", w.holds(w.mesh))
 	before := w.mesh
-	w.change(func() { w.mesh = newCA(t, "east 2", w.root) })
+	w.switchTo("east 2")
 	w.setRegistrations(reg("web", "/web", 2*time.Hour, uid))
 	r, err := s.stream.Recv()
 	if err != nil {
@@ -76,7 +82,7 @@ func TestALeafInTheCacheIsHeld(t *testing.T) {
 	c := mustCache(t, dir, passphrase("one"), "node-1")
 	d.restore(c)
 	before := string(w.mesh.cert.SubjectKeyId)
-	w.mesh = newCA(t, "east 2", w.root)
+	w.switchTo("east 2")
 	d.due(t.Context(), []string{"web"})
 	d.mustOpen(t, uid).SVID(r.ID)
 	d.due(t.Context(), []string{"web"})
@@ -137,7 +143,7 @@ func TestLeavesOfALostKeyAreReplacedEachOnceWithinTheWindow(t *testing.T) {
 		time.Sleep(time.Second)
 		first := look()
 		tainted := w.mesh
-		w.mesh = newCA(t, "east 2", w.root)
+		w.switchTo("east 2")
 		ordered := time.Now()
 		at := make([]time.Time, len(list))
 		for i, r := range list {
@@ -180,8 +186,9 @@ func TestLeavesOfALostKeyAreReplacedEachOnceWithinTheWindow(t *testing.T) {
 		d.hub.orders = nil
 		d.mu.Unlock()
 		before := d.calls.Load()
-		d.take(t, order(0, tainted, w.mesh))
-		w.mesh = newCA(t, "east 3", w.root)
+		lost := w.mesh
+		w.switchTo("east 3")
+		d.take(t, order(0, tainted, lost))
 		time.Sleep(time.Second)
 		if n := d.calls.Load() - before; n != 1 || w.issuances("r0") != 3 {
 			t.Fatalf("%d calls, %d issuances of r0", n, w.issuances("r0"))
@@ -200,7 +207,7 @@ func TestAnIssuerThatGoesOnIsAskedWithPatience(t *testing.T) {
 		if n := w.issuances("web"); n < 20 || n > 40 {
 			t.Fatalf("%d issuances in a day by an issuer that is to be replaced and goes on", n)
 		}
-		w.mesh = newCA(t, "east 2", w.root)
+		w.switchTo("east 2")
 		time.Sleep(maxReissueAgain + time.Second)
 		n := w.issuances("web")
 		if d.inUse("web").issuer != string(w.mesh.cert.SubjectKeyId) {
@@ -286,10 +293,8 @@ func TestAnOrderIsCarriedOutOverTheDoor(t *testing.T) {
 		t.Fatal(err)
 	}
 	tainted := w.mesh
-	w.change(func() {
-		w.mesh = newCA(t, "east 2", w.root)
-		w.order = order(50*time.Millisecond, tainted)
-	})
+	w.switchTo("east 2")
+	w.change(func() { w.order = order(50*time.Millisecond, tainted) })
 	if _, err := s.next(); err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"maps"
 	"sync"
 	"time"
 
@@ -23,41 +22,36 @@ type storedBundles struct {
 	mu sync.Mutex
 	// last is what is on disk; zero = nothing.
 	last trust.Bundle
-	// unstored are the bundles in use since then.
-	unstored map[trust.Digest]uint64 // by digest, their sequence
+	// newest is the sequence of the bundle in use.
+	newest uint64
 }
 
 // loaded notes what was found on disk.
 func (s *storedBundles) loaded(b trust.Bundle) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.last = b
+	s.last, s.newest = b, b.Sequence()
 }
 
 // taken notes that a bundle is about to be used.
 func (s *storedBundles) taken(b trust.Bundle) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b.Sequence() > s.last.Sequence() {
-		if s.unstored == nil {
-			s.unstored = map[trust.Digest]uint64{}
-		}
-		s.unstored[b.Digest()] = b.Sequence()
-	}
+	s.newest = max(s.newest, b.Sequence())
 }
 
 // pending reports whether a bundle is in use that is not on disk.
 func (s *storedBundles) pending() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.unstored) > 0
+	return s.newest > s.last.Sequence()
 }
 
 // honest is what may be acknowledged where v is believed; false = nothing.
 func (s *storedBundles) honest(v trust.Version) (trust.Version, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.unstored[v.Digest]; !ok {
+	if v.Sequence <= s.last.Sequence() {
 		return v, true
 	}
 	return s.last.Version(), !s.last.IsZero()
@@ -78,7 +72,6 @@ func (a *Agent) storeNewest() error {
 	}
 	s.mu.Lock()
 	s.last = b
-	maps.DeleteFunc(s.unstored, func(_ trust.Digest, sequence uint64) bool { return sequence <= b.Sequence() })
 	s.mu.Unlock()
 	s.changed.ring()
 	return nil

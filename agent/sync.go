@@ -116,7 +116,7 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	leavesChanged := false
 	for {
 		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.next()
-		streamLeaves, hubLeaves := a.sds.LeavesChanged(), a.hub.leaves.next()
+		streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.next(), a.cache.leaves.next()
 		if acks := a.acks(); !sameAcks(said.acks, acks) {
 			if wait := a.patience(acks); settled == nil || wait == 0 {
 				settled = time.After(wait)
@@ -153,6 +153,8 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 		case <-streamLeaves:
 			leavesChanged = true
 		case <-hubLeaves:
+			leavesChanged = true
+		case <-cacheLeaves:
 			leavesChanged = true
 		case <-look.C:
 			leavesChanged = true

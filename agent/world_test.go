@@ -161,11 +161,11 @@ type world struct {
 	controlTTL time.Duration
 	acks       map[string][]*signetv1.BundleAck
 	// held is what agents say to hold, and order what they are told to replace.
-	held  map[string]*signetv1.IssuersHeld
-	order *signetv1.Reissue
-	seen       []uint64
-	peers      []string // serials of control certificates that opened a Sync stream
-	closing    chan struct{}
+	held    map[string]*signetv1.IssuersHeld
+	order   *signetv1.Reissue
+	seen    []uint64
+	peers   []string // serials of control certificates that opened a Sync stream
+	closing chan struct{}
 }
 
 func newWorld(t testing.TB) *world {

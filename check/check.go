@@ -55,6 +55,13 @@ const (
 	CodeServed    = "SGN1014" // certificates of an agent's workloads
 	CodeServer    = "SGN1015" // an agent's way to its server
 	CodeSeal      = "SGN1016" // what protects keys at rest
+	CodeIssuing   = "SGN1017" // from when on nothing can be issued
+	CodeSuccessor = "SGN1018" // who takes over from the intermediate that signs
+	CodeSignature = "SGN1019" // a request that the root's holder has to sign
+	CodeRootEnd   = "SGN1020" // a root whose end cuts the life of intermediates short
+	CodePeer      = "SGN1021" // another cluster's report that a step waits for
+	CodeTaint     = "SGN1022" // a lost key whose forgeries are accepted
+	CodeStep      = "SGN1023" // a step that a person has to take
 )
 
 // What can stand still. Without the first three a process is not ready.

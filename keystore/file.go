@@ -173,6 +173,17 @@ func (s *File) Open(ctx context.Context, ref Ref) (Key, error) {
 	return newLocalKey(ref, signer), nil
 }
 
+// Delete removes a key file. What the disk keeps of removed blocks is still encrypted.
+func (s *File) Delete(_ context.Context, ref Ref) error {
+	if ref.Backend != BackendFile || validName(ref.Name) != nil || ref.Version < 1 {
+		return fmt.Errorf("delete key %s: not a reference to a key file", ref)
+	}
+	if err := durable.Remove(s.path(ref)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("delete key %s: %w", ref, err)
+	}
+	return nil
+}
+
 // List returns the references of all keys, by name and version. Files of other names are passed over.
 func (s *File) List(context.Context) ([]Ref, error) { return list(s.dir) }
 

@@ -67,6 +67,8 @@ type Store interface {
 	Open(ctx context.Context, ref Ref) (Key, error)
 	// List returns the references of all keys, by name and version.
 	List(ctx context.Context) ([]Ref, error)
+	// Delete destroys a key, durably. One that is not there is no error.
+	Delete(ctx context.Context, ref Ref) error
 }
 
 // Errors that callers tell apart.

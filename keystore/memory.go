@@ -53,6 +53,14 @@ func (m *Memory) Open(_ context.Context, ref Ref) (Key, error) {
 	return nil, fmt.Errorf("open key %s: %w in this process's memory", ref, ErrNotFound)
 }
 
+// Delete forgets a key.
+func (m *Memory) Delete(_ context.Context, ref Ref) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.keys, ref)
+	return nil
+}
+
 // List returns the references of all keys, by name and version.
 func (m *Memory) List(context.Context) ([]Ref, error) {
 	m.mu.Lock()

@@ -292,7 +292,8 @@ func (d decision) leavesUnder(r Authority) []Wait {
 	if r.LeavesUntil.IsZero() || !d.now.Before(end) {
 		return nil
 	}
-	if own, known := d.Own.root(r.ID); known && own.Holding == 0 && !d.exposed(r.ID).IsZero() {
+	// What was being made at the switch has come to its agent by then, and the agent has said so.
+	if own, known := d.Own.root(r.ID); known && own.Holding == 0 && !d.exposed(r.ID).IsZero() && !d.now.Before(d.over(r.Since)) {
 		return nil
 	}
 	return []Wait{{Code: WaitLeaves, For: "leaves under it are valid until " + stamp(r.LeavesUntil), Until: end}}

@@ -72,7 +72,7 @@ func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*
 		grants, at = append(grants, grant), append(at, i)
 	}
 	if len(grants) > 0 {
-		for j, r := range s.authority.Issue(ctx, grants) {
+		for j, r := range s.issue(ctx, grants) {
 			if r.Err != nil {
 				results[at[j]] = s.itemRefused(ctx, agent, s.notIssued(r.Err))
 				continue

@@ -358,6 +358,8 @@ type InstallConfig struct {
 	Chain []byte
 	// RootFingerprint is what the admin was told the root's is, by another way than the chain.
 	RootFingerprint string
+	// Trust is what another cluster believes, for one that joins it; the zero value = the root of the chain alone.
+	Trust Trust
 	// DryRun only looks whether the chain would be taken.
 	DryRun bool
 }
@@ -412,7 +414,7 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 	by := byHand("ceremony")
 	done, err := k.do(ctx, decision{verb: "install", reason: "a chain was installed", by: by, dry: c.DryRun},
 		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-			return k.install(set, w, now, c.Chain, pinned, by)
+			return k.install(set, w, now, installation{c.Chain, pinned, c.Trust, by})
 		})
 	if err != nil {
 		return InstallResult{}, err

@@ -160,7 +160,7 @@ func (s enrolment) byEnrolledKey(ctx context.Context, agent string, key identity
 
 // give makes an agent's certificate and notes, durably, until when it is good.
 func (s *Server) give(ctx context.Context, agent string, grant *identity.Grant) (*ca.Leaf, error) {
-	r := s.authority.Issue(ctx, []*identity.Grant{grant})[0]
+	r := s.issue(ctx, []*identity.Grant{grant})[0]
 	if r.Err != nil {
 		return nil, s.notIssued(r.Err)
 	}
@@ -177,6 +177,8 @@ func (s *Server) give(ctx context.Context, agent string, grant *identity.Grant) 
 func (s *Server) notIssued(err error) error {
 	var e *ca.Error
 	switch {
+	case errors.Is(err, errClock):
+		return refuse(codes.Unavailable, "clock_wrong", "try again later", err)
 	case !errors.As(err, &e) || e.Reason == ca.ReasonSpent:
 		return refuse(codes.Internal, "internal", "internal error", err)
 	case e.Retry():

@@ -69,16 +69,18 @@ type keeper struct {
 	validators func(now time.Time) []validator
 	issuers    *ca.Issuers
 	bundles    *trust.Bundles
+	// clock holds off what would come by itself while it is not believed; nil = it is.
+	clock *clock
 
 	// turn has a place for the one who changes something.
 	turn    chan struct{}
 	current atomic.Pointer[authorities]
 	// replaced names the issuers whose leaves are to be replaced.
 	replaced atomic.Pointer[[][]byte]
-	// keys are those that are open, by reference. They belong to whoever has the turn.
-	keys map[keystore.Ref]keystore.Key
 
 	mu sync.Mutex
+	// keys are those that are open, by reference.
+	keys map[keystore.Ref]keystore.Key
 	// reports are the newest of the peers, by cluster.
 	reports map[string]rotation.Report
 	// history is what the bundles of the past held, oldest first.
@@ -185,13 +187,9 @@ func (k *keeper) open(ctx context.Context, set *authorities) ([]*ca.Issuer, erro
 		if a.Kind == ca.KindRoot || len(a.Chain) == 0 || a.State == ca.Removed {
 			continue
 		}
-		key, ok := k.keys[a.Key]
-		if !ok {
-			var err error
-			if key, err = k.folder.Keys.Open(ctx, a.Key); err != nil {
-				return nil, fmt.Errorf("issuer %s: %w", a.ID, err)
-			}
-			k.keys[a.Key] = key
+		key, err := k.key(ctx, a.Key)
+		if err != nil {
+			return nil, fmt.Errorf("issuer %s: %w", a.ID, err)
 		}
 		conf := ca.IssuerConfig{Name: a.ID, Hierarchy: a.Hierarchy(), TrustDomain: set.td, State: a.State, Key: key, Chain: set.chains[a.ID]}
 		if a.Kind == ca.KindIntermediate {
@@ -205,6 +203,52 @@ func (k *keeper) open(ctx context.Context, set *authorities) ([]*ca.Issuer, erro
 		list = append(list, issuer)
 	}
 	return list, nil
+}
+
+// key opens a key once: opening takes a while, for it is sealed against guessing.
+func (k *keeper) key(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	k.mu.Lock()
+	key, ok := k.keys[ref]
+	k.mu.Unlock()
+	if ok {
+		return key, nil
+	}
+	key, err := k.folder.Keys.Open(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.keys[ref] = key
+	return key, nil
+}
+
+// destroyKeys destroys the keys of intermediates that were removed. The newest of all stays until there is a newer one: its
+// number must not come again.
+func (k *keeper) destroyKeys(ctx context.Context) error {
+	refs, err := k.folder.Keys.List(ctx)
+	if err != nil {
+		return err
+	}
+	set := k.current.Load()
+	for i, ref := range refs {
+		newest := i+1 == len(refs) || refs[i+1].Name != ref.Name
+		if ref.Name != intermediateKey || newest {
+			continue
+		}
+		j := slices.IndexFunc(set.rows, func(a store.Authority) bool { return a.Key == ref })
+		if j < 0 || set.rows[j].State != ca.Removed {
+			continue
+		}
+		if err := k.folder.Keys.Delete(ctx, ref); err != nil {
+			return err
+		}
+		k.mu.Lock()
+		delete(k.keys, ref)
+		k.mu.Unlock()
+		k.log.Info("key of a removed intermediate destroyed", "authority", set.rows[j].ID, "key", ref.String())
+	}
+	return nil
 }
 
 // world is all that decides what comes next.
@@ -274,7 +318,7 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 
 // advance takes every step that can be taken.
 func (k *keeper) advance(ctx context.Context, o *outcome, d decision) error {
-	if d.verb == "schedule" && !k.policy.Automatic {
+	if d.verb == "schedule" && (!k.policy.Automatic || k.doubt()) {
 		return nil
 	}
 	for range maxSteps {
@@ -434,6 +478,8 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 		wait := every
 		if _, err := k.do(ctx, scheduled(), nil); err != nil && ctx.Err() == nil {
 			k.log.Error("could not take the next step in the life of a CA; it is tried again", "err", err)
+		} else if err := k.destroyKeys(ctx); err != nil && ctx.Err() == nil {
+			k.log.Error("could not destroy the key of a removed intermediate; it is tried again", "err", err)
 		} else if at := k.next(); !at.IsZero() {
 			wait = min(max(at.Sub(k.folder.Now()), 0)+time.Millisecond, every)
 		}
@@ -495,12 +541,27 @@ func (k *keeper) findStale() {
 	k.replaced.Store(&ids)
 }
 
-// install takes chains that an upstream has signed, each ours first and the root last.
-func (k *keeper) install(set *authorities, w rotation.World, now time.Time, text []byte, pinned ca.Fingerprint, by *auditv1.Evidence) (*authorities, []*auditv1.Entry, error) {
-	chains, err := ca.ParseChains(text)
+// installation is what an admin gives to install.
+type installation struct {
+	// chains is PEM, each ours first and the root last.
+	chains []byte
+	pinned ca.Fingerprint
+	trust  Trust
+	by     *auditv1.Evidence
+}
+
+// install takes chains that an upstream has signed, and the roots that the cluster is to believe beside theirs.
+func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x installation) (*authorities, []*auditv1.Entry, error) {
+	chains, err := ca.ParseChains(x.chains)
 	if err != nil {
 		return nil, nil, err
 	}
+	pinned, by := x.pinned, x.by
+	before := set
+	if set, err = k.join(set, x.trust, chains, now); err != nil {
+		return nil, nil, err
+	}
+	w.Authorities = set.lives()
 	var entries []*auditv1.Entry
 	for _, chain := range chains {
 		root := chain[len(chain)-1]
@@ -571,7 +632,7 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, text
 			Kind: ca.KindIntermediate, Chain: raw, Evidence: by,
 		}}})
 	}
-	if len(entries) == 0 {
+	if len(entries) == 0 && set == before {
 		return nil, nil, nil
 	}
 	return set, entries, nil

@@ -197,6 +197,15 @@ func TestAnIntermediateTakesOverWhileTheServerRuns(t *testing.T) {
 	}
 	c.ahead.Store(int64(25 * time.Hour))
 	soon(t, "the old issuer is removed when its last leaf has ended", func() bool { return s.state("intermediate-1") == ca.Removed })
+	soon(t, "its key is destroyed, and no other", func() bool {
+		refs, err := c.keys.List(t.Context())
+		must(t, err)
+		var left []string
+		for _, r := range refs {
+			left = append(left, fmt.Sprintf("%s@%d", r.Name, r.Version))
+		}
+		return slices.Equal(left, []string{"control-ca@1", "intermediate@2", "log@1"})
+	})
 }
 
 func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
@@ -480,6 +489,7 @@ func TestATaintedIntermediateIsReplacedAndItsLeavesAreCalledBack(t *testing.T) {
 		t.Fatal("the old root is removed while an agent uses leaves under it")
 	}
 	a.holds(s.leaf(conn, "a").SubjectKeyId)
+	c.ahead.Store(int64(2 * time.Minute)) // what was under way at the switch has come by then
 	soon(t, "the exposed root is removed", func() bool { return s.state(c.root.id()) == ca.Removed })
 	soon(t, "nobody accepts a forged certificate", func() bool {
 		st, err := s.rotations().RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})

@@ -397,9 +397,13 @@ func (s rotationService) InstallAuthorities(ctx context.Context, req *adminv1.In
 	if err != nil {
 		return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("root fingerprint: %w", err))
 	}
+	given, err := trustOf(req)
+	if err != nil {
+		return nil, plainly(codes.InvalidArgument, "invalid", err)
+	}
 	d := decision{verb: "install", reason: "a chain was installed", by: by, dry: req.DryRun}
 	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-		return s.keeper.install(set, w, now, req.Chains, pinned, by)
+		return s.keeper.install(set, w, now, installation{req.Chains, pinned, given, by})
 	}))
 }
 

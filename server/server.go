@@ -78,6 +78,10 @@ type Config struct {
 	Algorithm  keystore.Algorithm
 	Requests   Requester
 	NamePrefix string
+	// ClockIsRight believes the clock at the start although the log has an entry of a later time.
+	ClockIsRight bool
+	// Elapsed is the time that passes whatever the clock does; nil = by Now, or where that is nil the machine's own.
+	Elapsed func() time.Duration
 	// Limits bound what one agent may ask for; zero = DefaultLimits.
 	Limits Limits
 	// Metrics is where the metrics are and what /metrics shows; nil = a registry of its own.
@@ -97,6 +101,7 @@ type Server struct {
 	issuers   *ca.Issuers
 	authority *ca.Authority
 	keeper    *keeper
+	clock     *clock
 	acks      *acks
 	directory *directory
 	outbox    outbox
@@ -167,6 +172,9 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	if c.Limits == (Limits{}) {
 		c.Limits = DefaultLimits
 	}
+	if c.Elapsed == nil {
+		c.Elapsed = elapsedBy(c.Now)
+	}
 	if err := c.complete(); err != nil {
 		return nil, fmt.Errorf("server: %w", err)
 	}
@@ -209,6 +217,9 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 		return nil, err
 	}
 	s.audit = s.folder.log
+	if err := s.startClock(ctx); err != nil {
+		return nil, err
+	}
 	s.outbox = outbox{log: s.record, told: s.store.Told, logged: map[uint64]bool{}}
 	s.banBook = banBook{log: s.record}
 	s.witness.log = s.audit
@@ -274,6 +285,7 @@ func (s *Server) loadAuthorities(ctx context.Context) (err error) {
 	c := &s.config
 	k := newKeeper(&c.Folder, c.Rotation)
 	k.algorithm, k.requests, k.prefix = c.Algorithm, c.Requests, c.NamePrefix
+	k.clock = s.clock
 	k.store, k.change, k.validators, k.bundles = s.store, s.change, s.acks.validators, &s.bundles
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return err
@@ -310,7 +322,7 @@ func (s *Server) issueOwn(ctx context.Context, key identity.PublicKey) (*ca.Leaf
 	if err != nil {
 		return nil, err
 	}
-	r := s.authority.Issue(ctx, []*identity.Grant{grant})[0]
+	r := s.issue(ctx, []*identity.Grant{grant})[0]
 	return r.Leaf, r.Err
 }
 
@@ -475,6 +487,9 @@ func (s *Server) canIssue(h identity.Hierarchy) error {
 		return fmt.Errorf("no issuer of the %s hierarchy is active", h)
 	}
 	if err := issuer.Usable(s.now()); err != nil {
+		return err
+	}
+	if err := s.clock.believe(); err != nil {
 		return err
 	}
 	return s.audit.Usable()

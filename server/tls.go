@@ -167,6 +167,7 @@ func (c *timedConn) Close() error {
 // admit stands before every call on the agent door, of whatever service: the caller is an agent by the certificate that the
 // handshake verified, again by the clock, and by its row.
 func (s *Server) admit(ctx context.Context) error {
+	s.tellTime(ctx)
 	who, err := caller(ctx)
 	if err != nil {
 		return err

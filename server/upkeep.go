@@ -38,6 +38,7 @@ func (s *Server) upkeep(ctx context.Context) {
 	defer ticker.Stop()
 	var tokens time.Time
 	for {
+		_ = s.clock.believe() // logged
 		s.holdBans(ctx)
 		_ = s.storeBans(ctx) // logged, and tried again
 		s.settleLater(ctx)

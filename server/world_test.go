@@ -377,6 +377,10 @@ func (d plainKeys) Open(_ context.Context, ref keystore.Ref) (keystore.Key, erro
 	return plainKey{key.(crypto.Signer), ref}, nil
 }
 
+func (d plainKeys) Delete(_ context.Context, ref keystore.Ref) error {
+	return os.Remove(filepath.Join(string(d), ref.Name))
+}
+
 func (d plainKeys) List(context.Context) ([]keystore.Ref, error) {
 	files, err := os.ReadDir(string(d))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -116,7 +116,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 }
 
 func (c *cli) clusterInstallCommand() *cobra.Command {
-	var file, chainFile, fingerprint string
+	var file, chainFile, fingerprint, trustFile, digest string
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "install --config FILE --chain FILE --root-fingerprint SHA256:…",
@@ -128,9 +128,16 @@ trusted. A later one takes over when its time has come: signet rotation status s
 The server may be running: then it is asked over its admin socket. Several chains may follow one another in the file, as
 signet root sign writes them; all are installed, or none.
 
+A cluster that joins others while roots are being replaced has to believe all that they believe: --trust is what
+signet trust export --format json wrote in one of them, and --trust-digest the digest that it printed, which must have come
+by another way than the file. The digest speaks for the certificates; which of them are leaving is taken from the file.
+A chain under a root that is leaving is refused; a root that has expired is left out.
+
 Installing the same chain again changes nothing. Exit status 1 when the chain is refused.`,
 		Example: `  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:…
-  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:… --dry-run`,
+  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:… --dry-run
+  signet cluster install --config west.yaml --chain west.chain.pem --root-fingerprint SHA256:AB:CD:… \
+    --trust east.trust.json --trust-digest SHA256:12ab…`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.LoadServer(file)
@@ -139,6 +146,10 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			}
 			if _, err := ca.ParseFingerprint(fingerprint); err != nil {
 				return fmt.Errorf("--root-fingerprint: %w", err)
+			}
+			given, err := c.readTrust(cfg.TrustDomain, trustFile, digest)
+			if err != nil {
+				return err
 			}
 			chain, err := c.readInput(chainFile, "certificate chain", maxChainFile)
 			if err != nil {
@@ -149,10 +160,13 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 				return err
 			}
 			r, err := server.Install(cmd.Context(), server.InstallConfig{
-				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint, DryRun: dryRun,
+				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint,
+				Trust: given, DryRun: dryRun,
 			})
 			if errors.Is(err, durable.ErrInUse) {
-				return c.installAtServer(cmd.Context(), cfg, err, &adminv1.InstallAuthoritiesRequest{Chains: chain, RootFingerprint: fingerprint, DryRun: dryRun})
+				return c.installAtServer(cmd.Context(), cfg, err, &adminv1.InstallAuthoritiesRequest{
+					Chains: chain, RootFingerprint: fingerprint, Trust: trustMessage(given), DryRun: dryRun,
+				})
 			}
 			if err != nil {
 				return refused(err)
@@ -171,6 +185,10 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 	serverConfigFlag(cmd, &file)
 	cmd.Flags().StringVar(&chainFile, "chain", "", "file that signet root sign wrote, or - for stdin")
 	cmd.Flags().StringVar(&fingerprint, "root-fingerprint", "", "fingerprint of the root, from the root's holder")
+	cmd.Flags().StringVar(&trustFile, "trust", "", "what another cluster believes: trust export --format json, or - for stdin")
+	cmd.Flags().StringVar(&digest, "trust-digest", "", "digest of what it believes, which trust export printed there")
+	cmd.MarkFlagsRequiredTogether("trust", "trust-digest")
+	_ = cmd.MarkFlagFilename("trust", "json")
 	_ = cmd.MarkFlagRequired("chain")
 	_ = cmd.MarkFlagFilename("chain", "pem")
 	_ = cmd.MarkFlagRequired("root-fingerprint")

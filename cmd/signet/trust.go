@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +20,7 @@ import (
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/server"
 )
 
 func (c *cli) trustCommand() *cobra.Command {
@@ -98,6 +102,15 @@ that is leaving goes when nothing depends on it.`,
 				s, err := trusted(ctx, r)
 				if err != nil {
 					return err
+				}
+				if format == "table" || format == "wide" {
+					if err := (facts{
+						{"bundle sequence", strconv.FormatUint(s.BundleSequence, 10)},
+						{"bundle digest", "SHA256:" + s.BundleDigest},
+					}).print(c.out); err != nil {
+						return err
+					}
+					fmt.Fprintln(c.out)
 				}
 				return c.show(format, s)
 			})
@@ -224,9 +237,11 @@ func (c *cli) trustExportCommand() *cobra.Command {
 
   pem      the certificates one after another, for TLS libraries
   spiffe   a SPIFFE bundle (JWK set), for federation
-  json     the roots with their states, which says which of them are leaving, for an admin of another cluster
+  json     the roots with their states, which says which of them are leaving, for a cluster that joins:
+           signet cluster install --trust
 
-None of it is secret. Whoever takes it in should compare the fingerprints, which came by another way.`,
+None of it is secret. The digest of the roots goes to stderr: bring it to whoever takes them in by another way, so that
+they notice if roots were exchanged.`,
 		Example: `  signet trust export --config east.yaml > roots.pem
   signet trust export --config east.yaml --format spiffe > example.org.bundle
   signet trust export --config east.yaml --format json > east.trust.json`,
@@ -246,8 +261,10 @@ None of it is secret. Whoever takes it in should compare the fingerprints, which
 				if err != nil {
 					return err
 				}
-				_, err = c.out.Write(text)
-				return err
+				if _, err := c.out.Write(text); err != nil {
+					return err
+				}
+				return facts{{"digest", "SHA256:" + s.BundleDigest}}.print(c.err)
 			})
 		},
 	}
@@ -274,4 +291,58 @@ func exported(format string, td spiffeid.TrustDomain, set trustSet, roots []*x50
 		return append(text, '\n'), err
 	}
 	return nil, fmt.Errorf("format %s is unknown: use %s", strconv.Quote(format), strings.ReplaceAll(trustFormats, "|", ", "))
+}
+
+// maxTrustFile bounds what a cluster believes, in bytes.
+const maxTrustFile = 1 << 20
+
+// readTrust reads what `trust export --format json` wrote. What stands in it beside the certificates and how they stand is
+// not believed.
+func (c *cli) readTrust(td spiffeid.TrustDomain, path, digest string) (t server.Trust, err error) {
+	if path == "" && digest == "" {
+		return t, nil
+	}
+	if _, err := ca.ParseFingerprint(digest); err != nil {
+		return t, fmt.Errorf("--trust-digest: %w; signet trust export prints it in the other cluster, bring it by another way than the file", err)
+	}
+	text, err := c.readInput(path, "trusted roots", maxTrustFile)
+	if err != nil {
+		return t, err
+	}
+	var set trustSet
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&set); err != nil {
+		return t, no("%s is not what signet trust export --format json writes: %v", path, err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return t, no("%s goes on behind the trusted roots: give the file as signet trust export --format json wrote it", path)
+	}
+	if set.TrustDomain != td.Name() {
+		return t, no("%s is of trust domain %s, and this cluster is of %s: roots of another trust domain are never believed here", path, strconv.Quote(set.TrustDomain), td.Name())
+	}
+	t = server.Trust{Cluster: set.Cluster, Digest: digest}
+	for i, r := range set.Roots {
+		chain, err := ca.ParseChain([]byte(r.Certificate))
+		if err != nil {
+			return t, no("root %d of %s: %w", i+1, path, err)
+		}
+		if len(chain) != 1 {
+			return t, no("root %d of %s holds %d certificates, want one", i+1, path, len(chain))
+		}
+		t.Roots = append(t.Roots, server.TrustedRoot{Certificate: chain[0], State: ca.State(r.State), Leaving: r.Leaving, Tainted: r.Tainted})
+	}
+	return t, nil
+}
+
+// trustMessage is the set for the admin door; nil for none.
+func trustMessage(t server.Trust) *adminv1.TrustSet {
+	if t.Digest == "" {
+		return nil
+	}
+	m := &adminv1.TrustSet{Cluster: t.Cluster, Digest: t.Digest}
+	for _, r := range t.Roots {
+		m.Roots = append(m.Roots, &adminv1.TrustedRoot{Certificate: r.Certificate.Raw, State: string(r.State), Leaving: r.Leaving, Tainted: r.Tainted})
+	}
+	return m
 }

@@ -103,6 +103,17 @@ func write(sys files, path string, data []byte, mode fs.FileMode, replace bool) 
 	return nil
 }
 
+// Remove removes a file, durably.
+func Remove(path string) error {
+	if err := (disk{}).remove(path); err != nil {
+		return explain("remove", path, err)
+	}
+	if err := (disk{}).syncDir(filepath.Dir(path)); err != nil {
+		return explain("remove", path, err)
+	}
+	return nil
+}
+
 // Dir makes the folder with its parents, mode 0700, durably. A folder that is already there must belong to this process's
 // user (or root) and be writable to nobody else.
 func Dir(path string) error {

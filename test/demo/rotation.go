@@ -269,9 +269,14 @@ func (r *rotating) exchange(ctx context.Context, what string, ok func() error) e
 func (r *rotating) inBoth(ok func(*cluster) error) error { return errors.Join(ok(r.east), ok(r.west)) }
 
 func (r *rotating) load(ctx context.Context) (_ string, err error) {
-	if r.stopLoad, err = r.startLoad(ctx); err != nil {
+	stopRequests, err := r.startLoad(ctx)
+	if err != nil {
 		return "", err
 	}
+	look, stopLook := context.WithCancel(r.whole)
+	var looking sync.WaitGroup
+	looking.Go(func() { r.look(look) })
+	r.stopLoad = func() { stopRequests(); stopLook(); looking.Wait() }
 	for _, w := range r.ways {
 		if w.perConnection == 0 {
 			if r.held[w.from], err = w.from.envoy.Stat(ctx, connectionsMade); err != nil {
@@ -279,7 +284,6 @@ func (r *rotating) load(ctx context.Context) (_ string, err error) {
 			}
 		}
 	}
-	go r.look(r.whole)
 	if err := r.untilRenewed(ctx, 1); err != nil {
 		return "", err
 	}
@@ -348,9 +352,8 @@ func (r *rotating) shows(s *sidecar, chain []*x509.Certificate) (*issuer, error)
 }
 
 // untilShown waits until the newest issuer of each cluster stands behind both sides of fresh handshakes: what sidecars
-// show when asked, and what they have shown each other.
-func (r *rotating) untilShown(ctx context.Context) (string, error) {
-	began := time.Now()
+// show when asked, and what they have shown each other. It says how long it took since then.
+func (r *rotating) untilShown(ctx context.Context, began time.Time) (string, error) {
 	err := lab.Until(ctx, "the newest issuers on both sides of fresh handshakes", 30*time.Second, func() error {
 		for _, s := range r.sidecars() {
 			want := r.newest(s.cluster)
@@ -377,14 +380,14 @@ func (r *rotating) untilShown(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("fresh handshakes show %s in east and %s in west on both sides, after %.1f s",
+	return fmt.Sprintf("fresh handshakes show %s in east and %s in west on both sides after %.1f s",
 		r.newest(r.east), r.newest(r.west), time.Since(began).Seconds()), nil
 }
 
 func (r *rotating) say(format string, args ...any) { fmt.Printf("          "+format+"\n", args...) }
 
 func (r *rotating) replaceIntermediate(ctx context.Context) (string, error) {
-	before := r.newest(r.east)
+	began, before := time.Now(), r.newest(r.east)
 	next, err := r.startRotation(ctx, r.east, r.a, "intermediate")
 	if err != nil {
 		return "", err
@@ -395,7 +398,7 @@ func (r *rotating) replaceIntermediate(ctx context.Context) (string, error) {
 		return "", err
 	}
 	r.say("%s was requested, signed by root A, installed while the server ran, and signs; %s is retired", next.id, before.id)
-	return r.untilShown(ctx)
+	return r.untilShown(ctx, began)
 }
 
 func (r *rotating) addRootB(ctx context.Context) (_ string, err error) {
@@ -455,7 +458,7 @@ func (r *rotating) switchTo(ctx context.Context, next *root) (string, error) {
 		return "", err
 	}
 	r.say("reports were carried both ways; both have switched after %.1f s", time.Since(began).Seconds())
-	return r.untilShown(ctx)
+	return r.untilShown(ctx, began)
 }
 
 // removed waits until a root is gone, and no agent has it.

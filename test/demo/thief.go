@@ -98,7 +98,7 @@ func (r *rotating) reissue(ctx context.Context) (string, error) {
 		return "", err
 	}
 	r.say("no agent uses a leaf of %s %.1f s after another issuer was asked for", r.thief.issuer.id, time.Since(began).Seconds())
-	shown, err := r.untilShown(ctx)
+	shown, err := r.untilShown(ctx, began)
 	if err != nil {
 		return "", err
 	}
@@ -144,6 +144,9 @@ func (r *rotating) ban(ctx context.Context) (string, error) {
 	if err := ask(ctx, r.west.backend.in, copied); err != nil {
 		return "", fmt.Errorf("%s, before it is banned: %w", r.guest, err)
 	}
+	if held, err := r.holds(ctx, r.east.agent, r.guestID); err != nil || !held {
+		return "", errors.Join(err, fmt.Errorf("before the ban the agent should hold a certificate of %s", r.guest))
+	}
 	if _, err := r.Run(ctx, "identity", "ban", "--config", r.east.Config(), r.guestID, "--reason", "was broken into"); err != nil {
 		return "", err
 	}
@@ -152,12 +155,18 @@ func (r *rotating) ban(ctx context.Context) (string, error) {
 		renewed[s] = r.seen.renewed(s)
 	}
 	if err := lab.Until(ctx, r.guest+" is refused by its agent", 3*time.Second, func() error {
-		_, err := r.Refuses(ctx, "svid", "fetch", "--socket", r.east.Path("run", r.guest+".sock"))
+		if _, err := r.Refuses(ctx, "svid", "fetch", "--socket", r.east.Path("run", r.guest+".sock")); err != nil {
+			return err
+		}
+		held, err := r.holds(ctx, r.east.agent, r.guestID)
+		if err == nil && held {
+			err = errors.New("the agent holds its certificate")
+		}
 		return err
 	}); err != nil {
 		return "", err
 	}
-	r.say("the agent refuses %s %.1f s after the ban", r.guest, time.Since(began).Seconds())
+	r.say("%.1f s after the ban the agent refuses %s, and has purged its certificate", time.Since(began).Seconds(), r.guest)
 	if err := lab.Until(ctx, "a copy of "+r.guest+"'s last certificate is refused", leafTTL+3*time.Second, func() error {
 		if err := ask(ctx, r.west.backend.in, copied); err == nil {
 			return errors.New("west's backend accepts it")
@@ -178,4 +187,23 @@ func (r *rotating) ban(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return fmt.Sprintf("a copy of its last certificate was refused %.1f s after the ban; all others were renewed meanwhile", time.Since(began).Seconds()), nil
+}
+
+// holds reports whether an agent has a certificate of an identity.
+func (r *rotating) holds(ctx context.Context, a *lab.Agent, id string) (bool, error) {
+	var s struct {
+		Identities []struct {
+			SPIFFEID string `json:"spiffe_id"`
+			Serial   string `json:"serial"`
+		} `json:"identities"`
+	}
+	if err := r.JSON(ctx, &s, "agent", "status", "--config", a.Config()); err != nil {
+		return false, err
+	}
+	for _, i := range s.Identities {
+		if i.SPIFFEID == id && i.Serial != "" {
+			return true, nil
+		}
+	}
+	return false, nil
 }

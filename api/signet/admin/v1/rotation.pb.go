@@ -1276,8 +1276,10 @@ type InstallAuthoritiesRequest struct {
 	Chains          []byte `protobuf:"bytes,1,opt,name=chains,proto3" json:"chains,omitempty"`
 	RootFingerprint string `protobuf:"bytes,2,opt,name=root_fingerprint,json=rootFingerprint,proto3" json:"root_fingerprint,omitempty"`
 	DryRun          bool   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// For a cluster that joins: what another one believes.
+	Trust         *TrustSet `protobuf:"bytes,4,opt,name=trust,proto3" json:"trust,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InstallAuthoritiesRequest) Reset() {
@@ -1331,6 +1333,145 @@ func (x *InstallAuthoritiesRequest) GetDryRun() bool {
 	return false
 }
 
+func (x *InstallAuthoritiesRequest) GetTrust() *TrustSet {
+	if x != nil {
+		return x.Trust
+	}
+	return nil
+}
+
+// What a cluster believes, as it tells one that joins.
+type TrustSet struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Roots   []*TrustedRoot         `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
+	// Of the certificates, see trust.Digest; it came by another way than they.
+	Digest        string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustSet) Reset() {
+	*x = TrustSet{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustSet) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustSet) ProtoMessage() {}
+
+func (x *TrustSet) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustSet.ProtoReflect.Descriptor instead.
+func (*TrustSet) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *TrustSet) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *TrustSet) GetRoots() []*TrustedRoot {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *TrustSet) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type TrustedRoot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// DER.
+	Certificate []byte `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// published, active, retired: how it stands in that cluster.
+	State         string `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	Leaving       bool   `protobuf:"varint,3,opt,name=leaving,proto3" json:"leaving,omitempty"`
+	Tainted       bool   `protobuf:"varint,4,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustedRoot) Reset() {
+	*x = TrustedRoot{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustedRoot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustedRoot) ProtoMessage() {}
+
+func (x *TrustedRoot) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustedRoot.ProtoReflect.Descriptor instead.
+func (*TrustedRoot) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *TrustedRoot) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *TrustedRoot) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *TrustedRoot) GetLeaving() bool {
+	if x != nil {
+		return x.Leaving
+	}
+	return false
+}
+
+func (x *TrustedRoot) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
+}
+
 type AddTrustRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// DER, with the fingerprint that its holder gave by another way.
@@ -1343,7 +1484,7 @@ type AddTrustRequest struct {
 
 func (x *AddTrustRequest) Reset() {
 	*x = AddTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1355,7 +1496,7 @@ func (x *AddTrustRequest) String() string {
 func (*AddTrustRequest) ProtoMessage() {}
 
 func (x *AddTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1368,7 +1509,7 @@ func (x *AddTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddTrustRequest.ProtoReflect.Descriptor instead.
 func (*AddTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{18}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AddTrustRequest) GetRoot() []byte {
@@ -1402,7 +1543,7 @@ type RemoveTrustRequest struct {
 
 func (x *RemoveTrustRequest) Reset() {
 	*x = RemoveTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1555,7 @@ func (x *RemoveTrustRequest) String() string {
 func (*RemoveTrustRequest) ProtoMessage() {}
 
 func (x *RemoveTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1568,7 @@ func (x *RemoveTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTrustRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{19}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RemoveTrustRequest) GetRoot() string {
@@ -1463,7 +1604,7 @@ type RotationChangeResponse struct {
 
 func (x *RotationChangeResponse) Reset() {
 	*x = RotationChangeResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1616,7 @@ func (x *RotationChangeResponse) String() string {
 func (*RotationChangeResponse) ProtoMessage() {}
 
 func (x *RotationChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1629,7 @@ func (x *RotationChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotationChangeResponse.ProtoReflect.Descriptor instead.
 func (*RotationChangeResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{20}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RotationChangeResponse) GetChanged() bool {
@@ -1537,7 +1678,7 @@ type PendingRequest struct {
 
 func (x *PendingRequest) Reset() {
 	*x = PendingRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1549,7 +1690,7 @@ func (x *PendingRequest) String() string {
 func (*PendingRequest) ProtoMessage() {}
 
 func (x *PendingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1562,7 +1703,7 @@ func (x *PendingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequest.ProtoReflect.Descriptor instead.
 func (*PendingRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{21}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PendingRequest) GetAuthority() string {
@@ -1594,7 +1735,7 @@ type ReportRotationRequest struct {
 
 func (x *ReportRotationRequest) Reset() {
 	*x = ReportRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +1747,7 @@ func (x *ReportRotationRequest) String() string {
 func (*ReportRotationRequest) ProtoMessage() {}
 
 func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +1760,7 @@ func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationRequest.ProtoReflect.Descriptor instead.
 func (*ReportRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{22}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
 }
 
 type ReportRotationResponse struct {
@@ -1632,7 +1773,7 @@ type ReportRotationResponse struct {
 
 func (x *ReportRotationResponse) Reset() {
 	*x = ReportRotationResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1785,7 @@ func (x *ReportRotationResponse) String() string {
 func (*ReportRotationResponse) ProtoMessage() {}
 
 func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1798,7 @@ func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationResponse.ProtoReflect.Descriptor instead.
 func (*ReportRotationResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{23}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ReportRotationResponse) GetReport() []byte {
@@ -1678,7 +1819,7 @@ type BanIdentityRequest struct {
 
 func (x *BanIdentityRequest) Reset() {
 	*x = BanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1690,7 +1831,7 @@ func (x *BanIdentityRequest) String() string {
 func (*BanIdentityRequest) ProtoMessage() {}
 
 func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1703,7 +1844,7 @@ func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*BanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *BanIdentityRequest) GetSpiffeId() string {
@@ -1739,7 +1880,7 @@ type BanIdentityResponse struct {
 
 func (x *BanIdentityResponse) Reset() {
 	*x = BanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1751,7 +1892,7 @@ func (x *BanIdentityResponse) String() string {
 func (*BanIdentityResponse) ProtoMessage() {}
 
 func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1764,7 +1905,7 @@ func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*BanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *BanIdentityResponse) GetChanged() bool {
@@ -1798,7 +1939,7 @@ type UnbanIdentityRequest struct {
 
 func (x *UnbanIdentityRequest) Reset() {
 	*x = UnbanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1810,7 +1951,7 @@ func (x *UnbanIdentityRequest) String() string {
 func (*UnbanIdentityRequest) ProtoMessage() {}
 
 func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1823,7 +1964,7 @@ func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UnbanIdentityRequest) GetSpiffeId() string {
@@ -1849,7 +1990,7 @@ type UnbanIdentityResponse struct {
 
 func (x *UnbanIdentityResponse) Reset() {
 	*x = UnbanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +2002,7 @@ func (x *UnbanIdentityResponse) String() string {
 func (*UnbanIdentityResponse) ProtoMessage() {}
 
 func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +2015,7 @@ func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UnbanIdentityResponse) GetChanged() bool {
@@ -1892,7 +2033,7 @@ type ListBannedIdentitiesRequest struct {
 
 func (x *ListBannedIdentitiesRequest) Reset() {
 	*x = ListBannedIdentitiesRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1904,7 +2045,7 @@ func (x *ListBannedIdentitiesRequest) String() string {
 func (*ListBannedIdentitiesRequest) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1917,7 +2058,7 @@ func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
 }
 
 type ListBannedIdentitiesResponse struct {
@@ -1929,7 +2070,7 @@ type ListBannedIdentitiesResponse struct {
 
 func (x *ListBannedIdentitiesResponse) Reset() {
 	*x = ListBannedIdentitiesResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1941,7 +2082,7 @@ func (x *ListBannedIdentitiesResponse) String() string {
 func (*ListBannedIdentitiesResponse) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1954,7 +2095,7 @@ func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListBannedIdentitiesResponse) GetIdentities() []*BannedIdentity {
@@ -1975,7 +2116,7 @@ type BannedIdentity struct {
 
 func (x *BannedIdentity) Reset() {
 	*x = BannedIdentity{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1987,7 +2128,7 @@ func (x *BannedIdentity) String() string {
 func (*BannedIdentity) ProtoMessage() {}
 
 func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2000,7 +2141,7 @@ func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BannedIdentity.ProtoReflect.Descriptor instead.
 func (*BannedIdentity) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BannedIdentity) GetSpiffeId() string {
@@ -2127,11 +2268,21 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x15TaintAuthorityRequest\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x17\n" +
-	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"w\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\xa8\x01\n" +
 	"\x19InstallAuthoritiesRequest\x12\x16\n" +
 	"\x06chains\x18\x01 \x01(\fR\x06chains\x12)\n" +
 	"\x10root_fingerprint\x18\x02 \x01(\tR\x0frootFingerprint\x12\x17\n" +
-	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"i\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\x12/\n" +
+	"\x05trust\x18\x04 \x01(\v2\x19.signet.admin.v1.TrustSetR\x05trust\"p\n" +
+	"\bTrustSet\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x122\n" +
+	"\x05roots\x18\x02 \x03(\v2\x1c.signet.admin.v1.TrustedRootR\x05roots\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\"y\n" +
+	"\vTrustedRoot\x12 \n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x18\n" +
+	"\aleaving\x18\x03 \x01(\bR\aleaving\x12\x18\n" +
+	"\atainted\x18\x04 \x01(\bR\atainted\"i\n" +
 	"\x0fAddTrustRequest\x12\x12\n" +
 	"\x04root\x18\x01 \x01(\fR\x04root\x12)\n" +
 	"\x10root_fingerprint\x18\x02 \x01(\tR\x0frootFingerprint\x12\x17\n" +
@@ -2204,7 +2355,7 @@ func file_api_signet_admin_v1_rotation_proto_rawDescGZIP() []byte {
 	return file_api_signet_admin_v1_rotation_proto_rawDescData
 }
 
-var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*ListAuthoritiesRequest)(nil),       // 0: signet.admin.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil),      // 1: signet.admin.v1.ListAuthoritiesResponse
@@ -2224,83 +2375,87 @@ var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*AbortRotationRequest)(nil),         // 15: signet.admin.v1.AbortRotationRequest
 	(*TaintAuthorityRequest)(nil),        // 16: signet.admin.v1.TaintAuthorityRequest
 	(*InstallAuthoritiesRequest)(nil),    // 17: signet.admin.v1.InstallAuthoritiesRequest
-	(*AddTrustRequest)(nil),              // 18: signet.admin.v1.AddTrustRequest
-	(*RemoveTrustRequest)(nil),           // 19: signet.admin.v1.RemoveTrustRequest
-	(*RotationChangeResponse)(nil),       // 20: signet.admin.v1.RotationChangeResponse
-	(*PendingRequest)(nil),               // 21: signet.admin.v1.PendingRequest
-	(*ReportRotationRequest)(nil),        // 22: signet.admin.v1.ReportRotationRequest
-	(*ReportRotationResponse)(nil),       // 23: signet.admin.v1.ReportRotationResponse
-	(*BanIdentityRequest)(nil),           // 24: signet.admin.v1.BanIdentityRequest
-	(*BanIdentityResponse)(nil),          // 25: signet.admin.v1.BanIdentityResponse
-	(*UnbanIdentityRequest)(nil),         // 26: signet.admin.v1.UnbanIdentityRequest
-	(*UnbanIdentityResponse)(nil),        // 27: signet.admin.v1.UnbanIdentityResponse
-	(*ListBannedIdentitiesRequest)(nil),  // 28: signet.admin.v1.ListBannedIdentitiesRequest
-	(*ListBannedIdentitiesResponse)(nil), // 29: signet.admin.v1.ListBannedIdentitiesResponse
-	(*BannedIdentity)(nil),               // 30: signet.admin.v1.BannedIdentity
-	(*timestamppb.Timestamp)(nil),        // 31: google.protobuf.Timestamp
+	(*TrustSet)(nil),                     // 18: signet.admin.v1.TrustSet
+	(*TrustedRoot)(nil),                  // 19: signet.admin.v1.TrustedRoot
+	(*AddTrustRequest)(nil),              // 20: signet.admin.v1.AddTrustRequest
+	(*RemoveTrustRequest)(nil),           // 21: signet.admin.v1.RemoveTrustRequest
+	(*RotationChangeResponse)(nil),       // 22: signet.admin.v1.RotationChangeResponse
+	(*PendingRequest)(nil),               // 23: signet.admin.v1.PendingRequest
+	(*ReportRotationRequest)(nil),        // 24: signet.admin.v1.ReportRotationRequest
+	(*ReportRotationResponse)(nil),       // 25: signet.admin.v1.ReportRotationResponse
+	(*BanIdentityRequest)(nil),           // 26: signet.admin.v1.BanIdentityRequest
+	(*BanIdentityResponse)(nil),          // 27: signet.admin.v1.BanIdentityResponse
+	(*UnbanIdentityRequest)(nil),         // 28: signet.admin.v1.UnbanIdentityRequest
+	(*UnbanIdentityResponse)(nil),        // 29: signet.admin.v1.UnbanIdentityResponse
+	(*ListBannedIdentitiesRequest)(nil),  // 30: signet.admin.v1.ListBannedIdentitiesRequest
+	(*ListBannedIdentitiesResponse)(nil), // 31: signet.admin.v1.ListBannedIdentitiesResponse
+	(*BannedIdentity)(nil),               // 32: signet.admin.v1.BannedIdentity
+	(*timestamppb.Timestamp)(nil),        // 33: google.protobuf.Timestamp
 }
 var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
-	31, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
-	31, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
-	31, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
-	31, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
-	31, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
-	31, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
+	33, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
+	33, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
+	33, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
+	33, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
+	33, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
+	33, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
 	2,  // 7: signet.admin.v1.RotationStatusResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
 	5,  // 8: signet.admin.v1.RotationStatusResponse.steps:type_name -> signet.admin.v1.RotationStep
 	7,  // 9: signet.admin.v1.RotationStatusResponse.clusters:type_name -> signet.admin.v1.ClusterTrust
 	9,  // 10: signet.admin.v1.RotationStatusResponse.tainted:type_name -> signet.admin.v1.TaintStatus
 	10, // 11: signet.admin.v1.RotationStatusResponse.reissue:type_name -> signet.admin.v1.ReissueStatus
 	6,  // 12: signet.admin.v1.RotationStep.waits:type_name -> signet.admin.v1.RotationWait
-	31, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
-	31, // 14: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	31, // 15: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
+	33, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
+	33, // 14: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	33, // 15: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
 	8,  // 16: signet.admin.v1.ClusterTrust.roots:type_name -> signet.admin.v1.RootTrust
-	31, // 17: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
-	31, // 18: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
-	31, // 19: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
-	31, // 20: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
+	33, // 17: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
+	33, // 18: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
+	33, // 19: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
+	33, // 20: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
 	5,  // 21: signet.admin.v1.PlanRotationResponse.steps:type_name -> signet.admin.v1.RotationStep
-	5,  // 22: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
-	5,  // 23: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
-	21, // 24: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
-	31, // 25: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
-	30, // 26: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
-	31, // 27: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
-	0,  // 28: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
-	3,  // 29: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
-	11, // 30: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
-	13, // 31: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
-	14, // 32: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
-	15, // 33: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
-	16, // 34: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
-	17, // 35: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
-	18, // 36: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
-	19, // 37: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
-	22, // 38: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
-	24, // 39: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
-	26, // 40: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
-	28, // 41: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
-	1,  // 42: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
-	4,  // 43: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
-	12, // 44: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
-	20, // 45: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	20, // 46: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	20, // 47: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	20, // 48: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
-	20, // 49: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
-	20, // 50: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	20, // 51: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	23, // 52: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
-	25, // 53: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
-	27, // 54: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
-	29, // 55: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
-	42, // [42:56] is the sub-list for method output_type
-	28, // [28:42] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	18, // 22: signet.admin.v1.InstallAuthoritiesRequest.trust:type_name -> signet.admin.v1.TrustSet
+	19, // 23: signet.admin.v1.TrustSet.roots:type_name -> signet.admin.v1.TrustedRoot
+	5,  // 24: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
+	5,  // 25: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
+	23, // 26: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
+	33, // 27: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
+	32, // 28: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
+	33, // 29: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
+	0,  // 30: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
+	3,  // 31: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
+	11, // 32: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
+	13, // 33: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
+	14, // 34: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
+	15, // 35: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
+	16, // 36: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
+	17, // 37: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
+	20, // 38: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
+	21, // 39: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
+	24, // 40: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
+	26, // 41: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
+	28, // 42: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
+	30, // 43: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
+	1,  // 44: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	4,  // 45: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
+	12, // 46: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
+	22, // 47: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 48: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 49: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 50: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 51: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 52: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 53: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 54: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
+	27, // 55: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
+	29, // 56: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
+	31, // 57: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
+	44, // [44:58] is the sub-list for method output_type
+	30, // [30:44] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_rotation_proto_init() }
@@ -2314,7 +2469,7 @@ func file_api_signet_admin_v1_rotation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_admin_v1_rotation_proto_rawDesc), len(file_api_signet_admin_v1_rotation_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,287 @@
+package check
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// Life is measured against what is left of it everywhere here, never against days: what is short for ten years is long for
+// an hour.
+
+// Rotation is what is known of the CAs of a cluster when it is looked whether their rotation will go on by itself.
+type Rotation struct {
+	rotation.Policy
+	rotation.World
+	// Automatic: steps are taken as soon as they can be.
+	Automatic bool
+	// LeastLife is what must be left of an issuer's life for a leaf to be made; see leaf.min_useful_life.
+	LeastLife time.Duration
+	// Forged are the CAs whose keys are lost while somebody still accepts what is made with them.
+	Forged []Forged
+}
+
+// Forged is a CA whose key is lost.
+type Forged struct {
+	ID      string
+	Cluster string
+	// Accepting is how many validators believe the root above it; Until is the end of its chain.
+	Accepting int
+	Until     time.Time
+	Advice    string
+}
+
+// Commands that mend; FILE is the server's configuration.
+const (
+	mendStatus  = "signet rotation status --config FILE"
+	mendStart   = "signet rotation start --config FILE intermediate"
+	mendAdvance = "signet rotation advance --config FILE"
+	mendRoot    = "signet root init; then: signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…"
+)
+
+// Findings says what of the rotation waits for a person, and what will be bad when nobody comes.
+func (r Rotation) Findings(now time.Time) (found Findings) {
+	steps := rotation.Next(r.Policy, r.World, now)
+	active, ok := r.first(func(a rotation.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+	if ok {
+		found = append(found, r.issuing(active, steps, now)...)
+		found = append(found, r.successor(active, steps, now)...)
+		found = append(found, r.rootEnd(active, now)...)
+	}
+	found = append(found, r.signatures(active, now)...)
+	found = append(found, peers(steps)...)
+	found = append(found, r.forged(now)...)
+	if !r.Automatic {
+		found = append(found, due(steps)...)
+	}
+	if len(found) == 0 {
+		found.add(CodeSuccessor, OK, "rotation", "nothing of it waits for a person", "")
+	}
+	return found
+}
+
+func (r Rotation) first(is func(rotation.Authority) bool) (rotation.Authority, bool) {
+	i := slices.IndexFunc(r.Authorities, is)
+	if i < 0 {
+		return rotation.Authority{}, false
+	}
+	return r.Authorities[i], true
+}
+
+// at is when a fraction of an intermediate's life is over.
+func at(a rotation.Authority, fraction float64) time.Time {
+	return a.NotBefore.Add(time.Duration(fraction * float64(a.NotAfter.Sub(a.NotBefore))))
+}
+
+// waiting are the intermediates that may yet become issuers.
+func (r Rotation) waiting(is func(rotation.Authority) bool) (all []rotation.Authority) {
+	for _, a := range r.Authorities {
+		if a.Kind == ca.KindIntermediate && (a.State == ca.Prepared || a.State == ca.Published) && a.Tainted.IsZero() && is(a) {
+			all = append(all, a)
+		}
+	}
+	return all
+}
+
+func signed(a rotation.Authority) bool { return !a.NotAfter.IsZero() }
+
+// IssuableUntil is until when leaves can be made if only time passes: no signature, acknowledgement or report comes any
+// more. Zero = nothing can be made now.
+func (r Rotation) IssuableUntil(now time.Time) time.Time {
+	active, ok := r.first(func(a rotation.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+	if !ok || now.Before(active.NotBefore) {
+		return time.Time{}
+	}
+	return r.issuableUntil(active, rotation.Next(r.Policy, r.World, now), now)
+}
+
+func (r Rotation) issuableUntil(active rotation.Authority, steps []rotation.Step, now time.Time) time.Time {
+	until := active.NotAfter.Add(time.Second - r.LeastLife)
+	for _, x := range r.waiting(signed) {
+		i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID })
+		if i < 0 || !r.Automatic || !x.NotAfter.After(active.NotAfter) {
+			continue
+		}
+		s := steps[i]
+		// One that is prepared becomes published first; that takes no time.
+		if s.To != ca.Active && !(s.To == ca.Published && len(s.Waits) == 0) {
+			continue
+		}
+		if takes := rotation.At(s, now); !takes.IsZero() && takes.Before(until) {
+			until = later(until, x.NotAfter.Add(time.Second-r.LeastLife))
+		}
+	}
+	if !now.Before(until) {
+		return time.Time{}
+	}
+	return until
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// issuing says that nothing can be made from some time on. That nothing can be made now is another finding, which stops
+// the server (Usable).
+func (r Rotation) issuing(active rotation.Authority, steps []rotation.Step, now time.Time) (found Findings) {
+	until := r.issuableUntil(active, steps, now)
+	if until.IsZero() {
+		return nil
+	}
+	level, share := OK, float64(until.Sub(now))/float64(active.NotAfter.Sub(active.NotBefore))
+	switch {
+	case share < lifeError:
+		level = Error
+	case share < lifeWarning:
+		level = Warning
+	default:
+		return nil
+	}
+	message := fmt.Sprintf("nothing can be issued from %s on, in %s", stamp(until), short(until.Sub(now)))
+	mend := mendStart
+	for _, x := range r.waiting(func(rotation.Authority) bool { return true }) {
+		if !signed(x) {
+			message, mend = message+": "+x.ID+", which is to take over, is not signed", mendSign(x.ID)
+			break
+		}
+		if i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID }); i >= 0 && len(steps[i].Waits) > 0 {
+			message, mend = message+": "+x.ID+", which is to take over, waits: "+steps[i].Waits[0].For, mendStatus
+		} else if !r.Automatic {
+			message, mend = message+": "+x.ID+" is to take over, and rotation.automatic is off", mendAdvance+" "+x.ID
+		}
+	}
+	found.add(CodeIssuing, level, "issuing", message, mend)
+	return found
+}
+
+func mendSign(id string) string {
+	return "signet ca show --config FILE " + id + "; then, at the root: signet root sign; then: signet cluster install --config FILE --chain CHAIN --root-fingerprint SHA256:…"
+}
+
+// successor says that the one who is to take over is missing, or will come too late.
+func (r Rotation) successor(active rotation.Authority, steps []rotation.Step, now time.Time) (found Findings) {
+	if now.Before(at(active, r.PrepareAt)) {
+		return nil
+	}
+	ready := r.waiting(func(rotation.Authority) bool { return true })
+	late := !now.Before(at(active, r.SwitchAt))
+	if len(ready) == 0 {
+		level := Warning
+		if late {
+			level = Error
+		}
+		found.add(CodeSuccessor, level, active.ID, fmt.Sprintf("%s of its life are over, and no successor stands ready; it ends at %s", percent(active, now), stamp(active.NotAfter)), mendStart)
+		return found
+	}
+	for _, x := range ready {
+		i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID })
+		if !signed(x) || i < 0 {
+			continue // signatures
+		}
+		takes := rotation.At(steps[i], now)
+		switch blocked := waits(steps[i]); {
+		case !x.NotAfter.After(active.NotAfter):
+			found.add(CodeSuccessor, Warning, x.ID, fmt.Sprintf("it is to follow %s, and ends no later, at %s: the root above ends", active.ID, stamp(x.NotAfter)), mendRoot)
+		case blocked != "" && late:
+			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it can't take over from %s, which ends at %s: %s", active.ID, stamp(active.NotAfter), blocked), mendStatus)
+		case !takes.IsZero() && !takes.Before(active.NotAfter.Add(-r.LeastLife)):
+			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it takes over at %s, after the end of %s at %s", stamp(takes), active.ID, stamp(active.NotAfter)), mendStart)
+		}
+	}
+	return found
+}
+
+// waits is what keeps a step from being taken and doesn't end by the clock; "" = nothing.
+func waits(s rotation.Step) string {
+	var all []string
+	for _, w := range s.Waits {
+		if w.Until.IsZero() {
+			all = append(all, w.For)
+		}
+	}
+	return strings.Join(all, "; ")
+}
+
+func percent(a rotation.Authority, now time.Time) string {
+	return fmt.Sprintf("%.0f %%", 100*float64(now.Sub(a.NotBefore))/float64(a.NotAfter.Sub(a.NotBefore)))
+}
+
+// rootEnd says that the root ends before an intermediate under it could live as long as the one before.
+func (r Rotation) rootEnd(active rotation.Authority, now time.Time) (found Findings) {
+	life := active.NotAfter.Sub(active.NotBefore)
+	long := func(a rotation.Authority) bool {
+		return a.Kind == ca.KindRoot && a.State != ca.Removed && a.Leaving.IsZero() && !now.Add(life).After(a.NotAfter)
+	}
+	root, ok := r.first(func(a rotation.Authority) bool { return a.ID == active.Root })
+	if _, other := r.first(long); !ok || other || now.Before(at(active, r.PrepareAt)) {
+		return nil
+	}
+	level, left := Warning, root.NotAfter.Sub(now)
+	if float64(left) < lifeError*float64(root.NotAfter.Sub(root.NotBefore)) || left < life/2 {
+		level = Error
+	}
+	found.add(CodeRootEnd, level, root.ID, fmt.Sprintf("it ends at %s, in %s: no intermediate under it can live %s any more", stamp(root.NotAfter), short(left), short(life)), mendRoot)
+	return found
+}
+
+// signatures are requests that a person has to carry to the root.
+func (r Rotation) signatures(active rotation.Authority, now time.Time) (found Findings) {
+	for _, x := range r.waiting(func(a rotation.Authority) bool { return !signed(a) }) {
+		level := Warning
+		if signed(active) && (!now.Before(at(active, r.SwitchAt)) || !active.Tainted.IsZero()) {
+			level = Error
+		}
+		found.add(CodeSignature, level, x.ID, fmt.Sprintf("its request waits for a signature since %s", stamp(x.Since)), mendSign(x.ID))
+	}
+	return found
+}
+
+// peers says which reports a step waits for that nothing else keeps from being taken later.
+func peers(steps []rotation.Step) (found Findings) {
+	for _, s := range steps {
+		for _, w := range s.Waits {
+			if w.Code != rotation.WaitPeer || !w.Until.IsZero() || slices.ContainsFunc(found, func(f Finding) bool { return f.Message == w.For }) {
+				continue
+			}
+			found.add(CodePeer, Warning, s.Authority, w.For, "there: signet rotation report --config FILE > its.report; here: "+mendAdvance+" --report its.report")
+		}
+	}
+	return found
+}
+
+// forged says who still accepts what a thief makes.
+func (r Rotation) forged(now time.Time) (found Findings) {
+	for _, f := range r.Forged {
+		if f.Accepting == 0 || now.After(f.Until) {
+			continue
+		}
+		mend := f.Advice
+		if mend == "" {
+			mend = mendStatus
+		}
+		found.add(CodeTaint, Error, f.ID, fmt.Sprintf("its key (of cluster %s) is lost, and certificates forged with it are accepted by %d validators, until %s at the latest", f.Cluster, f.Accepting, stamp(f.Until)), mend)
+	}
+	return found
+}
+
+// due are steps that a person has to take, since they don't come by themselves.
+func due(steps []rotation.Step) (found Findings) {
+	for _, s := range steps {
+		if !s.Ready(false) {
+			continue
+		}
+		about, mend := s.Authority, mendAdvance+" "+s.Authority
+		if about == "" {
+			about, mend = "successor", mendAdvance
+		}
+		found.add(CodeStep, Warning, about, fmt.Sprintf("it is to become %s, because %s, and rotation.automatic is off", s.To, s.Because), mend)
+	}
+	return found
+}
