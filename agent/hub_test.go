@@ -580,7 +580,7 @@ func TestAYearOfANode(t *testing.T) {
 			for {
 				up := time.Duration(random.ExpFloat64() * float64(70*time.Hour))
 				down := time.Duration(random.ExpFloat64() * float64(time.Hour))
-				if outages%40 == 39 {
+				if outages%60 == 59 {
 					down += ttl * 9 / 10 // more than is left mostly: what there is runs out
 				}
 				for i, span := range []time.Duration{up, down} {

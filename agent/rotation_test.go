@@ -267,6 +267,7 @@ func TestAWithdrawnIdentityIsDeletedBeforeAnythingElseHappens(t *testing.T) {
 	c.io.Lock()
 	go func() { close(waits); _ = c.writeInUse(t.Context(), "web", d.inUse); close(done) }()
 	<-waits
+	time.Sleep(10 * time.Millisecond)
 	withdrawn := make(chan struct{})
 	go func() { d.setRegistrations(nil); close(withdrawn) }()
 	eventually(t, "it is withdrawn", func() bool { return d.inUse("web") == nil })

@@ -98,6 +98,8 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	}()
 
 	// Each message says everything: it replaces the one before.
+	// What is held is looked at when one of these has rung, and not at each turn: it takes a look at every stream.
+	streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.next(), a.cache.leaves.next()
 	said := word{acks: a.acks(), held: a.issuersHeld()}
 	say := func(seen *signetv1.CheckpointSeen) error {
 		req := &signetv1.SyncRequest{BundleAcks: said.acks, CheckpointSeen: seen, IssuersHeld: &signetv1.IssuersHeld{KeyIds: said.held}}
@@ -116,7 +118,6 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	leavesChanged := false
 	for {
 		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.next()
-		streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.next(), a.cache.leaves.next()
 		if acks := a.acks(); !sameAcks(said.acks, acks) {
 			if wait := a.patience(acks); settled == nil || wait == 0 {
 				settled = time.After(wait)
@@ -151,11 +152,11 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 		case <-bundleChanged:
 		case <-stored:
 		case <-streamLeaves:
-			leavesChanged = true
+			streamLeaves, leavesChanged = a.sds.LeavesChanged(), true
 		case <-hubLeaves:
-			leavesChanged = true
+			hubLeaves, leavesChanged = a.hub.leaves.next(), true
 		case <-cacheLeaves:
-			leavesChanged = true
+			cacheLeaves, leavesChanged = a.cache.leaves.next(), true
 		case <-look.C:
 			leavesChanged = true
 		case <-settled:

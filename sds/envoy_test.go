@@ -253,7 +253,7 @@ func TestEnvoyGetsItsSecretsAndSpeaksMutualTLS(t *testing.T) {
 		eventually(t, "both names are acknowledged", func() bool {
 			return s.rig.metric(s.rig.sds.metrics.acks.WithLabelValues(kindSVID)) == 1 && s.rig.metric(s.rig.sds.metrics.acks.WithLabelValues(kindBundle)) == 1
 		})
-		if d, ok := s.rig.sds.OldestBundle(exampleTD); !ok || d != s.world.bundles[exampleTD].Digest() {
+		if d, ok := s.rig.sds.OldestBundle(exampleTD); !ok || d != s.world.bundles[exampleTD].Version() {
 			t.Errorf("believed: %s %v", d, ok)
 		}
 		if n := s.rig.metric(s.rig.sds.metrics.nacks.WithLabelValues(kindSVID)); n != 0 {
@@ -351,7 +351,7 @@ func rotateRootUnderLoad(t *testing.T, delta bool) {
 			s.world.setBundle(bundle)
 		}
 		for _, s := range []*side{m.client, m.server} {
-			eventually(t, "the bundle is acknowledged", func() bool { d, ok := s.rig.sds.OldestBundle(exampleTD); return ok && d == bundle.Digest() })
+			eventually(t, "the bundle is acknowledged", func() bool { d, ok := s.rig.sds.OldestBundle(exampleTD); return ok && d == bundle.Version() })
 		}
 		l.more(t, 100)
 	}
@@ -466,7 +466,7 @@ func comeBack(t *testing.T, delta bool) {
 	// The bundle is believed in either case: delta says that it has it, state of the world is sent it again.
 	eventually(t, "both are acknowledged", func() bool {
 		d, ok := again.sds.OldestBundle(exampleTD)
-		return again.metric(again.sds.metrics.acks.WithLabelValues(kindSVID)) == 1 && ok && d == s.world.bundles[exampleTD].Digest()
+		return again.metric(again.sds.metrics.acks.WithLabelValues(kindSVID)) == 1 && ok && d == s.world.bundles[exampleTD].Version()
 	})
 	sent := again.metric(again.sds.metrics.pushes.WithLabelValues(kindBundle))
 	if delta && sent != 0 || !delta && sent != 1 {
@@ -506,7 +506,7 @@ func TestEnvoyTakesAllTrustDomainsInOneSecret(t *testing.T) {
 		s.world.setBundle(theirs)
 		eventually(t, "both bundles are acknowledged", func() bool {
 			d, ok := s.rig.sds.OldestBundle(friend)
-			return ok && d == theirs.Digest()
+			return ok && d == theirs.Version()
 		})
 	}
 	m.client.renew(t, m.ca)

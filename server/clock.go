@@ -56,7 +56,8 @@ type clock struct {
 	// base was the wall clock when elapsed was at; both are of the last look at a clock that was believed.
 	base time.Time
 	at   time.Duration
-	// jumped is what elapsed was when the clock was first seen ahead; zero = it is not.
+	// ahead: the clock is; jumped is what elapsed was when that was first seen.
+	ahead  bool
 	jumped time.Duration
 	// believed is the newest jump that is believed; believedAt is what elapsed was then.
 	believed   string
@@ -69,7 +70,7 @@ type clock struct {
 func newClock(wall func() time.Time, elapsed func() time.Duration, skew time.Duration, log *slog.Logger) *clock {
 	c := &clock{wall: wall, elapsed: elapsed, tolerance: max(skew, leastTolerance), log: log}
 	c.base, c.at = wall().Round(0), elapsed()
-	c.mark, c.whose = c.base, "the clock said"
+	c.mark, c.whose = c.base, "before it was"
 	return c
 }
 
@@ -102,12 +103,12 @@ func (c *clock) look() error {
 	expected := c.base.Add(passed - c.at)
 	c.off = now.Sub(expected)
 	if now.Before(c.mark.Add(-c.tolerance)) {
-		c.jumped = 0
+		c.ahead = false
 		return fmt.Errorf("%w: it is %s here, and %s %s: set it right (timedatectl set-ntp true)", errClock, stamp(now), c.whose, stamp(c.mark))
 	}
 	if c.off > c.tolerance {
-		if c.jumped == 0 {
-			c.jumped = passed
+		if !c.ahead {
+			c.ahead, c.jumped = true, passed
 		}
 		if held := passed - c.jumped; held < jumpHold {
 			return fmt.Errorf("%w: it is %s here, and by the time that has passed it should be %s: set it right; in %s it is believed", errClock, stamp(now), stamp(expected), (jumpHold - held).Round(time.Second))
@@ -115,7 +116,7 @@ func (c *clock) look() error {
 		c.believed, c.believedAt = fmt.Sprintf("the clock jumped from %s to %s", stamp(expected), stamp(now)), passed
 		c.log.Warn("the clock jumped ahead, and was not set back: it is believed", "from", stamp(expected), "to", stamp(now))
 	}
-	c.base, c.at, c.jumped = now, passed, 0
+	c.base, c.at, c.ahead = now, passed, false
 	if now.After(c.mark) {
 		c.mark, c.whose = now, "before it was"
 	}

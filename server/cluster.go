@@ -439,15 +439,7 @@ func (c *InstallConfig) keeper(ctx context.Context, o *opened) (*keeper, error) 
 	}
 	k := newKeeper(&c.Folder, c.Rotation)
 	k.store, k.change = o.store, o.change
-	k.validators = func(now time.Time) []validator {
-		var all []validator
-		for _, a := range agents {
-			if !a.Banned && now.Before(a.NotAfter) {
-				all = append(all, validator{agent: a.Name})
-			}
-		}
-		return all
-	}
+	k.validators = silent(agents)
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return nil, err
 	}

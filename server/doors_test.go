@@ -631,7 +631,7 @@ func counted(t testing.TB, s *live, series string) string {
 func TestHTTPAnswersProbesAndNothingElse(t *testing.T) {
 	s := newCluster(t, "east").start(t, nil)
 	code, text := get(t, s, "/readyz?verbose")
-	want := "[+]store ok\n[+]log ok\n[+]witnesses ok\n[+]issuer-mesh ok\n[+]issuer-control ok\n[+]certificate ok\n[+]doors ok\n"
+	want := "[+]store ok\n[+]log ok\n[+]witnesses ok\n[+]clock ok\n[+]rotation ok\n[+]issuer-mesh ok\n[+]issuer-control ok\n[+]certificate ok\n[+]doors ok\n"
 	if code != http.StatusOK || !strings.HasPrefix(text, want) || !strings.HasSuffix(text, "\nreadyz check passed\n") {
 		t.Errorf("readyz: %d\n%s", code, text)
 	}

@@ -36,6 +36,7 @@ func (s *Server) checks() []check.Part {
 			return check.State(check.CodeLog, "witnesses", "no agent contradicts the audit log", s.witness.doubt(), "")
 		}},
 	}
+	parts = append(parts, check.Part{Look: s.checkClock}, check.Part{Look: s.checkRotation})
 	for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
 		parts = append(parts, check.Part{Look: func(context.Context) check.Findings { return s.checkIssuer(h) }})
 	}
@@ -63,6 +64,14 @@ func (s *Server) checkIssuer(h identity.Hierarchy) check.Findings {
 		return check.State(check.CodeInstalled, about, "", errors.New("none is active"), "", check.Issuing)
 	}
 	if err := issuer.Usable(s.now()); err != nil {
+		return check.State(check.CodeExpiry, about, "", err, "", check.Issuing)
+	}
+	ttl := s.config.TTL
+	if h == identity.ControlPlane {
+		ttl = s.config.ControlTTL
+	}
+	if ends := issuer.NotAfter(); !s.now().Before(ends.Add(time.Second - s.leastLife(ttl))) {
+		err := fmt.Errorf("it ends at %s, too soon for a certificate that lives %s; install and activate a new one", stamp(ends), s.leastLife(ttl))
 		return check.State(check.CodeExpiry, about, "", err, "", check.Issuing)
 	}
 	return check.Life(about, issuer.Certificate().NotBefore, issuer.NotAfter(), s.now(), "")

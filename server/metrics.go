@@ -11,11 +11,12 @@ import (
 // reasons is the closed set of what labels a refusal.
 var reasons = []string{
 	// What identity.Authorize says.
-	"no_key", "not_allowed", "unknown_agent", "banned_agent", "evidence_too_long", "evidence_malformed", "not_registered", "selectors_differ", "other_key",
+	"no_key", "not_allowed", "unknown_agent", "banned_agent", "evidence_too_long", "evidence_malformed", "not_registered", "selectors_differ", "other_key", "banned_identity",
 	// What package ca says.
 	"spent_grant", "bad_grant", "issuer_unavailable", "canceled", "log_unavailable", "sign_failed",
 	// What the doors say.
 	"invalid", "bad_certificate", "token_unusable", "token_replayed", "over_quota", "expired_too_long", "store_unavailable", "too_many", "internal",
+	"clock_wrong", "trust_first",
 }
 
 const otherReason = "other"
@@ -60,7 +61,7 @@ func newMetrics(s *Server) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.rejected, m.ahead, m.doubts, m.unread,
+		m.rejected, m.ahead, m.doubts, m.unread, lifeCollector{s},
 		gauge("signet_log_changes_waiting", "1 while a change that is stored waits for the log, and is not in effect.", nil, func() float64 {
 			if s.settled() != nil {
 				return 1

@@ -17,6 +17,7 @@ import (
 
 func (c *cli) serveCommand() *cobra.Command {
 	var file string
+	var clockIsRight bool
 	var dev devFlags
 	cmd := &cobra.Command{
 		Use:   "serve --config FILE",
@@ -39,16 +40,17 @@ it renewed. Nothing that it makes is for anything else.`,
 			case file == "":
 				return fmt.Errorf("name the configuration with --config FILE, or try it out with --dev")
 			}
-			return c.serve(cmd.Context(), file)
+			return c.serve(cmd.Context(), file, clockIsRight)
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "the server's configuration file")
+	cmd.Flags().BoolVar(&clockIsRight, "clock-is-right", false, "start although the audit log has an entry of a later time: the clock was wrong then, and is right now")
 	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
 	dev.add(cmd)
 	return cmd
 }
 
-func (c *cli) serve(ctx context.Context, file string) error {
+func (c *cli) serve(ctx context.Context, file string, clockIsRight bool) error {
 	cfg, err := config.LoadServer(file)
 	if err != nil {
 		return err
@@ -62,7 +64,9 @@ func (c *cli) serve(ctx context.Context, file string) error {
 	if err != nil {
 		return err
 	}
-	s, err := server.New(ctx, serverConfig(cfg, folderOf(cfg, keys, logger)))
+	full := serverConfig(cfg, folderOf(cfg, keys, logger))
+	full.ClockIsRight = clockIsRight
+	s, err := server.New(ctx, full)
 	if err != nil {
 		return err
 	}

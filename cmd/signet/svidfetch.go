@@ -8,9 +8,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -18,6 +20,7 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -51,10 +54,64 @@ type secrets struct {
 	gotBundle bool
 }
 
-// socketFlag adds --socket.
-func socketFlag(cmd *cobra.Command, socket *string) {
-	cmd.Flags().StringVar(socket, "socket", devSocket, "the agent's Unix socket")
+// agentSocket is where the agent listens, and as whom.
+type agentSocket struct {
+	path string
+	// uid of the agent, if it is neither root's nor our own; negative = it is.
+	uid int64
+}
+
+func (s *agentSocket) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&s.path, "socket", devSocket, "the agent's Unix socket")
 	_ = cmd.MarkFlagFilename("socket", "sock")
+	cmd.Flags().Int64Var(&s.uid, "agent-uid", -1, "the uid as which the agent runs, if it is neither root's nor your own")
+}
+
+// dial connects to whoever listens, and believes root, ourselves and the one who was named. Whoever else could have put a
+// socket of theirs there would choose this process's identity and key.
+func (s agentSocket) dial(ctx context.Context, path string) (net.Conn, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	uid, err := peerUID(c)
+	if err == nil && uid != 0 && uid != uint32(os.Geteuid()) && int64(uid) != s.uid {
+		err = fmt.Errorf("uid %d listens there, which is neither root nor you: nothing of it is believed; if the agent runs as that user, say so with --agent-uid %d", uid, uid)
+	}
+	if err != nil {
+		c.Close()
+		return nil, &strangerError{err}
+	}
+	return c, nil
+}
+
+// strangerError is why the one who listens is not believed.
+type strangerError struct{ err error }
+
+func (e *strangerError) Error() string { return e.err.Error() }
+
+// peerUID is who listens at the other end of a Unix socket: the kernel notes it at listen(2) (unix(7), SO_PEERCRED).
+func peerUID(c net.Conn) (uint32, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return 0, fmt.Errorf("a %T has no user behind it", c)
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var inner error
+	if err := raw.Control(func(fd uintptr) {
+		cred, inner = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if inner != nil {
+		return 0, inner
+	}
+	return cred.Uid, nil
 }
 
 // sdsClient is a stream of secrets from an agent.
@@ -66,7 +123,8 @@ type sdsClient struct {
 }
 
 // dialAgent opens a stream as this process and asks for one SVID ("" = the default) and the bundle.
-func dialAgent(ctx context.Context, socket, id string) (*sdsClient, error) {
+func dialAgent(ctx context.Context, s agentSocket, id string) (*sdsClient, error) {
+	socket := s.path
 	path, err := filepath.Abs(socket)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", socket, err)
@@ -74,7 +132,16 @@ func dialAgent(ctx context.Context, socket, id string) (*sdsClient, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("no agent at %s: %w; name the agent's socket with --socket, or start one with `signet serve --dev`", socket, errors.Unwrap(err))
 	}
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithUserAgent("signet-svid"))
+	// Who listens is looked at on every connection, and the first one that is not believed is the answer.
+	var stranger atomic.Pointer[strangerError]
+	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithUserAgent("signet-svid"),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			c, err := s.dial(ctx, path)
+			if wrong := new(strangerError); errors.As(err, &wrong) {
+				stranger.Store(wrong)
+			}
+			return c, err
+		}))
 	if err != nil {
 		return nil, fmt.Errorf("agent at %s: %w", socket, err)
 	}
@@ -93,6 +160,9 @@ func dialAgent(ctx context.Context, socket, id string) (*sdsClient, error) {
 			err = rerr
 		}
 		conn.Close()
+		if wrong := stranger.Load(); wrong != nil {
+			return nil, fmt.Errorf("socket %s: %w", socket, wrong)
+		}
 		return nil, agentError(socket, err)
 	}
 	return cl, nil
@@ -226,7 +296,8 @@ func (s svidShown) rows() [][]string {
 func (s svidShown) names() []string { return []string{"svid/" + s.SPIFFEID} }
 
 func (c *cli) svidFetchCommand() *cobra.Command {
-	var socket, id, dir, format string
+	var socket agentSocket
+	var id, dir, format string
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "fetch [--socket PATH]",
@@ -256,13 +327,13 @@ Exit status: 0 fetched, 1 refused (the agent says why), 2 the agent could not be
 				if _, err := cl.next(); err != nil {
 					// SDS has no word for "not yours": such a name is passed over in silence.
 					if id != "" && status.Code(err) == codes.DeadlineExceeded {
-						return fmt.Errorf("the agent at %s gave no %s in time: see without --spiffe-id what this process is given, or wait longer with --timeout", socket, id)
+						return fmt.Errorf("the agent at %s gave no %s in time: see without --spiffe-id what this process is given, or wait longer with --timeout", socket.path, id)
 					}
-					return agentError(socket, err)
+					return agentError(socket.path, err)
 				}
 			}
 			if err := cl.state.check(time.Now()); err != nil {
-				return no("what the agent at %s gave is not valid: %w", socket, err)
+				return no("what the agent at %s gave is not valid: %w", socket.path, err)
 			}
 			if dir != "" {
 				if err := cl.state.write(dir); err != nil {
@@ -273,7 +344,7 @@ Exit status: 0 fetched, 1 refused (the agent says why), 2 the agent could not be
 			return c.show(format, cl.state.shown())
 		},
 	}
-	socketFlag(cmd, &socket)
+	socket.flags(cmd)
 	cmd.Flags().StringVar(&id, "spiffe-id", "", "which of this process's identities; default the one of highest priority")
 	cmd.Flags().StringVar(&dir, "write", "", "folder to write svid.pem, key.pem and bundle.pem to")
 	cmd.Flags().DurationVar(&timeout, "timeout", 15*time.Second, "how long to wait for the agent")
@@ -310,7 +381,8 @@ type renewalShown struct {
 }
 
 func (c *cli) svidWatchCommand() *cobra.Command {
-	var socket, id, format string
+	var socket agentSocket
+	var id, format string
 	cmd := &cobra.Command{
 		Use:   "watch [--socket PATH]",
 		Short: "Watch this process's identity being renewed",
@@ -333,7 +405,7 @@ Exit status: 0 stopped by you, 1 refused, 2 the agent could not be asked.`,
 			return c.watch(cmd.Context(), socket, id, format)
 		},
 	}
-	socketFlag(cmd, &socket)
+	socket.flags(cmd)
 	cmd.Flags().StringVar(&id, "spiffe-id", "", "which of this process's identities; default the one of highest priority")
 	cmd.Flags().StringVarP(&format, "output", "o", "table", "output format: table|json")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
@@ -341,7 +413,7 @@ Exit status: 0 stopped by you, 1 refused, 2 the agent could not be asked.`,
 }
 
 // watch follows one identity over interruptions of the stream. Only the first connection must succeed.
-func (c *cli) watch(ctx context.Context, socket, id, format string) error {
+func (c *cli) watch(ctx context.Context, socket agentSocket, id, format string) error {
 	w := &watcher{cli: c, json: format == "json"}
 	for first := true; ; first = false {
 		err := w.follow(ctx, socket, id)
@@ -372,7 +444,7 @@ type watcher struct {
 	bar      bool
 }
 
-func (w *watcher) follow(ctx context.Context, socket, id string) error {
+func (w *watcher) follow(ctx context.Context, socket agentSocket, id string) error {
 	cl, err := dialAgent(ctx, socket, id)
 	if err != nil {
 		return err
@@ -391,7 +463,7 @@ func (w *watcher) follow(ctx context.Context, socket, id string) error {
 			var e event
 			switch {
 			case err != nil:
-				e.err = agentError(socket, err)
+				e.err = agentError(socket.path, err)
 			case changed:
 				e.svid = cl.state.chain[0]
 			default:

@@ -68,14 +68,14 @@ type child struct {
 	out *bufio.Reader
 }
 
-// start runs it with the garbage collector set as signet sets its own; GOGC in the environment wins, as it does there.
+// start runs it with the garbage collector set as signet agent sets its own; GOGC in the environment wins, as it does there.
 func start(name string, c partConfig) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), partVariable+"="+name, "GOGC="+cmp.Or(os.Getenv("GOGC"), "400"))
+	cmd.Env = append(os.Environ(), partVariable+"="+name, "GOGC="+cmp.Or(os.Getenv("GOGC"), "200"))
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()

@@ -28,6 +28,8 @@ var page string
 // number is short: three figures that count, no more than two after the point.
 func number(v float64) string {
 	switch {
+	case v == 0:
+		return "0"
 	case v >= 100:
 		return strconv.FormatFloat(v, 'f', 0, 64)
 	case v >= 10:

@@ -23,7 +23,7 @@ func restart(ctx context.Context, b *bench) ([]figure, error) {
 	if b.quick {
 		entries, runs = 20_000, 1
 	}
-	l, c, err := newCluster(ctx, b, "restart")
+	l, c, err := newCluster(ctx, b, "restart", hourlyLeaves)
 	if err != nil {
 		return nil, err
 	}

@@ -86,18 +86,25 @@ func serve(in lineReader, out func(any) error, socket string, s secretv3.SecretD
 // bytes made before, and counts what is acknowledged.
 type bareServer struct {
 	secretv3.UnimplementedSecretDiscoveryServiceServer
-	sizes map[string]int
-	acks  atomic.Int64
+	acks atomic.Int64
 
 	mu      sync.Mutex
+	bodies  map[string]*anypb.Any
 	version uint64
 	changed chan struct{}
 }
 
-func (b *bareServer) now() (uint64, <-chan struct{}) {
+func (b *bareServer) now(name string) (uint64, *anypb.Any, <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.version, b.changed
+	return b.version, b.bodies[name], b.changed
+}
+
+// size sets how many bytes answer a name from the next change on.
+func (b *bareServer) size(name string, n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.bodies[name] = &anypb.Any{TypeUrl: secretType, Value: make([]byte, n)}
 }
 
 func (b *bareServer) change() error {
@@ -115,7 +122,6 @@ func (b *bareServer) StreamSecrets(stream grpc.BidiStreamingServer[discoveryv3.D
 		return err
 	}
 	name := r.GetResourceNames()[0]
-	body := &anypb.Any{TypeUrl: secretType, Value: make([]byte, b.sizes[name])}
 	ended := make(chan error, 1)
 	go func() {
 		for {
@@ -127,7 +133,7 @@ func (b *bareServer) StreamSecrets(stream grpc.BidiStreamingServer[discoveryv3.D
 		}
 	}()
 	for {
-		version, changed := b.now()
+		version, body, changed := b.now(name)
 		text := strconv.FormatUint(version, 10)
 		if err := stream.Send(&discoveryv3.DiscoveryResponse{VersionInfo: text, Nonce: text, TypeUrl: secretType, Resources: []*anypb.Any{body}}); err != nil {
 			return err
@@ -146,9 +152,9 @@ func (b *bareServer) StreamSecrets(stream grpc.BidiStreamingServer[discoveryv3.D
 // newBare answers with as many bytes as it is told by name. Sizes are of whole responses, of which some are not the body.
 func newBare(sizes map[string]int) *bareServer {
 	const around = 200
-	b := &bareServer{sizes: map[string]int{}, changed: make(chan struct{})}
+	b := &bareServer{bodies: map[string]*anypb.Any{}, changed: make(chan struct{})}
 	for name, n := range sizes {
-		b.sizes[name] = max(n-around, 0)
+		b.size(name, max(n-around, 0))
 	}
 	return b
 }
@@ -208,7 +214,7 @@ func certificate(template, parent *x509.Certificate, public *ecdsa.PublicKey, ke
 	template.SerialNumber = new(big.Int).SetBytes(append([]byte{1}, []byte(rand.Text())...))
 	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(12*time.Hour)
 	if template.IsCA {
-		template.NotAfter = time.Now().Add(24 * time.Hour) // what it signs must not outlive it
+		template.NotAfter = time.Now().Add(30 * 24 * time.Hour) // what it signs must not outlive it
 	}
 	template.BasicConstraintsValid = true
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, public, key)

@@ -309,6 +309,9 @@ func (c *cluster) openIssuer(ctx context.Context, chainFile string) (*x509.Certi
 	}
 	for _, ref := range refs {
 		key, err := keys.Open(ctx, ref)
+		if errors.Is(err, keystore.ErrNotFound) {
+			continue // of an issuer that was just removed
+		}
 		if err != nil {
 			return nil, nil, err
 		}

@@ -27,8 +27,9 @@ type rotating struct {
 	a, b, c  *root
 	stopLoad func()
 	// held are the connections that each sidecar had made when the load began, of those that hold theirs open.
-	held  map[*sidecar]int64
-	thief stolen
+	held map[*sidecar]int64
+	// underA was made with a key that signed under root A, thief with one that is tainted then.
+	underA, thief stolen
 
 	mu sync.Mutex
 	// issuers have been installed, the newest last; behind is who stands behind a serial that was seen.
@@ -447,7 +448,16 @@ func (r *rotating) refusedWithoutWest(ctx context.Context) (string, error) {
 	return want, nil
 }
 
-func (r *rotating) signUnderB(ctx context.Context) (string, error) { return r.switchTo(ctx, r.b) }
+func (r *rotating) signUnderB(ctx context.Context) (_ string, err error) {
+	// Kept for later, when it must be refused.
+	if r.underA, err = r.steal(ctx, r.issuers[r.east][1]); err != nil {
+		return "", err
+	}
+	if err := r.everyEnvoy(ctx, r.underA, true); err != nil {
+		return "", err
+	}
+	return r.switchTo(ctx, r.b)
+}
 
 // switchTo waits until both clusters sign under a root.
 func (r *rotating) switchTo(ctx context.Context, next *root) (string, error) {
@@ -530,19 +540,10 @@ func (s standing) accepting() (n int) {
 
 func (r *rotating) removeA(ctx context.Context) (string, error) {
 	began := time.Now()
-	// A certificate under A, made with a key that has signed under it.
-	under := r.issuers[r.east][1]
-	old, err := r.steal(ctx, under)
-	if err != nil {
-		return "", err
-	}
-	if err := r.everyEnvoy(ctx, old, true); err != nil {
-		return "", err
-	}
 	if err := r.removed(ctx, r.a, r.b); err != nil {
 		return "", err
 	}
-	if err := lab.Until(ctx, "certificates under A are refused", 5*time.Second, func() error { return r.everyEnvoy(ctx, old, false) }); err != nil {
+	if err := lab.Until(ctx, "certificates under A are refused", 5*time.Second, func() error { return r.everyEnvoy(ctx, r.underA, false) }); err != nil {
 		return "", err
 	}
 	r.refused += len(r.sidecars())

@@ -1,0 +1,124 @@
+package check
+
+import (
+	"testing"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// cluster is a root of ten lives and an intermediate in the given part of its life, which is 1000 hours long.
+func cluster(part float64, more ...rotation.Authority) Rotation {
+	const life = 1000 * time.Hour
+	begun := now.Add(-time.Duration(part * float64(life)))
+	return Rotation{
+		Policy:    rotation.Policy{LongestLeaf: 10 * time.Hour, Skew: time.Minute, Quorum: 1, PrepareAt: 0.5, SwitchAt: 0.67, ReportLife: 24 * time.Hour},
+		Automatic: true, LeastLife: time.Minute,
+		World: rotation.World{
+			Own: rotation.Report{Cluster: "east", At: now},
+			Authorities: append([]rotation.Authority{
+				{ID: "root-1", Kind: ca.KindRoot, State: ca.Active, NotBefore: begun, NotAfter: begun.Add(10 * life)},
+				{ID: "i-1", Kind: ca.KindIntermediate, State: ca.Active, Root: "root-1", NotBefore: begun, NotAfter: begun.Add(life)},
+			}, more...),
+		},
+	}
+}
+
+func request() rotation.Authority {
+	return rotation.Authority{ID: "i-2", Kind: ca.KindIntermediate, State: ca.Prepared, Since: now.Add(-time.Hour)}
+}
+
+func successor(root string, from, to time.Duration) rotation.Authority {
+	return rotation.Authority{ID: "i-2", Kind: ca.KindIntermediate, State: ca.Published, Root: root, NotBefore: now.Add(from), NotAfter: now.Add(to)}
+}
+
+func TestWhatARotationWaitsForIsFound(t *testing.T) {
+	published := rotation.Authority{ID: "root-2", Kind: ca.KindRoot, State: ca.Published, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(9000 * time.Hour)}
+	tainted := cluster(0.1)
+	tainted.Forged = []Forged{{ID: "i-0", Cluster: "east", Accepting: 3, Until: now.Add(time.Hour), Advice: "replace it"}, {ID: "i-9", Accepting: 0, Until: now.Add(time.Hour)}, {ID: "i-8", Accepting: 1, Until: now.Add(-time.Hour)}}
+	manual := cluster(0.6)
+	manual.Automatic = false
+	west := cluster(0.1, published)
+	west.Peers = []rotation.Report{{Cluster: "west", At: now.Add(-48 * time.Hour)}}
+	west.Own.Roots = []rotation.RootReport{{ID: "root-2"}}
+	behind := cluster(0.7, successor("root-2", -time.Hour, 900*time.Hour), published)
+	behind.Own.Roots = []rotation.RootReport{{ID: "root-2", Validators: 4, Trusting: 1, Missing: []string{"node-7"}}}
+	short := cluster(0.6)
+	short.Authorities[0].NotAfter = now.Add(900 * time.Hour)
+	atEnd := cluster(0.6)
+	atEnd.Authorities[0].NotAfter = now.Add(450 * time.Hour)
+	worn := cluster(0.6, successor("root-1", -time.Hour, 300*time.Hour))
+	worn.Authorities[1].NotAfter = now.Add(400 * time.Hour)
+	lost := cluster(0.1, request())
+	lost.Authorities[1].Tainted = now
+
+	for what, try := range map[string]struct {
+		r     Rotation
+		code  string
+		level Level
+		words []string
+	}{
+		"a young one":                   {cluster(0.1), CodeSuccessor, OK, []string{"nothing of it waits"}},
+		"a successor that stands ready": {cluster(0.6, successor("root-1", -time.Hour, 900*time.Hour)), CodeSuccessor, OK, nil},
+		"no successor":                  {cluster(0.55), CodeSuccessor, Warning, []string{"55 %", "no successor stands ready", "rotation start"}},
+		"no successor, late":            {cluster(0.7), CodeSuccessor, Error, []string{"70 %"}},
+		"a request":                     {cluster(0.55, request()), CodeSignature, Warning, []string{"i-2", "2026-05-04T02:02:01Z", "signet ca show --config FILE i-2", "signet root sign", "cluster install"}},
+		"a request, late":               {cluster(0.7, request()), CodeSignature, Error, nil},
+		"a request after a taint":       {lost, CodeSignature, Error, nil},
+		"one that waits for agents":     {behind, CodeSuccessor, Error, []string{"1 of 4 agents", "can't take over"}},
+		"one that begins too late":      {cluster(0.6, successor("root-1", 405*time.Hour, 1200*time.Hour)), CodeSuccessor, Error, []string{"takes over at", "after the end of i-1"}},
+		"one that ends no later":        {worn, CodeSuccessor, Warning, []string{"ends no later", "root init"}},
+		"a root that ends too soon":     {short, CodeRootEnd, Warning, []string{"root-1", "in 900h", "1000h", "rotation start --config FILE root"}},
+		"a root at its end":             {atEnd, CodeRootEnd, Error, nil},
+		"a peer's old report":           {west, CodePeer, Warning, []string{"the report of cluster west is of 2026-05-02T03:02:01Z", "rotation report", "--report"}},
+		"a lost key":                    {tainted, CodeTaint, Error, []string{"i-0", "3 validators", "replace it"}},
+		"a step for a person":           {manual, CodeStep, Warning, []string{"prepared", "rotation.automatic is off", "rotation advance"}},
+		"the end in sight":              {cluster(0.75), CodeIssuing, Warning, []string{"nothing can be issued from ", "in 249h59m"}},
+		"the end is near":               {cluster(0.997, request()), CodeIssuing, Error, []string{"in 2h59m", "i-2, which is to take over, is not signed", "root sign"}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			var of Findings
+			for _, f := range try.r.Findings(now) {
+				if f.Blocks() {
+					t.Errorf("what will be bad stops nothing: %+v", f)
+				}
+				if f.Code == try.code {
+					of = append(of, f)
+				}
+			}
+			if len(of) == 0 {
+				t.Fatalf("no %s in %+v", try.code, try.r.Findings(now))
+			}
+			is(t, of, try.level, try.words...)
+			if try.code == CodeTaint && len(of) != 1 {
+				t.Errorf("what nobody accepts is found: %+v", of)
+			}
+		})
+	}
+}
+
+func TestUntilWhenCanBeIssuedCountsWhatComesByItself(t *testing.T) {
+	end := now.Add(900*time.Hour - time.Minute + time.Second)
+	follow := cluster(0.1, successor("root-1", 100*time.Hour, 2000*time.Hour))
+	byHand := follow
+	byHand.Automatic = false
+	gone := cluster(1.1)
+	for what, try := range map[string]struct {
+		r    Rotation
+		want time.Time
+	}{
+		"alone":                         {cluster(0.1), end},
+		"a successor takes over":        {follow, now.Add(2000*time.Hour - time.Minute + time.Second)},
+		"a successor waits for a word":  {byHand, end},
+		"a successor is not signed":     {cluster(0.1, request()), end},
+		"a successor begins afterwards": {cluster(0.1, successor("root-1", 901*time.Hour, 2000*time.Hour)), end},
+		"it is over":                    {gone, time.Time{}},
+		"it has not begun":              {cluster(-0.1), time.Time{}},
+		"there is none":                 {Rotation{}, time.Time{}},
+	} {
+		if got := try.r.IssuableUntil(now); !got.Equal(try.want) {
+			t.Errorf("%s: until %s, want %s", what, got, try.want)
+		}
+	}
+}

@@ -1,0 +1,299 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// Closed sets of labels.
+var (
+	caKinds  = []string{ca.KindRoot, ca.KindIntermediate, ca.KindControl}
+	caStates = []ca.State{ca.Prepared, ca.Published, ca.Active, ca.Retired, ca.Removed}
+	// rotated are the kinds whose steps package rotation decides about.
+	rotated = []string{ca.KindRoot, ca.KindIntermediate}
+	waits   = []rotation.WaitCode{
+		rotation.WaitTime, rotation.WaitSignature, rotation.WaitQuorum, rotation.WaitPeer, rotation.WaitRoot, rotation.WaitIssuer,
+		rotation.WaitLeaves, rotation.WaitNoOther, rotation.WaitShortLived,
+	}
+)
+
+// lifeCollector shows the ends of everything and what the rotation waits for, from the start and as of one moment.
+type lifeCollector struct{ server *Server }
+
+func lifeDesc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("signet_"+name, help, labels, nil)
+}
+
+var (
+	descCAs       = lifeDesc("rotation_state", "CAs by kind and state.", "kind", "state")
+	descEarliest  = lifeDesc("ca_earliest_not_after_timestamp_seconds", "End of the CA of this kind and state that ends first, of its chain where it has one; NaN = there is none.", "kind", "state")
+	descTaintedCA = lifeDesc("ca_tainted", "CAs whose keys are taken for lost and whose chains have not ended, by kind.", "kind")
+	descBundleEnd = lifeDesc("bundle_earliest_root_not_after_timestamp_seconds", "End of the root in the trust bundle that ends first; NaN = there is none.", "trust_domain")
+	descOwnEnd    = lifeDesc("server_certificate_not_after_timestamp_seconds", "End of the server's own certificate; NaN = it has none.")
+	descIssuable  = lifeDesc("issuable_seconds", "How long certificates can be made if nobody does anything; 0 = none can be made now.", "kind")
+	descBlocked   = lifeDesc("rotation_blocked", "Next steps that wait, by kind of CA and by what they wait for.", "kind", "reason")
+	descReady     = lifeDesc("rotation_ready", "Next steps that wait for nothing; with rotation.automatic off they wait for a person.", "kind")
+	descAgents    = lifeDesc("bundle_validators", "Agents with identities that live, or may: those whose workloads validate.")
+	descNewest    = lifeDesc("bundle_validators_acked", "Of signet_bundle_validators, those that have acknowledged the newest trust bundle.")
+	descHolding   = lifeDesc("reissue_holding", "Agents that use, or may use, leaves that are to be replaced ahead of time.")
+	descAccepted  = lifeDesc("tainted_accepted", "1 while a validator accepts, or may accept, what is forged with a lost key.")
+	descReport    = lifeDesc("rotation_report_age_seconds", "Age of the newest report of another cluster; +Inf = it has never reported.", "cluster")
+	descSkew      = lifeDesc("clock_skew_seconds", "How far the clock is off: elapsed = ahead of the time that has passed since the last look, log = behind the latest time that is known.", "source")
+)
+
+// Describe says what there may be.
+func (lifeCollector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		descCAs, descEarliest, descTaintedCA, descBundleEnd, descOwnEnd, descIssuable, descBlocked, descReady, descAgents, descNewest,
+		descHolding, descAccepted, descReport, descSkew,
+	} {
+		out <- d
+	}
+}
+
+// unixSeconds is a time as Prometheus has it: NaN where there is none, since 0 would look like an end in 1970 to every alert.
+func unixSeconds(t time.Time) float64 {
+	if t.IsZero() {
+		return math.NaN()
+	}
+	return float64(t.UnixNano()) / 1e9
+}
+
+// Collect looks once.
+func (c lifeCollector) Collect(out chan<- prometheus.Metric) {
+	s := c.server
+	k := s.keeper
+	if k == nil || k.current.Load() == nil || s.own == nil {
+		return // not started
+	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	set, now := k.current.Load(), s.now()
+	collectLives(set, now, gauge)
+	var bundleEnd time.Time
+	for _, r := range set.bundle.Roots() {
+		bundleEnd = earliest(bundleEnd, r.NotAfter)
+	}
+	gauge(descBundleEnd, unixSeconds(bundleEnd), s.config.TrustDomain.Name())
+	var own time.Time
+	if l := s.own.current.Load(); l != nil {
+		own = l.notAfter
+	}
+	gauge(descOwnEnd, unixSeconds(own))
+
+	look := s.lookAtRotation(set, now)
+	gauge(descIssuable, left(look.IssuableUntil(now), now), ca.KindIntermediate)
+	gauge(descIssuable, left(s.controlUntil(now), now), ca.KindControl)
+	steps := rotation.Next(look.Policy, look.World, now)
+	for _, kind := range rotated {
+		ready := 0
+		blocked := map[rotation.WaitCode]int{}
+		for _, step := range steps {
+			if step.Kind != kind {
+				continue
+			}
+			if step.Ready(false) {
+				ready++
+			}
+			// A step that waits for the same of several counts once.
+			seen := map[rotation.WaitCode]bool{}
+			for _, w := range step.Waits {
+				if !seen[w.Code] {
+					seen[w.Code] = true
+					blocked[w.Code]++
+				}
+			}
+		}
+		gauge(descReady, float64(ready), kind)
+		for _, code := range waits {
+			gauge(descBlocked, float64(blocked[code]), kind, string(code))
+		}
+	}
+	k.collectAgents(set, now, gauge)
+	accepted := 0.0
+	for _, f := range look.Forged {
+		if f.Accepting > 0 {
+			accepted = 1
+		}
+	}
+	gauge(descAccepted, accepted)
+	for _, p := range look.Peers {
+		age := math.Inf(1)
+		if !p.At.IsZero() {
+			age = now.Sub(p.At).Seconds()
+		}
+		gauge(descReport, age, p.Cluster)
+	}
+	ahead, behind := s.clock.apart()
+	gauge(descSkew, ahead.Seconds(), "elapsed")
+	gauge(descSkew, behind.Seconds(), "log")
+}
+
+// collectLives counts the CAs and finds the first end of each kind and state.
+func collectLives(set *authorities, now time.Time, gauge func(*prometheus.Desc, float64, ...string)) {
+	for _, kind := range caKinds {
+		tainted := 0
+		for _, state := range caStates {
+			n, end := 0, time.Time{}
+			for _, a := range set.rows {
+				if a.Kind != kind || a.State != state {
+					continue
+				}
+				n++
+				if !a.NotAfter.IsZero() {
+					end = earliest(end, a.NotAfter)
+				}
+				if !a.Tainted.IsZero() && now.Before(a.NotAfter) {
+					tainted++
+				}
+			}
+			gauge(descCAs, float64(n), kind, string(state))
+			gauge(descEarliest, unixSeconds(end), kind, string(state))
+		}
+		gauge(descTaintedCA, float64(tainted), kind)
+	}
+}
+
+// collectAgents counts what agents have said.
+func (k *keeper) collectAgents(set *authorities, now time.Time, gauge func(*prometheus.Desc, float64, ...string)) {
+	all := k.validators(now)
+	acked := 0
+	for _, v := range all {
+		if v.sequence == set.bundle.Sequence() && v.digest == set.bundle.Digest() {
+			acked++
+		}
+	}
+	gauge(descAgents, float64(len(all)))
+	gauge(descNewest, float64(acked))
+	holding := 0.0
+	if r := k.reissueStatus(set, now); r != nil {
+		holding = float64(r.Holding)
+	}
+	gauge(descHolding, holding)
+}
+
+// earliest of two times, of which the zero one is none.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func left(until, now time.Time) float64 {
+	if until.IsZero() {
+		return 0
+	}
+	return max(until.Sub(now).Seconds(), 0)
+}
+
+// leastLife is what must be left of an issuer's life for a leaf of this life.
+func (s *Server) leastLife(ttl time.Duration) time.Duration {
+	least := s.config.MinUsefulLife
+	if least <= 0 {
+		least = identity.MinTTL
+	}
+	return min(least, ttl)
+}
+
+// controlUntil is until when certificates of our own parts can be made; zero = none can be made now.
+func (s *Server) controlUntil(now time.Time) time.Time {
+	issuer, ok := s.issuers.Snapshot().Active(identity.ControlPlane)
+	if !ok || issuer.Usable(now) != nil {
+		return time.Time{}
+	}
+	if until := issuer.NotAfter().Add(time.Second - s.leastLife(s.config.ControlTTL)); now.Before(until) {
+		return until
+	}
+	return time.Time{}
+}
+
+// lookAtRotation is what there is to look at.
+func (s *Server) lookAtRotation(set *authorities, now time.Time) check.Rotation {
+	k := s.keeper
+	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, LeastLife: s.leastLife(s.config.TTL)}
+	for _, t := range k.tainted(set, look.World, now) {
+		look.Forged = append(look.Forged, check.Forged{
+			ID: t.Id, Cluster: t.Cluster, Accepting: int(t.Accepting), Until: t.AcceptedUntil.AsTime(), Advice: t.Advice,
+		})
+	}
+	return look
+}
+
+// checkRotation is what readiness says of it. None of it stops anything: what can't be issued now is checkIssuer's.
+func (s *Server) checkRotation(context.Context) check.Findings {
+	now := s.now()
+	return s.lookAtRotation(s.keeper.current.Load(), now).Findings(now)
+}
+
+// CheckRotation looks at the rotation in a folder from outside, also while a server works on it. What agents have
+// acknowledged only the server knows; here they count as not having said anything.
+func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findings, err error) {
+	if _, err := os.Stat(databasePath(c.Dir)); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("folder %s holds no cluster yet: make one with: signet cluster init", c.Dir)
+	}
+	c.Rotation.LongestLeaf = c.MaxTTL
+	st, err := store.Open(ctx, store.Config{Path: databasePath(c.Dir), ReadOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	rows, revision, err := st.Authorities(ctx)
+	if err != nil {
+		return nil, err
+	}
+	bundle, _, err := st.Bundle(ctx, c.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	set, err := newAuthorities(c.TrustDomain, rows, revision, bundle)
+	if err != nil {
+		return nil, err
+	}
+	agents, err := st.Agents(ctx)
+	if err != nil {
+		return nil, err
+	}
+	notes, err := st.PeerReports(ctx)
+	if err != nil {
+		return nil, err
+	}
+	k := newKeeper(&c.Folder, c.Rotation)
+	if k.history, err = st.BundleHistory(ctx); err != nil {
+		return nil, err
+	}
+	for _, p := range c.Rotation.Peers {
+		if r, err := openReport(notes[p.Cluster], p, c.TrustDomain); err == nil {
+			k.reports[p.Cluster] = r
+		}
+	}
+	k.validators = silent(agents)
+	return (&Server{config: c, keeper: k}).lookAtRotation(set, now).Findings(now), nil
+}
+
+// silent are the agents of a folder, of which nothing is heard.
+func silent(agents []store.Agent) func(now time.Time) []validator {
+	return func(now time.Time) []validator {
+		var all []validator
+		for _, a := range agents {
+			if !a.Banned && now.Before(a.NotAfter) {
+				all = append(all, validator{agent: a.Name})
+			}
+		}
+		return all
+	}
+}

@@ -1,0 +1,140 @@
+package server
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+)
+
+func gauged(t *testing.T, s *live, series string) float64 {
+	t.Helper()
+	v, err := strconv.ParseFloat(counted(t, s, series), 64)
+	if err != nil {
+		t.Errorf("%s: %v", series, err)
+	}
+	return v
+}
+
+func TestTheEndsOfEverythingAreMetricsFromTheStart(t *testing.T) {
+	c := newCluster(t, "east")
+	c.peers = []Peer{{Cluster: "west", VerifierKey: "none"}}
+	s := c.start(t, nil)
+	_, text := get(t, s, "/metrics")
+	series := 0
+	for _, kind := range caKinds {
+		for _, state := range caStates {
+			for _, name := range []string{"signet_rotation_state", "signet_ca_earliest_not_after_timestamp_seconds"} {
+				if series++; !strings.Contains(text, name+`{kind="`+kind+`",state="`+string(state)+`"} `) {
+					t.Errorf("no %s of %s, %s", name, kind, state)
+				}
+			}
+		}
+	}
+	for _, kind := range rotated {
+		for _, code := range waits {
+			counted(t, s, `signet_rotation_blocked{kind="`+kind+`",reason="`+string(code)+`"}`)
+		}
+	}
+	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)
+	for series, want := range map[string]float64{
+		`signet_rotation_state{kind="root",state="active"}`:                                   1,
+		`signet_ca_earliest_not_after_timestamp_seconds{kind="root",state="active"}`:          float64(c.root.cert.NotAfter.Unix()),
+		`signet_ca_earliest_not_after_timestamp_seconds{kind="intermediate",state="active"}`:  float64(mesh.NotAfter().Unix()),
+		`signet_bundle_earliest_root_not_after_timestamp_seconds{trust_domain="example.org"}`: float64(c.root.cert.NotAfter.Unix()),
+		`signet_rotation_blocked{kind="intermediate",reason="time"}`:                          1,
+		`signet_bundle_validators`: 0,
+		`signet_reissue_holding`:   0,
+		`signet_tainted_accepted`:  0,
+		`signet_ca_tainted{kind="intermediate"}`: 0,
+		`signet_rotation_ready{kind="root"}`:     0,
+	} {
+		if got := gauged(t, s, series); got != want {
+			t.Errorf("%s is %v, want %v", series, got, want)
+		}
+	}
+	for series, least := range map[string]float64{
+		`signet_issuable_seconds{kind="intermediate"}`:         900 * 3600,
+		`signet_issuable_seconds{kind="control"}`:              900 * 3600,
+		`signet_server_certificate_not_after_timestamp_seconds`: float64(time.Now().Unix()),
+		`signet_rotation_report_age_seconds{cluster="west"}`:   1e300, // +Inf
+	} {
+		if got := gauged(t, s, series); !(got > least) {
+			t.Errorf("%s is %v, want more than %v", series, got, least)
+		}
+	}
+	if got := counted(t, s, `signet_ca_earliest_not_after_timestamp_seconds{kind="intermediate",state="retired"}`); got != "NaN" {
+		t.Errorf("the end of what is not there: %s", got)
+	}
+	c.ahead.Store(int64(1100 * time.Hour))
+	if got := gauged(t, s, `signet_issuable_seconds{kind="intermediate"}`); got != 0 {
+		t.Errorf("after the end: %v s", got)
+	}
+}
+
+func TestATaintAndAWaitingRotationShowInReadinessAndMetrics(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	a := s.listen(s.enrol("node-1"), false)
+	soon(t, "the agent's word", func() bool { return !a.believes().IsZero() })
+	soon(t, "it counts", func() bool { return gauged(t, s, `signet_bundle_validators_acked`) == 1 })
+	_, err := s.rotations().TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "lost"})
+	must(t, err)
+	for series, want := range map[string]float64{
+		`signet_tainted_accepted`: 1, `signet_ca_tainted{kind="intermediate"}`: 1,
+		`signet_rotation_blocked{kind="intermediate",reason="signature"}`: 1,
+	} {
+		if got := gauged(t, s, series); got != want {
+			t.Errorf("%s is %v, want %v", series, got, want)
+		}
+	}
+	code, text := get(t, s, "/readyz?verbose")
+	for _, want := range []string{"[!]intermediate-1 degraded: " + check.CodeTaint, "[!]intermediate-2 degraded: " + check.CodeSignature} {
+		if code != http.StatusOK || !strings.Contains(text, want) {
+			t.Errorf("readyz: %d, without %q\n%s", code, want, text)
+		}
+	}
+	// From outside, on the folder alone, while the server works on it.
+	found, err := CheckRotation(t.Context(), c.config(), time.Now())
+	must(t, err)
+	codes := ""
+	for _, f := range found {
+		codes += f.Code + " "
+	}
+	if !strings.Contains(codes, check.CodeTaint) || !strings.Contains(codes, check.CodeSignature) {
+		t.Errorf("from outside: %+v", found)
+	}
+}
+
+// Three hours before the end is told from the end.
+func TestNotAbleSoonIsToldFromNotAble(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)
+	for _, try := range []struct {
+		left  time.Duration
+		want  string
+		never string
+		code  int
+	}{
+		{3 * time.Hour, "[!]issuing degraded: " + check.CodeIssuing + ": nothing can be issued from ", "stopped: issuing", http.StatusOK},
+		// A leaf of the shortest useful life does not fit any more.
+		{identity.MinTTL / 2, "[-]issuer-mesh failed: " + check.CodeExpiry + ": it ends at ", "[!]issuing", http.StatusServiceUnavailable},
+	} {
+		c.ahead.Store(int64(time.Until(mesh.NotAfter()) - try.left))
+		must(t, s.own.renew(t.Context()))
+		code, text := get(t, s, "/readyz?verbose")
+		if code != try.code || !strings.Contains(text, try.want) || strings.Contains(text, try.never) {
+			t.Errorf("%s before the end: %d\n%s", try.left, code, text)
+		}
+		if able := gauged(t, s, `signet_issuable_seconds{kind="intermediate"}`); able > 0 != (try.code == http.StatusOK) || able > try.left.Seconds() {
+			t.Errorf("%s before the end: %v s", try.left, able)
+		}
+	}
+}
+

@@ -1,0 +1,160 @@
+//go:build real
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/signet-ca/signet/test/lab"
+)
+
+// mortal is a server that dies at random moments and is started again at once, as a supervisor does.
+type mortal struct {
+	w    *world
+	stop context.CancelFunc
+	done sync.WaitGroup
+	mu   sync.Mutex
+	p    *lab.Process
+	dead int
+}
+
+func (m *mortal) live(t *testing.T, ctx context.Context, chance *rand.Rand) {
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Duration(50+chance.IntN(900)) * time.Millisecond):
+			m.kill(t)
+		}
+	}
+}
+
+// kill ends it at once, and has it start again.
+func (m *mortal) kill(t *testing.T) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.p.Kill()
+	m.dead++
+	p, err := m.w.Start("east-server", "serve", "--config", m.w.east.Config())
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	m.p = p
+	if err := lab.Ready(context.WithoutCancel(t.Context()), "the server after a kill", m.w.east.HTTP); err != nil {
+		t.Error(err)
+	}
+}
+
+// insist repeats a command until it is answered: whoever is cut off does so, and it must do no harm.
+func (w *world) insist(t *testing.T, args ...string) (out string) {
+	t.Helper()
+	until(t, "signet "+strings.Join(args, " "), 30*time.Second, func() (err error) {
+		out, err = w.Run(t.Context(), args...)
+		return err
+	})
+	return out
+}
+
+func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	w := newWorld(t, quick)
+	m := &mortal{w: w, p: w.serve(t)}
+	w.apply(t, web("node-1"))
+	agent := w.agent(t, "node-1")
+	a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
+
+	rotate := func(under offlineRoot, start ...string) {
+		t.Helper()
+		csr := w.fresh("east", "csr")
+		keys := strings.Fields(w.insist(t, append([]string{"rotation", "start", "--config", w.east.Config(), "--csr-out", csr}, start...)...))
+		m.kill(t)
+		chain := w.sign(t, w.east, under, csr, keys)
+		w.insist(t, w.installing(w.east, under, chain)...)
+		m.kill(t)
+		if out := w.insist(t, w.installing(w.east, under, chain)...); out != "unchanged\n" {
+			t.Errorf("installed again after a kill: %q", out)
+		}
+	}
+	stands := func(want ...string) {
+		t.Helper()
+		w.untilAre(t, w.east, want...)
+		m.kill(t)
+		until(t, "the same after a kill", 5*time.Second, func() error { return w.are(t.Context(), w.east, want...) })
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	m.done.Go(func() { m.live(t, ctx, rand.New(rand.NewPCG(seed, 0))) })
+
+	rotate(a, "intermediate")
+	stands("intermediate-2", "active", "intermediate-1", "retired")
+	rotate(b, w.startRoot(b)...)
+	stands("intermediate-3", "active", b.id, "active", "intermediate-2", "retired", a.id, "retired")
+	stands("intermediate-1", "removed", "intermediate-2", "removed", a.id, "removed")
+	stop()
+	m.done.Wait()
+	t.Logf("the server was killed %d times", m.dead)
+	if m.dead < 8 {
+		t.Errorf("killed %d times only", m.dead)
+	}
+
+	until(t, "certificates under the new root", 10*time.Second, func() error { return w.under(agent.Socket, b) })
+	all, err := w.authorities(t.Context(), w.east)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := slices.Sorted(maps.Keys(all)), slices.Sorted(slices.Values([]string{"intermediate-1", "intermediate-2", "intermediate-3", a.id, b.id})); !slices.Equal(got, want) {
+		t.Errorf("the CAs are %v, want %v: a kill has left one behind, or lost one", got, want)
+	}
+
+	// By what the log says of each CA's moves everybody comes to how it stands: nothing is missing, nothing twice.
+	log := map[string]string{}
+	steps := 0
+	dec := json.NewDecoder(strings.NewReader(w.moves(t, w.east)))
+	var moves []moved
+	for dec.More() {
+		var e moved
+		if err := dec.Decode(&e); err != nil {
+			t.Fatal(err)
+		}
+		moves = append(moves, e)
+	}
+	for _, e := range slices.Backward(moves) {
+		c := e.Event
+		if log[c.Authority] != c.From {
+			t.Errorf("entry %d takes %s from %q to %q, and it was %q", e.Index, c.Authority, c.From, c.To, log[c.Authority])
+		}
+		log[c.Authority] = c.To
+		steps++
+	}
+	for id, x := range all {
+		if log[id] != x.State {
+			t.Errorf("%s is %s, and the log says %q", id, x.State, log[id])
+		}
+	}
+	t.Logf("%d moves are logged", steps)
+	w.must(t, "check", "--config", w.east.Config())
+	for _, root := range []offlineRoot{a, b} {
+		w.must(t, "log", "verify", "--dir", w.path(root.dir, "log"))
+	}
+	_ = fmt.Sprint
+}
+
+// moved is a move of a CA as `log show` has it.
+type moved struct {
+	Index uint64 `json:"index"`
+	Event struct {
+		Authority string `json:"authority"`
+		From      string `json:"from"`
+		To        string `json:"to"`
+	} `json:"event"`
+}
