@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
@@ -121,6 +123,8 @@ type link struct {
 	dial dialer
 	// answered holds a token after the server has answered a call: whoever waits to connect need wait no longer.
 	answered chan struct{}
+	// time is what the server's clock said last; nil = nothing yet.
+	time atomic.Pointer[told]
 
 	mu      sync.Mutex
 	current *connection
@@ -223,7 +227,9 @@ func (l *link) issue(ctx context.Context, items []*signetv1.IssueItem) ([]*signe
 	}
 	defer done()
 	c.nudge()
-	r, err := signetv1.NewAgentsClient(c.grpc).Issue(ctx, &signetv1.IssueRequest{Items: items}, grpc.WaitForReady(true))
+	var header metadata.MD
+	r, err := signetv1.NewAgentsClient(c.grpc).Issue(ctx, &signetv1.IssueRequest{Items: items}, grpc.WaitForReady(true), grpc.Header(&header))
+	l.hearTime(header)
 	if err != nil {
 		return nil, c.explain(err)
 	}
@@ -239,7 +245,9 @@ func (l *link) renew(ctx context.Context, csr []byte) ([][]byte, error) {
 	}
 	defer done()
 	c.nudge()
-	r, err := signetv1.NewAgentsClient(c.grpc).Renew(ctx, &signetv1.RenewRequest{Csr: csr}, grpc.WaitForReady(true))
+	var header metadata.MD
+	r, err := signetv1.NewAgentsClient(c.grpc).Renew(ctx, &signetv1.RenewRequest{Csr: csr}, grpc.WaitForReady(true), grpc.Header(&header))
+	l.hearTime(header)
 	if err != nil {
 		return nil, c.explain(err)
 	}

@@ -29,6 +29,7 @@ func (a *Agent) checks() []check.Part {
 			}
 			return check.State(check.CodeServer, "server", "the server is there", err, "")
 		}),
+		look(a.checkClock),
 		look(func() check.Findings {
 			m := a.member.Load()
 			if m == nil {

@@ -222,6 +222,52 @@ func checkSocketDir(dir string) error {
 	if uid := info.Sys().(*syscall.Stat_t).Uid; uid != 0 && int(uid) != os.Geteuid() {
 		return fmt.Errorf("its folder belongs to uid %d, but this process runs as uid %d: change its owner or choose another folder", uid, os.Geteuid())
 	}
+	return checkParents(dir)
+}
+
+// checkParents refuses a folder that others could move away, with one of theirs in its place: whoever may write to a folder
+// may rename what is in it, but for what is another's in a sticky one.
+func checkParents(dir string) error {
+	named, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	// Links on the way are somebody's too.
+	real, err := filepath.EvalSymlinks(named)
+	if err != nil {
+		return err
+	}
+	top, err := os.Stat("/")
+	if err != nil {
+		return err
+	}
+	// Whoever owns the root of the file system can do anything; in a user namespace that need not be uid 0.
+	trusted := func(uid uint32) bool {
+		return uid == 0 || int(uid) == os.Geteuid() || uid == top.Sys().(*syscall.Stat_t).Uid
+	}
+	for _, path := range []string{named, real} {
+		for path != "/" {
+			info, err := os.Lstat(path)
+			if err != nil {
+				return err
+			}
+			if uid := info.Sys().(*syscall.Stat_t).Uid; !trusted(uid) {
+				return fmt.Errorf("%s, on the way to it, belongs to uid %d, who could put another in its place: change its owner or choose another folder", path, uid)
+			}
+			path = filepath.Dir(path)
+			if info, err = os.Stat(path); err != nil {
+				return err
+			}
+			st := info.Sys().(*syscall.Stat_t)
+			open := info.Mode().Perm() & 0o022
+			if st.Gid == st.Uid {
+				open &= 0o002 // a user's own group, by the custom of useradd(8)
+			}
+			if open != 0 && info.Mode()&fs.ModeSticky == 0 {
+				return fmt.Errorf("others may write to %s (mode %04o), and so put another folder in the place of %s: run `chmod go-w %s`, or choose another folder", path, info.Mode().Perm(), dir, path)
+			}
+		}
+	}
 	return nil
 }
 

@@ -139,6 +139,12 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 			if !heard {
 				heard = true
 				a.connected.Store(true)
+				if header, err := stream.Header(); err == nil {
+					a.link.hearTime(header)
+				}
+				if err := a.link.clocksApart(); err != nil {
+					a.log.Warn("the server's clock and this one are far apart", "err", err)
+				}
 				a.log.Info("connected", "agent_door", a.member.Load().AgentDoor)
 				a.hub.letIn()
 				a.hub.hurry()

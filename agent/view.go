@@ -130,6 +130,10 @@ func (v *view) refusal(agent string) string {
 	if v.socket != "" {
 		which = fmt.Sprintf(" that names %q", socketSelector(v.socket))
 	}
+	if v.workload.Foreign != "" {
+		return fmt.Sprintf("no registration%s fits this caller, whose uid, gid and path don't count since %s; agent %s sees %s: run it in the agent's user namespace, or apply a registration by what is seen, or by a socket of its own",
+			which, clip(v.workload.Foreign, 256), agent, strings.Join(seen, ", "))
+	}
 	return fmt.Sprintf("no registration%s fits this caller, of which agent %s sees %s: apply one for this agent with some of these selectors, by `signet registration apply`",
 		which, agent, strings.Join(seen, ", "))
 }

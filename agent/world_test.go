@@ -17,7 +17,9 @@ import (
 	"net/url"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,6 +29,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
@@ -128,6 +131,8 @@ func reg(name, path string, ttl time.Duration, selectors ...identity.Selector) i
 
 // world is a cluster: both hierarchies, and a server whose doors can be closed and whose answers can be bent.
 type world struct {
+	// ahead is how far the server's clock is ahead, as it says.
+	ahead atomic.Int64
 	t       testing.TB
 	control *authority
 	root    *authority
@@ -341,6 +346,7 @@ func (w *world) standing() error {
 }
 
 func (w agentDoor) Issue(_ context.Context, req *signetv1.IssueRequest) (*signetv1.IssueResponse, error) {
+	_ = grpc.SetHeader(ctx, w.time())
 	if err := w.standing(); err != nil {
 		return nil, err
 	}
@@ -395,11 +401,17 @@ func (w agentDoor) Renew(ctx context.Context, req *signetv1.RenewRequest) (*sign
 	return &signetv1.RenewResponse{CertificateChain: w.controlLeaf(c.Name, pub)}, nil
 }
 
+// time is the header of every answer.
+func (w *world) time() metadata.MD {
+	return metadata.Pairs(timeHeader, strconv.FormatInt(w.now().Add(time.Duration(w.ahead.Load())).UnixNano(), 10))
+}
+
 func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, signetv1.SyncResponse]) error {
 	c, err := identity.ParseControl(spiffeid.RequireFromURI(caller(stream.Context()).URIs[0]))
 	if err != nil {
 		return err
 	}
+	_ = stream.SetHeader(w.time())
 	w.mu.Lock()
 	w.peers = append(w.peers, caller(stream.Context()).SerialNumber.String())
 	w.mu.Unlock()

@@ -32,6 +32,8 @@ type Facts struct {
 	Agent string
 	// Registration is the name of the one it is about, or by which a certificate was given; Token the id of a join token.
 	Registration, Token string
+	// Authority is the CA the event is about; Change is what became of it, or why an identity was banned, for people.
+	Authority, Change string
 	// Certificate is what of the entry's certificate was logged: its signature is not. Nil where there is none.
 	Certificate *x509.Certificate
 	Evidence    *auditv1.Evidence
@@ -80,6 +82,12 @@ func FactsOf(e *auditv1.Entry) (Facts, error) {
 	if ev, ok := event.(interface{ GetSpiffeId() string }); ok {
 		f.SPIFFEID = ev.GetSpiffeId()
 	}
+	switch ev := event.(type) {
+	case *auditv1.AuthorityChanged:
+		f.Authority, f.Change = ev.GetAuthority(), changeOf(ev)
+	case *auditv1.IdentityBanned:
+		f.Change = ev.GetReason()
+	}
 	var err error
 	switch ev := event.(type) {
 	case interface{ GetTbs() []byte }:
@@ -100,6 +108,22 @@ func FactsOf(e *auditv1.Entry) (Facts, error) {
 		}
 	}
 	return f, nil
+}
+
+// changeOf puts a move of a CA into one line: "published → active, schedule: it was asked for".
+func changeOf(ev *auditv1.AuthorityChanged) string {
+	text := ev.GetTo()
+	switch {
+	case ev.GetFrom() == ev.GetTo():
+		text = "stays " + text
+	case ev.GetFrom() != "":
+		text = ev.GetFrom() + " → " + text
+	}
+	text += ", " + ev.GetVerb() + ": " + ev.GetReason()
+	if forced := ev.GetForced(); len(forced) > 0 {
+		text += " (forced: " + strings.Join(forced, "; ") + ")"
+	}
+	return text
 }
 
 // nameIn is the name of a registration in its JSON form; "" where there is none.

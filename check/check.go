@@ -8,6 +8,7 @@ package check
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 )
 
@@ -36,6 +37,17 @@ func (l Level) String() string {
 
 // MarshalText writes the level's name.
 func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
+// UnmarshalText reads the level's name.
+func (l *Level) UnmarshalText(text []byte) error {
+	for *l = OK; *l <= Error; *l++ {
+		if l.String() == string(text) {
+			return nil
+		}
+	}
+	*l = Unknown
+	return fmt.Errorf("level %.16q is unknown", text)
+}
 
 // Codes of findings. A code is never given another meaning.
 const (

@@ -36,6 +36,8 @@ type Workload struct {
 	Instance string
 	// Notes say which selectors the process was not given and why, a sentence each, for whoever wonders why no registration fits.
 	Notes []string
+	// Foreign says why its user namespace is not taken for ours, so that its uid, gid and path don't count; empty = it is ours.
+	Foreign string
 	// Alive reports whether the process that connected is still there; a recycled PID is not.
 	Alive func() bool
 	// Close releases what holds the process (a pidfd); Alive is false from then on.

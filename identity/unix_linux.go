@@ -394,6 +394,7 @@ func (a *UnixAttestor) attest(ctx context.Context, p peer, h *held) (Workload, e
 		}
 	} else {
 		w.Instance += " of another user namespace"
+		w.Foreign = why
 		note("unix:uid, unix:gid, unix:supplementary_gid and unix:path are left out: %s", why)
 	}
 

@@ -386,7 +386,7 @@ func TestAProcessOfAnotherUserNamespaceHasNoUser(t *testing.T) {
 			for _, typ := range []string{"unix:uid", "unix:gid", "unix:supplementary_gid", "unix:path"} {
 				wantSelectors(t, w, typ)
 			}
-			if len(of(w, "unix:sha256")) != 1 || !noted(w, "another user namespace") || !strings.Contains(w.Instance, "another user namespace") {
+			if len(of(w, "unix:sha256")) != 1 || !noted(w, "another user namespace") || !strings.Contains(w.Instance, "another user namespace") || !strings.Contains(w.Foreign, "another user namespace") {
 				t.Errorf("%+v", w)
 			}
 		})

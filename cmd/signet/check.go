@@ -7,8 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,7 +32,7 @@ func (c *cli) checkCommand() *cobra.Command {
 		Use:   "check (--config FILE | --agent FILE)",
 		Short: "Find what is wrong with a server or an agent, or will be",
 		Long: `Looks at a server (--config) or an agent (--agent) of this machine: file modes, clock, disk, swap, keys against
-certificates, ends of life, the outage budget, sockets, the audit log. Each finding has a code that stands for ever, one
+certificates, ends of life, the outage budget, sockets, the audit log, and what the rotation of the CAs waits for. Each finding has a code that stands for ever, one
 sentence, and the command that mends it. Nothing is changed. A copy of a state folder can be looked at too.
 
 Exit status: 0 healthy, 1 findings, 2 something could not be told and nothing else was found.`,
@@ -58,7 +61,7 @@ Exit status: 0 healthy, 1 findings, 2 something could not be told and nothing el
 				if err != nil {
 					return err
 				}
-				found = checkAgent(cfg, agentFile, time.Now())
+				found = checkAgent(cmd.Context(), cfg, agentFile, time.Now())
 			}
 			found.Sort()
 			if err := c.show(format, checkShown{found, c.colours()}); err != nil {
@@ -119,7 +122,66 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	}
 	found = append(found, check.Log(ctx, logDir, shown.LogVerifierKey, now)...)
 	found = append(found, checkAuthorities(ctx, cfg, shown, file, now)...)
+	// What agents have acknowledged only the server knows; where it can't be asked, the folder alone is looked at.
+	if own, ok := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes)); ok {
+		return append(found, named(own, file)...)
+	}
+	own, err := server.CheckRotation(ctx, serverConfig(cfg, folderOf(cfg, nil, nil)), now)
+	if err != nil {
+		return append(found, check.Unusable(check.CodeSuccessor, "rotation", err, "")...)
+	}
+	return append(found, named(own, file)...)
+}
+
+// What a running process is asked, by code.
+var (
+	rotationCodes = []string{
+		check.CodeIssuing, check.CodeSuccessor, check.CodeSignature, check.CodeRootEnd, check.CodePeer, check.CodeTaint, check.CodeStep,
+	}
+	clockCodes = []string{check.CodeClock}
+)
+
+// named puts the configuration's name into the commands that mend.
+func named(found check.Findings, file string) check.Findings {
+	for i := range found {
+		found[i].Mend = strings.ReplaceAll(found[i].Mend, "--config FILE", "--config "+file)
+	}
 	return found
+}
+
+const (
+	// ownWait is how long a process may take to say what it finds wrong with itself; maxFindings bounds that, in bytes.
+	ownWait     = 3 * time.Second
+	maxFindings = 1 << 20
+)
+
+// ownFindings are what the process at an HTTP door finds wrong with itself, of the given codes; false = it can't be asked.
+func ownFindings(ctx context.Context, address string, codes []string) (check.Findings, bool) {
+	if address == "" {
+		return nil, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, ownWait)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/readyz", nil)
+	if err != nil {
+		return nil, false
+	}
+	request.Header.Set("Accept", "application/json")
+	answer, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(request)
+	if err != nil {
+		return nil, false
+	}
+	defer answer.Body.Close()
+	var said struct{ Findings check.Findings }
+	if err := json.NewDecoder(io.LimitReader(answer.Body, maxFindings)).Decode(&said); err != nil {
+		return nil, false
+	}
+	found := slices.DeleteFunc(said.Findings, func(f check.Finding) bool { return !slices.Contains(codes, f.Code) })
+	for i := range found {
+		f := &found[i]
+		f.About, f.Message, f.Mend = printableText(f.About), printableText(f.Message), printableText(f.Mend)
+	}
+	return found, len(found) > 0
 }
 
 // checkAuthorities looks at the CA certificates and their keys.
@@ -170,7 +232,7 @@ func secretFile(path string) check.Findings {
 	return nil
 }
 
-func checkAgent(cfg *config.Agent, file string, now time.Time) check.Findings {
+func checkAgent(ctx context.Context, cfg *config.Agent, file string, now time.Time) check.Findings {
 	sockets := []string{cfg.Socket}
 	for _, s := range cfg.Sockets {
 		sockets = append(sockets, s.Path)
@@ -182,6 +244,9 @@ func checkAgent(cfg *config.Agent, file string, now time.Time) check.Findings {
 	found = append(found, check.Disk(cfg.StateDir)...)
 	for _, s := range sockets {
 		found = append(found, check.Socket(s, "agent", "signet agent --config "+file)...)
+	}
+	if own, ok := ownFindings(ctx, cfg.HTTP, clockCodes); ok {
+		found = append(found, own...)
 	}
 	_, local := cfg.Passphrase()
 	found = append(found, check.Seal(cfg.StateDir, local)...)

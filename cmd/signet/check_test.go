@@ -2,8 +2,12 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -48,7 +52,7 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 			}
 		}
 	}
-	all := []string{"SGN1001 ok", "SGN1005 ok", "SGN1006 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok"}
+	all := []string{"SGN1001 ok", "SGN1005 ok", "SGN1006 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok", "SGN1018 ok"}
 	want(h.levels("--config", server), all...)
 	want(h.levels("--agent", node), "SGN1001 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok", "SGN1016 ok")
 
@@ -79,7 +83,7 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 	out, _ = h.must(exitYes, "log", "find", "--config", server, "--kind", "agent-banned", "-o", "json")
 	contains(t, out, name)
 
-	want(h.levels("--config", server), append(all[:4:4], "SGN1009 error", "SGN1010 ok")...)
+	want(h.levels("--config", server), append(all[:4:4], "SGN1009 error", "SGN1010 ok", "SGN1018 ok")...)
 	// The agent has seen the log contradict itself.
 	evidence := filepath.Join(dir, devAgentDir, "checkpoint.evidence")
 	if err := os.WriteFile(evidence, []byte("two checkpoints"), 0o600); err != nil {
@@ -157,4 +161,52 @@ func TestCheckNeedsToBeToldWhat(t *testing.T) {
 	h.must(exitCouldNotSay, "check", "--config", "a", "--agent", "b")
 	_, errs := h.must(exitCouldNotSay, "check", "--config", "a", "--fail-on", "never")
 	contains(t, errs, "warning or error")
+}
+
+func TestCheckAsksTheProcessForWhatOnlyItKnows(t *testing.T) {
+	asked := 0
+	door := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked++
+		if r.URL.Path != "/readyz" || r.Header.Get("Accept") != "application/json" {
+			t.Errorf("asked %s as %s", r.URL, r.Header.Get("Accept"))
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+		fmt.Fprint(w, `{"ready":false,"findings":[{"code":"SGN1005","level":"error","about":"clock","message":"both times\u001b[31m"},
+			{"code":"SGN1018","level":"warning","about":"i-1","message":"late","mend":"signet rotation status --config FILE"},
+			{"code":"SGN1001","level":"ok","about":"files","message":"well"}]}`)
+	}))
+	defer door.Close()
+	address := strings.TrimPrefix(door.URL, "http://")
+	found, ok := ownFindings(t.Context(), address, slices.Concat(rotationCodes, clockCodes))
+	if !ok || len(found) != 2 || found[0].Level != check.Error || strings.Contains(found[0].Message, "\x1b") || found[1].Code != check.CodeSuccessor {
+		t.Errorf("found %+v, %v", found, ok)
+	}
+	if named(found, "east.yaml"); found[1].Mend != "signet rotation status --config east.yaml" {
+		t.Errorf("%q", found[1].Mend)
+	}
+	// An agent is asked for its clock.
+	h := shortFolder(t)
+	node := h.write("node.yaml", "state_dir: "+h.path("state")+"\nsocket: "+h.path("agent.sock")+"\nhttp: "+address+"\n")
+	if got := h.levels("--agent", node); got["SGN1005"] != "error" || asked != 2 {
+		t.Errorf("of the agent: %v, asked %d times", got, asked)
+	}
+	for _, wrong := range []string{"", "127.0.0.1:1"} {
+		if _, ok := ownFindings(t.Context(), wrong, clockCodes); ok {
+			t.Errorf("%q answers", wrong)
+		}
+	}
+}
+
+// Where the server is away, what the folder says of the rotation is found.
+func TestCheckFindsWhatARotationWaitsForInAFolder(t *testing.T) {
+	h := shortFolder(t)
+	east := h.newCluster("east")
+	want := func(level string) {
+		t.Helper()
+		if got := h.levels("--config", east); got["SGN1019"] != level {
+			t.Errorf("a request that is not signed is %q: %v", level, got)
+		}
+	}
+	want("warning")
+	_ = want
 }

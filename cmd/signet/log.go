@@ -112,6 +112,8 @@ type logEntry struct {
 	Instance     string     `json:"instance,omitempty"`
 	Registration string     `json:"registration,omitempty"`
 	Token        string     `json:"token,omitempty"`
+	Authority    string     `json:"authority,omitempty"`
+	Change       string     `json:"change,omitempty"`
 	Selectors    []string   `json:"selectors,omitempty"`
 	Proven       bool       `json:"proven,omitempty"`
 }
@@ -120,7 +122,7 @@ func newLogEntry(index uint64, f audit.Facts) logEntry {
 	e := logEntry{
 		Index: index, Time: f.Time, Kind: f.Kind, SPIFFEID: f.SPIFFEID, Serial: f.Serial, Agent: f.Agent,
 		Caller: f.Evidence.GetCaller(), Door: f.Evidence.GetDoor(), Instance: f.Evidence.GetInstance(),
-		Registration: f.Registration, Token: f.Token, Selectors: f.Evidence.GetSelectors(),
+		Registration: f.Registration, Token: f.Token, Authority: f.Authority, Change: f.Change, Selectors: f.Evidence.GetSelectors(),
 	}
 	if f.Certificate != nil {
 		e.NotBefore, e.NotAfter = &f.NotBefore, &f.NotAfter
@@ -135,14 +137,19 @@ func (e logEntry) cells() []string {
 	}
 	return []string{
 		strconv.FormatUint(e.Index, 10), clock(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), clockOf(e.NotAfter),
-		clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Token), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
+		printable(e.Authority), printable(e.Change), clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Token), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
 	}
 }
 
 type logEntries []logEntry
 
 func (l logEntries) columns() []string {
-	return []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "SERIAL", "AGENT", "NOT AFTER", "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+PROVEN"}
+	// What became of CAs is shown where there is any of it.
+	authority, change := "+AUTHORITY", "+CHANGE"
+	if slices.ContainsFunc(l, func(e logEntry) bool { return e.Change != "" }) {
+		authority, change = authority[1:], change[1:]
+	}
+	return []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "SERIAL", "AGENT", "NOT AFTER", authority, change, "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+PROVEN"}
 }
 
 func (l logEntries) rows() [][]string {

@@ -27,7 +27,7 @@ var arrows = map[string]string{
 	"sds":         "trust",
 	"agent":       "identity trust sds rotation keystore audit check",
 	"server":      "ca identity trust audit rotation keystore check internal/store",
-	"check":       "audit",
+	"check":       "audit ca rotation",
 
 	"internal/durable":    "",
 	"internal/strictyaml": "",

@@ -25,6 +25,12 @@ func TestEveryMistakeHasItsTest(t *testing.T) {
 	named := regexp.MustCompile("`([a-z0-9/]+)\\.((?:Test|Fuzz)[A-Za-z0-9_]+)`")
 	tests := map[string]bool{}
 	next := 1
+	for _, f := range named.FindAllStringSubmatch(string(text), -1) {
+		tests[f[1]+"."+f[2]] = true
+		if !hasTest(t, f[1], f[2]) {
+			t.Errorf("there is no %s in %s", f[2], f[1])
+		}
+	}
 	for line := range strings.Lines(string(text)) {
 		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")
 		n, err := strconv.Atoi(strings.TrimSpace(cells[0]))
@@ -39,15 +45,8 @@ func TestEveryMistakeHasItsTest(t *testing.T) {
 			t.Errorf("row %d has %d cells, want 4", n, len(cells))
 			continue
 		}
-		found := named.FindAllStringSubmatch(cells[3], -1)
-		if len(found) == 0 && !strings.Contains(cells[3], "not here yet: ") {
+		if !named.MatchString(cells[3]) && !strings.Contains(cells[3], "not here yet: ") {
 			t.Errorf("row %d names no test and does not say that there is nothing to test yet", n)
-		}
-		for _, f := range found {
-			tests[f[1]+"."+f[2]] = true
-			if !hasTest(t, f[1], f[2]) {
-				t.Errorf("row %d: there is no %s in %s", n, f[2], f[1])
-			}
 		}
 	}
 	if next != rows+1 {

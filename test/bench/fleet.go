@@ -50,7 +50,12 @@ func playFleet(in lineReader, out func(any) error, f fleet) error {
 			return err
 		}
 		if f.Bare {
-			go func() { failed <- bareAgent(ctx, f, token) }()
+			// One after the other: the enrol door takes few connections from one address, and agents try again where these don't.
+			m, err := doors.Enrol(ctx, text)
+			if err != nil {
+				return err
+			}
+			go func() { failed <- bareAgent(ctx, f, m) }()
 			continue
 		}
 		a, err := agent.New(ctx, agent.Config{
@@ -79,11 +84,7 @@ func playFleet(in lineReader, out func(any) error, f fleet) error {
 }
 
 // bareAgent is the floor of an agent.
-func bareAgent(ctx context.Context, f fleet, token identity.JoinToken) error {
-	m, err := doors.Enrol(ctx, token.Encode())
-	if err != nil {
-		return err
-	}
+func bareAgent(ctx context.Context, f fleet, m *doors.Member) error {
 	conn, err := m.Dial(m.Reply.AgentDoor, m.ControlCA)
 	if err != nil {
 		return err
@@ -97,7 +98,7 @@ func bareAgent(ctx context.Context, f fleet, token identity.JoinToken) error {
 		return err
 	}
 	b := newBare(nil)
-	l, err := net.Listen("unix", fleetSocket(f.Dir, token.Agent))
+	l, err := net.Listen("unix", fleetSocket(f.Dir, m.Reply.Agent))
 	if err != nil {
 		return err
 	}

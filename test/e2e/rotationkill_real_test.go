@@ -5,7 +5,6 @@ package e2e
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -43,13 +42,17 @@ func (m *mortal) kill(t *testing.T) {
 	defer m.mu.Unlock()
 	m.p.Kill()
 	m.dead++
-	p, err := m.w.Start("east-server", "serve", "--config", m.w.east.Config())
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	m.p = p
-	if err := lab.Ready(context.WithoutCancel(t.Context()), "the server after a kill", m.w.east.HTTP); err != nil {
+	// It may find the folder in use by a command that was quicker: then it is started once more.
+	if err := lab.Until(context.WithoutCancel(t.Context()), "the server after a kill", 20*time.Second, func() (err error) {
+		select {
+		case <-m.p.Done():
+			if m.p, err = m.w.Start("east-server", "serve", "--config", m.w.east.Config()); err != nil {
+				return err
+			}
+		default:
+		}
+		return m.w.are(context.WithoutCancel(t.Context()), m.w.east)
+	}); err != nil {
 		t.Error(err)
 	}
 }
@@ -89,7 +92,14 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 		t.Helper()
 		w.untilAre(t, w.east, want...)
 		m.kill(t)
-		until(t, "the same after a kill", 5*time.Second, func() error { return w.are(t.Context(), w.east, want...) })
+		// What is retired may have gone on meanwhile; nothing goes back.
+		var last []string
+		for i := 0; i < len(want); i += 2 {
+			if want[i+1] != "retired" {
+				last = append(last, want[i:i+2]...)
+			}
+		}
+		until(t, "the same after a kill", 5*time.Second, func() error { return w.are(t.Context(), w.east, last...) })
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -98,7 +108,7 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 	rotate(a, "intermediate")
 	stands("intermediate-2", "active", "intermediate-1", "retired")
 	rotate(b, w.startRoot(b)...)
-	stands("intermediate-3", "active", b.id, "active", "intermediate-2", "retired", a.id, "retired")
+	stands("intermediate-3", "active", b.id, "active", "intermediate-2", "retired")
 	stands("intermediate-1", "removed", "intermediate-2", "removed", a.id, "removed")
 	stop()
 	m.done.Wait()
@@ -117,7 +127,7 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 	}
 
 	// By what the log says of each CA's moves everybody comes to how it stands: nothing is missing, nothing twice.
-	log := map[string]string{}
+	log := map[string]string{"intermediate-1": "prepared"} // by cluster init
 	steps := 0
 	dec := json.NewDecoder(strings.NewReader(w.moves(t, w.east)))
 	var moves []moved
@@ -129,7 +139,7 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 		moves = append(moves, e)
 	}
 	for _, e := range slices.Backward(moves) {
-		c := e.Event
+		c := e.Entry.Changed
 		if log[c.Authority] != c.From {
 			t.Errorf("entry %d takes %s from %q to %q, and it was %q", e.Index, c.Authority, c.From, c.To, log[c.Authority])
 		}
@@ -146,15 +156,16 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 	for _, root := range []offlineRoot{a, b} {
 		w.must(t, "log", "verify", "--dir", w.path(root.dir, "log"))
 	}
-	_ = fmt.Sprint
 }
 
 // moved is a move of a CA as `log show` has it.
 type moved struct {
 	Index uint64 `json:"index"`
-	Event struct {
-		Authority string `json:"authority"`
-		From      string `json:"from"`
-		To        string `json:"to"`
-	} `json:"event"`
+	Entry struct {
+		Changed struct {
+			Authority string `json:"authority"`
+			From      string `json:"from"`
+			To        string `json:"to"`
+		} `json:"authority_changed"`
+	} `json:"entry"`
 }

@@ -173,6 +173,9 @@ func (p *Process) Stop() {
 	}
 }
 
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
 func (p *Process) ended() bool {
 	select {
 	case <-p.done:
