@@ -134,7 +134,7 @@ func (v *view) refusal(agent string) string {
 		return fmt.Sprintf("no registration%s fits this caller, whose uid, gid and path don't count since %s; agent %s sees %s: run it in the agent's user namespace, or apply a registration by what is seen, or by a socket of its own",
 			which, clip(v.workload.Foreign, 256), agent, strings.Join(seen, ", "))
 	}
-	return fmt.Sprintf("no registration%s fits this caller, of which agent %s sees %s: apply one for this agent with some of these selectors, by `signet registration apply`",
+	return fmt.Sprintf("no registration%s fits this caller, of which agent %s sees %s: apply one for this agent with some of these selectors, by `signet registration apply`; if there is one, its identity may be banned: see `signet identity list`",
 		which, agent, strings.Join(seen, ", "))
 }
 

@@ -132,7 +132,7 @@ func reg(name, path string, ttl time.Duration, selectors ...identity.Selector) i
 // world is a cluster: both hierarchies, and a server whose doors can be closed and whose answers can be bent.
 type world struct {
 	// ahead is how far the server's clock is ahead, as it says.
-	ahead atomic.Int64
+	ahead   atomic.Int64
 	t       testing.TB
 	control *authority
 	root    *authority
@@ -345,7 +345,7 @@ func (w *world) standing() error {
 	return nil
 }
 
-func (w agentDoor) Issue(_ context.Context, req *signetv1.IssueRequest) (*signetv1.IssueResponse, error) {
+func (w agentDoor) Issue(ctx context.Context, req *signetv1.IssueRequest) (*signetv1.IssueResponse, error) {
 	_ = grpc.SetHeader(ctx, w.time())
 	if err := w.standing(); err != nil {
 		return nil, err

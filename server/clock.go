@@ -227,4 +227,3 @@ func (s *Server) tellTime(ctx context.Context) {
 
 // doubt reports whether no step may be taken by itself.
 func (k *keeper) doubt() bool { return k.clock != nil && k.clock.believe() != nil }
-

@@ -48,9 +48,9 @@ func TestTheEndsOfEverythingAreMetricsFromTheStart(t *testing.T) {
 		`signet_ca_earliest_not_after_timestamp_seconds{kind="intermediate",state="active"}`:  float64(mesh.NotAfter().Unix()),
 		`signet_bundle_earliest_root_not_after_timestamp_seconds{trust_domain="example.org"}`: float64(c.root.cert.NotAfter.Unix()),
 		`signet_rotation_blocked{kind="intermediate",reason="time"}`:                          1,
-		`signet_bundle_validators`: 0,
-		`signet_reissue_holding`:   0,
-		`signet_tainted_accepted`:  0,
+		`signet_bundle_validators`:               0,
+		`signet_reissue_holding`:                 0,
+		`signet_tainted_accepted`:                0,
 		`signet_ca_tainted{kind="intermediate"}`: 0,
 		`signet_rotation_ready{kind="root"}`:     0,
 	} {
@@ -59,10 +59,10 @@ func TestTheEndsOfEverythingAreMetricsFromTheStart(t *testing.T) {
 		}
 	}
 	for series, least := range map[string]float64{
-		`signet_issuable_seconds{kind="intermediate"}`:         900 * 3600,
-		`signet_issuable_seconds{kind="control"}`:              900 * 3600,
+		`signet_issuable_seconds{kind="intermediate"}`:          900 * 3600,
+		`signet_issuable_seconds{kind="control"}`:               900 * 3600,
 		`signet_server_certificate_not_after_timestamp_seconds`: float64(time.Now().Unix()),
-		`signet_rotation_report_age_seconds{cluster="west"}`:   1e300, // +Inf
+		`signet_rotation_report_age_seconds{cluster="west"}`:    1e300, // +Inf
 	} {
 		if got := gauged(t, s, series); !(got > least) {
 			t.Errorf("%s is %v, want more than %v", series, got, least)
@@ -137,4 +137,3 @@ func TestNotAbleSoonIsToldFromNotAble(t *testing.T) {
 		}
 	}
 }
-

@@ -61,7 +61,8 @@ func newMetrics(s *Server) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.rejected, m.ahead, m.doubts, m.unread, lifeCollector{s},
+		m.rejected, m.ahead, m.doubts, m.unread,
+		lifeCollector{s},
 		gauge("signet_log_changes_waiting", "1 while a change that is stored waits for the log, and is not in effect.", nil, func() float64 {
 			if s.settled() != nil {
 				return 1

@@ -297,10 +297,24 @@ It can't be taken back. On a terminal it is asked for once more; elsewhere --yes
 					if err != nil {
 						return err
 					}
-					if dryRun || !answer.Changed {
+					if !answer.Changed {
+						return c.printChange(answer, dryRun)
+					}
+					all, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
+					if err != nil {
+						return err
+					}
+					follows := tainting(all.Authorities, args[0], answer)
+					if dryRun {
+						for _, text := range follows {
+							folded(c.err, "- ", "  ", text)
+						}
 						return c.printChange(answer, dryRun)
 					}
 					fmt.Fprintf(c.err, "Tainting %s can't be taken back. This would happen:\n", args[0])
+					for _, text := range follows {
+						folded(c.err, "- ", "  ", text)
+					}
 					for _, s := range describeSteps(answer.Taken) {
 						fmt.Fprintf(c.err, "  %s: %s\n", s.what(), s.Because)
 					}
@@ -327,6 +341,61 @@ It can't be taken back. On a terminal it is asked for once more; elsewhere --yes
 	_ = cmd.MarkFlagRequired("reason")
 	dryRunFlag(cmd, &dryRun)
 	return cmd
+}
+
+// tainting says what a taint leads to, and what people have to do, whether or not a step is ready now.
+func tainting(all []*adminv1.AuthorityInfo, id string, answer *adminv1.RotationChangeResponse) []string {
+	root, signs, successor := id, "", ""
+	for _, a := range all {
+		if a.Id == id && a.Kind == ca.KindIntermediate {
+			root = a.Root
+		}
+		if a.Kind == ca.KindIntermediate && a.State == string(ca.Active) && (a.Id == id || a.Root == id) {
+			signs = a.Id
+		}
+	}
+	for _, a := range all {
+		if isRoot(a) && a.Id != root && a.State == string(ca.Active) && a.Leaving == nil && a.Tainted == nil {
+			successor = a.Id
+		}
+	}
+	signers := root + ", or the root that replaces it, has"
+	switch {
+	case successor != "":
+		signers = successor + " has"
+	case root == id:
+		signers = "the root that replaces " + id + " has"
+	}
+	takes, makes := "", ""
+	for _, s := range answer.Taken {
+		switch {
+		case s.Authority == "":
+			makes = "a request for a new intermediate is made (signet rotation start intermediate prints it)"
+		case s.Kind == ca.KindIntermediate && s.To == string(ca.Active):
+			takes = s.Authority
+		}
+	}
+	if len(answer.Requests) > 0 {
+		makes = "the request of " + answer.Requests[0].Authority + " waits for its signature"
+	}
+	var texts []string
+	switch {
+	case signs == "":
+	case takes != "":
+		texts = append(texts, signs+" stops signing at once, and "+takes+" signs in its place")
+	case makes != "":
+		texts = append(texts, makes+": "+signers+" to sign it (signet root sign), and it has to be installed (signet cluster install)",
+			signs+" goes on signing until then")
+	}
+	texts = append(texts, "agents replace what was signed by it, spread over time")
+	if root == "" {
+		return texts
+	}
+	must := "forged certificates are accepted as long as " + root + " is believed, in every cluster: "
+	if successor != "" {
+		return append(texts, must+"it begins to leave here, for "+successor+"; say the same in the other clusters (signet trust remove "+root+")")
+	}
+	return append(texts, must+"it must be replaced (signet root init, then signet rotation start root in each cluster)")
 }
 
 // confirm asks on the terminal for a word.

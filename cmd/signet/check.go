@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/config"
@@ -193,6 +194,9 @@ func checkAuthorities(ctx context.Context, cfg *config.Server, shown server.Clus
 	keys, keysErr := cfg.OpenKeys()
 	installed := false
 	for _, a := range shown.Authorities {
+		if a.State == ca.Removed {
+			continue // its key is destroyed, and its end concerns nobody
+		}
 		if a.Certificate == nil {
 			continue
 		}

@@ -200,13 +200,16 @@ func TestCheckAsksTheProcessForWhatOnlyItKnows(t *testing.T) {
 // Where the server is away, what the folder says of the rotation is found.
 func TestCheckFindsWhatARotationWaitsForInAFolder(t *testing.T) {
 	h := shortFolder(t)
-	east := h.newCluster("east")
-	want := func(level string) {
-		t.Helper()
-		if got := h.levels("--config", east); got["SGN1019"] != level {
-			t.Errorf("a request that is not signed is %q: %v", level, got)
-		}
+	h.write("pass", "correct horse battery staple\n")
+	free, err := freePort("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
 	}
-	want("warning")
-	_ = want
+	east := h.write("east.yaml", fmt.Sprintf("trust_domain: example.org\ncluster: east\nkeystore: { passphrase_file: ./pass }\nlisten: { http: %q }\n", free))
+	h.must(exitYes, "cluster", "init", "--config", east)
+	if got := h.levels("--config", east); got["SGN1019"] != "warning" {
+		t.Errorf("a request that is not signed: %v", got)
+	}
+	out, _ := h.must(exitNo, "check", "--config", east)
+	contains(t, out, "intermediate-1", "its request waits for a signature since", "signet ca show --config "+east+" intermediate-1", "signet root sign")
 }

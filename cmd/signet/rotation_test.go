@@ -329,11 +329,30 @@ func TestAWriteSaysWhatItDidAndWhatComesNext(t *testing.T) {
 
 func TestATaintIsAskedForOrSaidTwice(t *testing.T) {
 	d := &doorman{change: &adminv1.RotationChangeResponse{Changed: true}}
+	d.list = &adminv1.ListAuthoritiesResponse{Authorities: []*adminv1.AuthorityInfo{
+		{Id: oldRoot, Kind: "root", State: "active"},
+		{Id: "intermediate-1", Kind: "intermediate", Root: oldRoot, State: "active"},
+	}}
 	h, east := door(t, d)
 	taint := []string{"ca", "taint", "intermediate-1", "--config", east, "--reason", "stolen"}
 	_, errs := h.must(exitCouldNotSay, taint...)
 	contains(t, errs, "say --yes", "nothing is changed")
 	h.must(exitYes, append(taint, "--dry-run")...)
+	follows := func(words ...string) {
+		t.Helper()
+		_, errs := h.must(exitYes, append(taint, "--dry-run")...)
+		contains(t, strings.Join(strings.Fields(errs), " "), words...)
+	}
+	// Also when no step is ready it says what will be, and who has to do what.
+	d.change.Taken = []*adminv1.RotationStep{{Kind: "intermediate", To: "prepared"}}
+	follows("a request for a new intermediate is made", oldRoot+", or the root that replaces it, has to sign it", "intermediate-1 goes on signing until then",
+		"accepted as long as "+oldRoot+" is believed", "it must be replaced (signet root init", "nothing is changed")
+	d.change.Taken, d.change.Requests = nil, []*adminv1.PendingRequest{{Authority: "intermediate-2"}}
+	follows("the request of intermediate-2 waits for its signature")
+	d.change.Taken, d.change.Requests = []*adminv1.RotationStep{{Authority: "intermediate-2", Kind: "intermediate", From: "published", To: "active"}}, nil
+	d.list.Authorities = append(d.list.Authorities, &adminv1.AuthorityInfo{Id: newRoot, Kind: "root", State: "active"})
+	follows("intermediate-2 signs in its place", "it begins to leave here, for "+newRoot, "signet trust remove "+oldRoot)
+	d.change.Taken = nil
 	for _, m := range d.asked {
 		if !m.(*adminv1.TaintAuthorityRequest).DryRun {
 			t.Fatal("it was tainted without a word")

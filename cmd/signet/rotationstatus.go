@@ -247,9 +247,9 @@ func count(n uint32, what string) string {
 // text is how far it is.
 func (r reissueShown) text() string {
 	if r.Holding == 0 {
-		return fmt.Sprintf("all %s have replaced what a tainted CA has signed", count(r.Agents, "agent"))
+		return fmt.Sprintf("none of %d agents uses what a tainted CA has signed any more", r.Agents)
 	}
-	return fmt.Sprintf("%d of %s still use what a tainted CA has signed", r.Holding, count(r.Agents, "agent"))
+	return fmt.Sprintf("%d of %d agents still use what a tainted CA has signed", r.Holding, r.Agents)
 }
 
 func (c *cli) rotationStatusCommand() *cobra.Command {

@@ -213,17 +213,22 @@ func trustRounds(ctx context.Context, b *bench, bare bool, agents, streams, roun
 	if err := a.believed(ctx, idOf(l.RootFingerprint), agents, time.Minute); err != nil {
 		return nil, nil, err
 	}
-	cs, err := gather(crowd{Sockets: sockets, Sidecars: agents * streams, Names: []string{trustName}})
-	if err != nil {
-		return nil, nil, err
-	}
-	defer cs.end()
-	got, err := cs.arrive(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	if got.Served != agents*streams {
-		return nil, nil, fmt.Errorf("%d of %d streams were served: %v", got.Served, agents*streams, got.Errors)
+	var cs crowds
+	defer func() { cs.end() }()
+	// One fleet after the other: how many can come at once is the business of the cold start.
+	for some := range slices.Chunk(sockets, perFleet) {
+		these, err := gather(crowd{Sockets: some, Sidecars: len(some) * streams, Names: []string{trustName}})
+		if err != nil {
+			return nil, nil, err
+		}
+		cs = append(cs, these...)
+		got, err := these.arrive(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		if got.Served != len(some)*streams {
+			return nil, nil, fmt.Errorf("%d of %d streams were served: %v", got.Served, len(some)*streams, got.Errors)
+		}
 	}
 	for n := range rounds {
 		time.Sleep(time.Second) // what an agent gathers has been said

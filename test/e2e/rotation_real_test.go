@@ -255,7 +255,7 @@ func (w *world) fetch(socket string) (*workload, error) {
 	return x, nil
 }
 
-// believes reports whether the workload accepts the other's certificate, as go-spiffe does.
+// believes is nil when what the workload believes bears the other's certificate, for as long as that lives.
 func (x *workload) believes(y *workload) error {
 	roots, between := x509.NewCertPool(), x509.NewCertPool()
 	for _, r := range x.bundle {
@@ -264,7 +264,7 @@ func (x *workload) believes(y *workload) error {
 	for _, c := range y.chain[1:] {
 		between.AddCert(c)
 	}
-	_, err := y.chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	_, err := y.chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: y.chain[0].NotAfter, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 	return err
 }
 

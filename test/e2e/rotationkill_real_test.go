@@ -138,7 +138,13 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 		}
 		moves = append(moves, e)
 	}
+	seen := map[string]bool{}
 	for _, e := range slices.Backward(moves) {
+		// One that a kill has interrupted may be there twice, byte for byte.
+		if seen[e.LeafHash] {
+			continue
+		}
+		seen[e.LeafHash] = true
 		c := e.Entry.Changed
 		if log[c.Authority] != c.From {
 			t.Errorf("entry %d takes %s from %q to %q, and it was %q", e.Index, c.Authority, c.From, c.To, log[c.Authority])
@@ -152,7 +158,9 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 		}
 	}
 	t.Logf("%d moves are logged", steps)
-	w.must(t, "check", "--config", w.east.Config())
+	if r := w.run(t, "check", "--config", w.east.Config()); strings.Contains(r.out, "intermediate-1") || !strings.Contains(r.out, "intermediate-3") {
+		t.Errorf("what is checked is not what there is: %v", r)
+	}
 	for _, root := range []offlineRoot{a, b} {
 		w.must(t, "log", "verify", "--dir", w.path(root.dir, "log"))
 	}
@@ -160,8 +168,9 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 
 // moved is a move of a CA as `log show` has it.
 type moved struct {
-	Index uint64 `json:"index"`
-	Entry struct {
+	Index    uint64 `json:"index"`
+	LeafHash string `json:"leaf_hash"`
+	Entry    struct {
 		Changed struct {
 			Authority string `json:"authority"`
 			From      string `json:"from"`
