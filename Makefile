@@ -52,8 +52,10 @@ test: lint $(ENVOY) $(ENVOYS) ## Every test, the real parts included
 	$(GO) test $(RACE) -tags real -timeout 18m ./...
 
 .PHONY: soak
-soak: ## What takes longer: faults at every call, then each fuzz target for FUZZTIME (default 2m)
-	$(GO) test -tags soak -timeout 90m -v ./test/faults
+soak: ## What takes longer: faults at every call, ten thousand worlds of rotation, a greedy agent, then each fuzz target for FUZZTIME (default 2m)
+	$(GO) test -tags soak -timeout 150m -parallel 8 -v ./test/faults
+	$(GO) test -tags soak -timeout 60m -v -run TenThousand ./rotation
+	$(GO) test -tags soak -timeout 10m -v -run GreedyAgent ./server
 	@set -e; for pkg in $$($(GO) list ./...); do \
 	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 	    echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(or $(FUZZTIME),2m) $$pkg; \
