@@ -74,17 +74,17 @@ func TestEntriesAreFoundByWhatTheySay(t *testing.T) {
 			q    Query
 			want []uint64
 		}{
-			"all":               {Query{}, []uint64{11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}},
-			"limit":             {Query{Limit: 2}, []uint64{11, 10}},
+			"all":               {Query{}, []uint64{14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}},
+			"limit":             {Query{Limit: 2}, []uint64{14, 13}},
 			"serial":            {Query{Serial: "0abc"}, []uint64{6}},
 			"serial of a CA":    {Query{Serial: "4d"}, []uint64{1, 0}},
 			"SPIFFE ID":         {Query{SPIFFEID: "spiffe://example.org/ns/shop/sa/frontend"}, []uint64{8, 6}},
 			"not a prefix":      {Query{SPIFFEID: "spiffe://example.org/ns/shop"}, []uint64{}},
 			"agent":             {Query{Agent: "node-1"}, []uint64{8, 6, 5, 4, 3}},
-			"banned identity":   {Query{SPIFFEID: "spiffe://example.org/ns/bad/sa/one"}, []uint64{13, 12}},
+			"banned identity":   {Query{SPIFFEID: "spiffe://example.org/ns/bad/sa/one"}, []uint64{14, 13}},
 			"kind":              {Query{Kind: "certificate-issued"}, []uint64{8, 7, 6}},
 			"agent and kind":    {Query{Agent: "node-1", Kind: "agent-enrolled"}, []uint64{5}},
-			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{11, 10, 9, 8}},
+			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{14, 13, 12, 11, 10, 9, 8}},
 			"until is not":      {Query{Until: testTime.Add(time.Minute)}, []uint64{0}},
 			"a window":          {Query{Since: testTime.Add(3 * time.Minute), Until: testTime.Add(5 * time.Minute)}, []uint64{4, 3}},
 			"registration":      {Query{Registration: "frontend"}, []uint64{8, 7, 6, 2}},

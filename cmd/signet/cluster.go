@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -97,6 +98,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 				if err := what.print(c.err); err != nil {
 					return err
 				}
+				c.hintSign("the root", cfg.Cluster, "", r.KeyFingerprint)
 				_, err = c.out.Write(r.CSR)
 				return err
 			}
@@ -106,6 +108,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 			if err := append(what, [2]string{"request", out}).print(c.err); err != nil {
 				return err
 			}
+			c.hintSign("the root", cfg.Cluster, out, r.KeyFingerprint)
 			_, err = fmt.Fprintln(c.out, r.KeyFingerprint)
 			return err
 		},
@@ -113,6 +116,15 @@ It is safe to run again: what is missing is completed, and the same request and 
 	serverConfigFlag(cmd, &file)
 	cmd.Flags().StringVar(&out, "csr-out", "", "write the certificate request to this file")
 	return cmd
+}
+
+// hintSign says what the root's holder types next. An empty file stands for the one that stdout went to.
+func (c *cli) hintSign(root, cluster, file string, keys ...string) {
+	fmt.Fprintf(c.err, "next, where %s is: signet root sign --cluster %s --out %[2]s.chain.pem --csr %s", root, cluster, cmp.Or(file, "FILE"))
+	for _, k := range keys {
+		fmt.Fprintf(c.err, " \\\n  --fingerprint %s", k)
+	}
+	fmt.Fprintln(c.err)
 }
 
 func (c *cli) clusterInstallCommand() *cobra.Command {

@@ -142,7 +142,8 @@ logging: { format: json }
 
 	rootPrint, _ := h.must(exitYes, "root", "init", "--trust-domain", "example.org", "--dir", h.path("root"), "--passphrase-file", h.path("pass"))
 	keyPrint, errs := h.must(exitYes, with("cluster", "init", "--csr-out", h.path("east.csr"))...)
-	contains(t, errs, "control CA:", strings.TrimSpace(keyPrint), "log verifier key:")
+	contains(t, errs, "control CA:", "key of the request:", "log verifier key:",
+		"signet root sign --cluster east --out east.chain.pem --csr "+h.path("east.csr")+" \\\n  --fingerprint "+keyPrint)
 	csr, errs := h.must(exitYes, with("cluster", "init")...)
 	contains(t, errs, "unchanged", strings.TrimSpace(keyPrint))
 	if file, err := os.ReadFile(h.path("east.csr")); err != nil || string(file) != csr {

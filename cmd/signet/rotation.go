@@ -412,7 +412,11 @@ Starting again what has been started changes nothing and prints the same request
 					return err
 				}
 			}
-			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
+			cfg, err := config.LoadServer(file)
+			if err != nil {
+				return err
+			}
+			return c.rotationOf(cmd.Context(), cfg, file, func(ctx context.Context, r adminv1.RotationClient) error {
 				answer, err := r.StartRotation(ctx, request)
 				if err != nil {
 					return err
@@ -420,7 +424,11 @@ Starting again what has been started changes nothing and prints the same request
 				if dryRun || len(answer.Requests) == 0 {
 					return c.printChange(answer, dryRun)
 				}
-				return c.printRequests(answer, out)
+				root := "the root"
+				if args[0] == ca.KindRoot {
+					root = "the new root"
+				}
+				return c.printRequests(root, cfg.Cluster, answer, out)
 			})
 		},
 	}
@@ -436,14 +444,14 @@ Starting again what has been started changes nothing and prints the same request
 }
 
 // printRequests writes the requests of a rotation as `cluster init` writes its one.
-func (c *cli) printRequests(r *adminv1.RotationChangeResponse, file string) error {
+func (c *cli) printRequests(root, cluster string, r *adminv1.RotationChangeResponse, file string) error {
 	var requests, keys bytes.Buffer
+	var what facts
+	var prints []string
 	for _, p := range r.Requests {
 		requests.Write(p.Csr)
 		fmt.Fprintln(&keys, p.KeyFingerprint)
-	}
-	var what facts
-	for _, p := range r.Requests {
+		prints = append(prints, p.KeyFingerprint)
 		what = append(what, [2]string{"key of " + p.Authority, p.KeyFingerprint})
 	}
 	data := requests.Bytes()
@@ -461,6 +469,7 @@ func (c *cli) printRequests(r *adminv1.RotationChangeResponse, file string) erro
 		return err
 	}
 	c.talkOfChange(r, false)
+	c.hintSign(root, cluster, file, prints...)
 	_, err := c.out.Write(data)
 	return err
 }

@@ -391,7 +391,7 @@ func TestARotationOfTheRootNeedsItsFingerprint(t *testing.T) {
 	if out != string(csr) {
 		t.Errorf("stdout is not the request alone: %s", out)
 	}
-	contains(t, errs, "key of intermediate-2:", desk.key)
+	contains(t, errs, "key of intermediate-2:", "where the new root is: signet root sign --cluster east --out east.chain.pem --csr FILE \\\n  --fingerprint "+desk.key)
 	out, _ = h.must(exitYes, start("root", "--root", root, "--fingerprint", desk.rootFingerprint, "--csr-out", h.path("x.csr"))...)
 	if out != desk.key+"\n" {
 		t.Errorf("stdout is not the fingerprint alone: %s", out)

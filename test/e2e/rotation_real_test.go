@@ -201,18 +201,6 @@ func (s standing) trusting(root string) (n, of int) {
 	return 0, 0
 }
 
-// waits are the codes that a step of a CA waits for.
-func (s standing) waits(id string) (codes []string) {
-	for _, x := range s.Next {
-		if x.Authority == id {
-			for _, w := range x.Waits {
-				codes = append(codes, w.Code)
-			}
-		}
-	}
-	return codes
-}
-
 // workload is what an agent gives to this process: a certificate with its key, and what it believes.
 type workload struct {
 	cert   tls.Certificate
@@ -325,6 +313,7 @@ func (w *world) moves(t *testing.T, c *lab.Cluster) (text string) {
 }
 
 func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, quick)
 	w.serve(t)
 	w.apply(t, web("node-1", "node-2"))
@@ -384,6 +373,7 @@ func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
 }
 
 func TestSeveralSuccessorsAreSignedInOneCeremony(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, quick)
 	w.serve(t)
 	a := w.firstRoot(t)
@@ -420,6 +410,7 @@ func TestSeveralSuccessorsAreSignedInOneCeremony(t *testing.T) {
 }
 
 func TestARootThatIsTooShortIsRefusedAndAnIntermediateEndsWithItsRoot(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, "leaf: { ttl: 1h, max_ttl: 168h }\n")
 	w.serve(t)
 	made := func(dir, life string) offlineRoot {
@@ -451,6 +442,7 @@ func TestARootThatIsTooShortIsRefusedAndAnIntermediateEndsWithItsRoot(t *testing
 }
 
 func TestARotationIsTurnedBackFromEveryState(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, quick)
 	w.serve(t)
 	w.apply(t, web("node-1"))
@@ -472,7 +464,7 @@ func TestARotationIsTurnedBackFromEveryState(t *testing.T) {
 		w.ask(t, w.east, "intermediate")
 		abort("intermediate-2")
 		stands(t, "intermediate-1", "active", "intermediate-2", "removed")
-		w.refuses(t, 1, []string{"intermediate-2", "nothing to abort"}, "rotation", "abort", "--config", w.east.Config(), "intermediate-2")
+		w.run(t, "rotation", "abort", "--config", w.east.Config(), "intermediate-2").refused(t, 1, "intermediate-2", "nothing to abort")
 	})
 	t.Run("intermediate, active and published", func(t *testing.T) {
 		csr, keys := w.ask(t, w.east, "intermediate", "--successors", "2")
@@ -519,7 +511,7 @@ func TestARotationIsTurnedBackFromEveryState(t *testing.T) {
 		abort(c.id)
 		stands(t, "intermediate-1", "active", a.id, "active")
 		stands(t, c.id, "removed") // when its last leaf is over
-		w.refuses(t, 1, []string{c.id, "nothing to abort"}, "rotation", "abort", "--config", w.east.Config(), c.id)
+		w.run(t, "rotation", "abort", "--config", w.east.Config(), c.id).refused(t, 1, c.id, "nothing to abort")
 	})
 	w.logged(t, w.east)
 }

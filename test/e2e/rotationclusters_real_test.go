@@ -196,6 +196,7 @@ func (w *world) sidecar(t *testing.T, a *lab.Agent) (ask func(tls.Certificate) e
 }
 
 func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, "")
 	w.knowEachOther(t, "6s")
 	a := w.firstRoot(t)
@@ -266,6 +267,7 @@ func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
 }
 
 func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, "leaf: { ttl: 20s, max_ttl: 20s, backdate: 1s }\nrotation: { skew: 1s, report_life: 4s }\n")
 	a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
 	server, east := w.start(t, w.east)
@@ -309,11 +311,19 @@ func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
 
 	csr, keys := w.westAsks(t)
 	underA, underB := w.sign(t, w.west, a, csr, keys), w.sign(t, w.west, b, csr, keys)
-	w.refuses(t, 1, []string{a.id, "being removed", "signed by " + b.id}, w.installing(w.west, a, underA, with(file, digest)...)...)
-	w.refuses(t, 1, []string{"left out"}, w.installing(w.west, b, underB, with(less, digest)...)...)
-	w.refuses(t, 1, []string{"other.org"}, w.installing(w.west, b, underB, with(foreign, digest)...)...)
-	w.refuses(t, 1, []string{digest}, w.installing(w.west, b, underB, with(file, "SHA256:"+strings.Repeat("ab", 32))...)...)
-	w.refuses(t, 2, []string{"trust-digest"}, w.installing(w.west, b, underB, "--trust", file)...)
+	refuses := func(code int, says []string, args ...string) {
+		t.Helper()
+		changesNothing(t, w.path("west"), func() ran {
+			r := w.run(t, args...)
+			r.refused(t, code, says...)
+			return r
+		})
+	}
+	refuses(1, []string{a.id, "being removed", "signed by " + b.id}, w.installing(w.west, a, underA, with(file, digest)...)...)
+	refuses(1, []string{"left out"}, w.installing(w.west, b, underB, with(less, digest)...)...)
+	refuses(1, []string{"other.org"}, w.installing(w.west, b, underB, with(foreign, digest)...)...)
+	refuses(1, []string{digest}, w.installing(w.west, b, underB, with(file, "SHA256:"+strings.Repeat("ab", 32))...)...)
+	refuses(2, []string{"trust-digest"}, w.installing(w.west, b, underB, "--trust", file)...)
 	if out := w.must(t, w.installing(w.west, b, underB, append(with(file, digest), "--dry-run")...)...); out != "would be installed\n" {
 		t.Errorf("a dry run says %q", out)
 	}
@@ -342,6 +352,7 @@ func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
 }
 
 func TestAServerThatWasAwayThroughAWholeRotationComesBackRight(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, "")
 	w.knowEachOther(t, "6s")
 	a, b := w.firstRoot(t), w.makeRoot(t, "root-b")

@@ -19,7 +19,6 @@ import (
 // mortal is a server that dies at random moments and is started again at once, as a supervisor does.
 type mortal struct {
 	w    *world
-	stop context.CancelFunc
 	done sync.WaitGroup
 	mu   sync.Mutex
 	p    *lab.Process
@@ -68,6 +67,7 @@ func (w *world) insist(t *testing.T, args ...string) (out string) {
 }
 
 func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
+	t.Parallel() // it mostly waits
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	w := newWorld(t, quick)

@@ -104,6 +104,7 @@ func (x *terminal) ends() int {
 }
 
 func TestATaintIsConfirmedAndWatchedAtATerminal(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, quick)
 	_, agent := w.start(t, w.east)
 	a := w.firstRoot(t)
