@@ -144,12 +144,20 @@ func (e logEntry) cells() []string {
 type logEntries []logEntry
 
 func (l logEntries) columns() []string {
+	heads := []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "SERIAL", "AGENT", "NOT AFTER", "+AUTHORITY", "+CHANGE", "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+PROVEN"}
 	// What became of CAs is shown where there is any of it.
-	authority, change := "+AUTHORITY", "+CHANGE"
-	if slices.ContainsFunc(l, func(e logEntry) bool { return e.Change != "" }) {
-		authority, change = authority[1:], change[1:]
+	if l.tellOfCAs() {
+		for i, head := range heads {
+			if head == "+AUTHORITY" || head == "+CHANGE" {
+				heads[i] = head[1:]
+			}
+		}
 	}
-	return []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "SERIAL", "AGENT", "NOT AFTER", authority, change, "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+PROVEN"}
+	return heads
+}
+
+func (l logEntries) tellOfCAs() bool {
+	return slices.ContainsFunc(l, func(e logEntry) bool { return e.Change != "" })
 }
 
 func (l logEntries) rows() [][]string {
