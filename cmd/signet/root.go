@@ -348,14 +348,6 @@ func signConfigs(file string, ask signAsked) ([]ceremony.SignFile, error) {
 	case slices.Contains(ask.fingerprints, ""):
 		return nil, errors.New("--fingerprint is empty: give it a value or leave it out")
 	}
-	var requests [][]byte
-	for _, path := range ask.csrs {
-		some, err := ceremony.ReadRequestFile(path)
-		if err != nil {
-			return nil, refused(err)
-		}
-		requests = append(requests, some...)
-	}
 	for _, one := range ask.fingerprints {
 		if _, err := ca.ParseFingerprint(one); err != nil {
 			return nil, fmt.Errorf("--fingerprint: %w; `signet cluster init` prints it, bring it by another way than the request", err)
@@ -370,6 +362,14 @@ func signConfigs(file string, ask signAsked) ([]ceremony.SignFile, error) {
 		if stagger, err = ceremony.ParseLife(ask.stagger); err != nil {
 			return nil, fmt.Errorf("--stagger: %w", err)
 		}
+	}
+	var requests [][]byte
+	for _, path := range ask.csrs {
+		some, err := ceremony.ReadRequestFile(path)
+		if err != nil {
+			return nil, refused(err)
+		}
+		requests = append(requests, some...)
 	}
 	switch {
 	case len(requests) > ceremony.MaxRequests:

@@ -85,7 +85,7 @@ func TestARootSignsNoBadCSR(t *testing.T) {
 	}
 	t.Run("raw bytes", func(t *testing.T) {
 		w.write(t, "bad.csr", strings.Repeat("\x00\xff\x1b[2J", 1000))
-		r := w.run(t, "root", "sign", "--dir", "root", "--passphrase-file", "root.pass", "--cluster", "north", "--csr", "bad.csr", "--fingerprint", "x", "--out", "-")
+		r := w.run(t, "root", "sign", "--dir", "root", "--passphrase-file", "root.pass", "--cluster", "north", "--csr", "bad.csr", "--fingerprint", fingerprint([]byte("x")), "--out", "-")
 		r.refused(t, 1, "PEM")
 	})
 }
