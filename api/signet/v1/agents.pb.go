@@ -521,7 +521,10 @@ type SyncRequest struct {
 	// The newest checkpoint the agent has verified; answered by a Checkpoint that is consistent with it.
 	CheckpointSeen *CheckpointSeen `protobuf:"bytes,2,opt,name=checkpoint_seen,json=checkpointSeen,proto3" json:"checkpoint_seen,omitempty"`
 	// Which issuers' leaves this agent holds; replaces what was said before.
-	IssuersHeld   *IssuersHeld `protobuf:"bytes,3,opt,name=issuers_held,json=issuersHeld,proto3" json:"issuers_held,omitempty"`
+	IssuersHeld *IssuersHeld `protobuf:"bytes,3,opt,name=issuers_held,json=issuersHeld,proto3" json:"issuers_held,omitempty"`
+	// The bundle that this agent itself has in use and on its disk: what it verifies with, and what streams to come get.
+	// Unset while it has none.
+	BundleStored  *BundleAck `protobuf:"bytes,4,opt,name=bundle_stored,json=bundleStored,proto3" json:"bundle_stored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -573,6 +576,13 @@ func (x *SyncRequest) GetCheckpointSeen() *CheckpointSeen {
 func (x *SyncRequest) GetIssuersHeld() *IssuersHeld {
 	if x != nil {
 		return x.IssuersHeld
+	}
+	return nil
+}
+
+func (x *SyncRequest) GetBundleStored() *BundleAck {
+	if x != nil {
+		return x.BundleStored
 	}
 	return nil
 }
@@ -1203,12 +1213,13 @@ const file_api_signet_v1_agents_proto_rawDesc = "" +
 	"\fRenewRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"<\n" +
 	"\rRenewResponse\x12+\n" +
-	"\x11certificate_chain\x18\x01 \x03(\fR\x10certificateChain\"\xc3\x01\n" +
+	"\x11certificate_chain\x18\x01 \x03(\fR\x10certificateChain\"\xfe\x01\n" +
 	"\vSyncRequest\x125\n" +
 	"\vbundle_acks\x18\x01 \x03(\v2\x14.signet.v1.BundleAckR\n" +
 	"bundleAcks\x12B\n" +
 	"\x0fcheckpoint_seen\x18\x02 \x01(\v2\x19.signet.v1.CheckpointSeenR\x0echeckpointSeen\x129\n" +
-	"\fissuers_held\x18\x03 \x01(\v2\x16.signet.v1.IssuersHeldR\vissuersHeld\"&\n" +
+	"\fissuers_held\x18\x03 \x01(\v2\x16.signet.v1.IssuersHeldR\vissuersHeld\x129\n" +
+	"\rbundle_stored\x18\x04 \x01(\v2\x14.signet.v1.BundleAckR\fbundleStored\"&\n" +
 	"\vIssuersHeld\x12\x17\n" +
 	"\akey_ids\x18\x01 \x03(\fR\x06keyIds\"b\n" +
 	"\tBundleAck\x12!\n" +
@@ -1298,22 +1309,23 @@ var file_api_signet_v1_agents_proto_depIdxs = []int32{
 	11, // 5: signet.v1.SyncRequest.bundle_acks:type_name -> signet.v1.BundleAck
 	12, // 6: signet.v1.SyncRequest.checkpoint_seen:type_name -> signet.v1.CheckpointSeen
 	10, // 7: signet.v1.SyncRequest.issuers_held:type_name -> signet.v1.IssuersHeld
-	15, // 8: signet.v1.SyncResponse.bundle:type_name -> signet.v1.Bundle
-	16, // 9: signet.v1.SyncResponse.registrations:type_name -> signet.v1.RegistrationSet
-	18, // 10: signet.v1.SyncResponse.checkpoint:type_name -> signet.v1.Checkpoint
-	14, // 11: signet.v1.SyncResponse.reissue:type_name -> signet.v1.Reissue
-	17, // 12: signet.v1.RegistrationSet.registrations:type_name -> signet.v1.Registration
-	1,  // 13: signet.v1.Agents.Issue:input_type -> signet.v1.IssueRequest
-	7,  // 14: signet.v1.Agents.Renew:input_type -> signet.v1.RenewRequest
-	9,  // 15: signet.v1.Agents.Sync:input_type -> signet.v1.SyncRequest
-	3,  // 16: signet.v1.Agents.Issue:output_type -> signet.v1.IssueResponse
-	8,  // 17: signet.v1.Agents.Renew:output_type -> signet.v1.RenewResponse
-	13, // 18: signet.v1.Agents.Sync:output_type -> signet.v1.SyncResponse
-	16, // [16:19] is the sub-list for method output_type
-	13, // [13:16] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	11, // 8: signet.v1.SyncRequest.bundle_stored:type_name -> signet.v1.BundleAck
+	15, // 9: signet.v1.SyncResponse.bundle:type_name -> signet.v1.Bundle
+	16, // 10: signet.v1.SyncResponse.registrations:type_name -> signet.v1.RegistrationSet
+	18, // 11: signet.v1.SyncResponse.checkpoint:type_name -> signet.v1.Checkpoint
+	14, // 12: signet.v1.SyncResponse.reissue:type_name -> signet.v1.Reissue
+	17, // 13: signet.v1.RegistrationSet.registrations:type_name -> signet.v1.Registration
+	1,  // 14: signet.v1.Agents.Issue:input_type -> signet.v1.IssueRequest
+	7,  // 15: signet.v1.Agents.Renew:input_type -> signet.v1.RenewRequest
+	9,  // 16: signet.v1.Agents.Sync:input_type -> signet.v1.SyncRequest
+	3,  // 17: signet.v1.Agents.Issue:output_type -> signet.v1.IssueResponse
+	8,  // 18: signet.v1.Agents.Renew:output_type -> signet.v1.RenewResponse
+	13, // 19: signet.v1.Agents.Sync:output_type -> signet.v1.SyncResponse
+	17, // [17:20] is the sub-list for method output_type
+	14, // [14:17] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_v1_agents_proto_init() }
