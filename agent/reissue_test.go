@@ -310,3 +310,64 @@ func TestAnOrderIsCarriedOutOverTheDoor(t *testing.T) {
 		t.Fatalf("%v, %v", r, err)
 	}
 }
+
+// The server tells an order at the beginning of every stream for as long as it stands.
+func TestAnOrderThatWasLiftedWhileAwayIsForgotten(t *testing.T) {
+	for name, log := range map[string]bool{"by the first checkpoint": true, "by time, where there is no checkpoint": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.open()
+			w.setRegistrations(reg("web", "/web", time.Hour, uid))
+			n := w.start(t)
+			if _, err := subscribe(t, connect(t, n.config.Socket), "default").next(); err != nil {
+				t.Fatal(err)
+			}
+			remembered := func() (o reissueOrder, ok bool) {
+				n.hub.mu.Lock()
+				defer n.hub.mu.Unlock()
+				o, ok = n.hub.orders[string(w.mesh.cert.SubjectKeyId)]
+				return o, ok
+			}
+			w.change(func() { w.order = order(time.Hour, w.mesh) })
+			eventually(t, "it is taken", func() bool { _, ok := remembered(); return ok })
+			first, _ := remembered()
+			streams := func() int { w.mu.Lock(); defer w.mu.Unlock(); return len(w.peers) }
+			// away closes the doors, and opens them again after a change.
+			away := func(change func()) {
+				t.Helper()
+				w.close()
+				eventually(t, "it is away", func() bool { return !n.connected.Load() })
+				w.change(func() {
+					change()
+					once := false
+					w.checkpoint = func(uint64) *signetv1.Checkpoint {
+						if once || !log {
+							return nil
+						}
+						once = true
+						return &signetv1.Checkpoint{Note: []byte("none of ours")}
+					}
+				})
+				before := streams()
+				w.open()
+				eventually(t, "it is back", func() bool { return streams() > before && n.connected.Load() })
+			}
+			away(func() {})
+			time.Sleep(2 * settle)
+			if again, ok := remembered(); !ok || again != first {
+				t.Fatalf("told again: %v, want the first time %v", again, first)
+			}
+			since := time.Now()
+			away(func() { w.order = nil })
+			eventually(t, "it is forgotten", func() bool { _, ok := remembered(); return !ok })
+			if took := time.Since(since); !log && took < orderWait {
+				t.Fatalf("forgotten after %s: it may still come", took)
+			}
+			r, err := n.admin(t).Status(t.Context(), &adminv1.AgentStatusRequest{})
+			if err != nil || len(r.Identities) != 1 || r.Identities[0].ReissueAt != nil {
+				t.Fatalf("%v, %v", r, err)
+			}
+		})
+	}
+}

@@ -33,6 +33,19 @@ func (w *world) believed(b trust.Bundle) func() bool {
 	}
 }
 
+// onDisk reports whether the server was last told that this bundle, or none, is on the agent's disk.
+func (w *world) onDisk(b trust.Bundle) func() bool {
+	return func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		s, d := w.stored["node-1"], b.Digest()
+		if b.IsZero() || s == nil {
+			return b.IsZero() && s == nil
+		}
+		return s.TrustDomain == td.Name() && bytes.Equal(s.Digest, d[:]) && s.Sequence == b.Sequence()
+	}
+}
+
 // A bundle that a restart would take back is used, but not acknowledged until it is on disk.
 func TestABundleThatIsNotStoredIsNotAcknowledged(t *testing.T) {
 	for _, subscribed := range []bool{false, true} {
@@ -74,18 +87,19 @@ func TestABundleThatIsNotStoredIsNotAcknowledged(t *testing.T) {
 			return r.Bundle
 		}
 		// Longer than a try to store it, and with another word in between.
-		w.change(func() { clear(w.acks) })
+		w.change(func() { clear(w.acks); clear(w.stored) })
 		w.close()
 		w.open()
 		eventually(t, "the first is told again", w.believed(first))
 		time.Sleep(storeRetry + 2*settle)
-		if !w.believed(first)() || !bundleStatus().Unstored {
+		if !w.believed(first)() || !w.onDisk(first)() || !bundleStatus().Unstored {
 			t.Fatalf("subscribed %v: a bundle was acknowledged that a restart would forget", subscribed)
 		}
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "it is stored when the disk takes it, and acknowledged", w.believed(second))
+		eventually(t, "the server hears that it is stored", w.onDisk(second))
 		if bundleStatus().Unstored {
 			t.Fatal("status says that it is not stored")
 		}
@@ -112,7 +126,7 @@ func TestOnlyWhatIsStoredIsAcknowledged(t *testing.T) {
 	both, alone := mustBundle(t, 1, w.root, next), mustBundle(t, 2, w.root)
 	var s storedBundles
 	s.taken(both)
-	if _, ok := s.honest(both.Version()); ok || !s.pending() {
+	if _, ok := s.honest(both.Version()); ok || !s.pending() || s.word() != nil {
 		t.Fatal("there is nothing on disk, but something is acknowledged")
 	}
 	s.loaded(both)
@@ -123,6 +137,9 @@ func TestOnlyWhatIsStoredIsAcknowledged(t *testing.T) {
 		if v, ok := s.honest(b.Version()); !ok || v != both.Version() {
 			t.Fatalf("told %v of %v, want what is on disk", v, b.Version())
 		}
+	}
+	if d := both.Digest(); !bytes.Equal(s.word().GetDigest(), d[:]) || s.word().GetSequence() != 1 {
+		t.Fatalf("told to be on disk: %v", s.word())
 	}
 	if v, ok := s.honest(trust.Version{}); !ok || v != (trust.Version{}) || !s.pending() {
 		t.Fatalf("a workload that believes nothing yet is told as %v", v)

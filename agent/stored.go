@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -55,6 +56,17 @@ func (s *storedBundles) honest(v trust.Version) (trust.Version, bool) {
 		return v, true
 	}
 	return s.last.Version(), !s.last.IsZero()
+}
+
+// word is the bundle that a restart would begin with, as the server is told; nil = none.
+func (s *storedBundles) word() *signetv1.BundleAck {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.last.IsZero() {
+		return nil
+	}
+	d := s.last.Digest()
+	return &signetv1.BundleAck{TrustDomain: s.last.TrustDomain().Name(), Digest: d[:], Sequence: s.last.Sequence()}
 }
 
 // storeNewest writes the bundle in use.

@@ -25,6 +25,9 @@ const (
 	settle = 200 * time.Millisecond
 	// lookEvery is how often is looked which certificates have ended.
 	lookEvery = 10 * time.Second
+	// orderWait is how long after its registrations a stream may take to bring an order to replace leaves, which comes right
+	// behind them: what is not told again by then was lifted while the agent was away.
+	orderWait = 10 * time.Second
 	// maxRegistrations bounds what a server may make an agent hold.
 	maxRegistrations = 100_000
 )
@@ -100,9 +103,11 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	// Each message says everything: it replaces the one before.
 	// What is held is looked at when one of these has rung, and not at each turn: it takes a look at every stream.
 	streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.next(), a.cache.leaves.next()
-	said := word{acks: a.acks(), held: a.issuersHeld()}
+	said := word{acks: a.acks(), held: a.issuersHeld(), stored: a.stored.word()}
 	say := func(seen *signetv1.CheckpointSeen) error {
-		req := &signetv1.SyncRequest{BundleAcks: said.acks, CheckpointSeen: seen, IssuersHeld: &signetv1.IssuersHeld{KeyIds: said.held}}
+		req := &signetv1.SyncRequest{
+			BundleAcks: said.acks, CheckpointSeen: seen, IssuersHeld: &signetv1.IssuersHeld{KeyIds: said.held}, BundleStored: said.stored,
+		}
 		if err := stream.Send(req); err != nil && !errors.Is(err, io.EOF) {
 			return c.explain(err)
 		}
@@ -111,14 +116,17 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	if err := say(a.seen()); err != nil {
 		return false, err
 	}
-	var settled <-chan time.Time
+	var settled, lifted <-chan time.Time
+	told := false // whether there is an order to replace leaves, or that there is none
 	// Certificates end by time alone.
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	leavesChanged := false
 	for {
 		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.next()
-		if acks := a.acks(); !sameAcks(said.acks, acks) {
+		if !proto.Equal(said.stored, a.stored.word()) {
+			settled = time.After(0) // the server gives no certificate under a root that is not known here
+		} else if acks := a.acks(); !sameAcks(said.acks, acks) {
 			if wait := a.patience(acks); settled == nil || wait == 0 {
 				settled = time.After(wait)
 			}
@@ -149,6 +157,19 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 				a.hub.letIn()
 				a.hub.hurry()
 			}
+			switch r.GetUpdate().(type) {
+			case *signetv1.SyncResponse_Reissue:
+				told, lifted = true, nil
+			case *signetv1.SyncResponse_Registrations:
+				if !told && lifted == nil {
+					lifted = time.After(orderWait)
+				}
+			case *signetv1.SyncResponse_Checkpoint: // comes behind an order
+				if !told {
+					told, lifted = true, nil
+					a.hub.reissue(nil, 0)
+				}
+			}
 			if a.take(r) {
 				if err := say(a.seen()); err != nil {
 					return heard, err
@@ -163,11 +184,14 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 			hubLeaves, leavesChanged = a.hub.leaves.next(), true
 		case <-cacheLeaves:
 			cacheLeaves, leavesChanged = a.cache.leaves.next(), true
+		case <-lifted:
+			told, lifted = true, nil
+			a.hub.reissue(nil, 0)
 		case <-look.C:
 			leavesChanged = true
 		case <-settled:
 			settled, leavesChanged = nil, false
-			now := word{acks: a.acks(), held: a.issuersHeld()}
+			now := word{acks: a.acks(), held: a.issuersHeld(), stored: a.stored.word()}
 			if now.same(said) {
 				continue
 			}
@@ -179,14 +203,16 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	}
 }
 
-// word is what the server is told of this agent's workloads.
+// word is what the server is told of this agent's workloads, and of itself: one workload that believes nothing must not
+// make the agent pass for one that does.
 type word struct {
-	acks []*signetv1.BundleAck
-	held [][]byte
+	acks   []*signetv1.BundleAck
+	held   [][]byte
+	stored *signetv1.BundleAck
 }
 
 func (w word) same(x word) bool {
-	return sameAcks(w.acks, x.acks) && slices.EqualFunc(w.held, x.held, bytes.Equal)
+	return sameAcks(w.acks, x.acks) && proto.Equal(w.stored, x.stored) && slices.EqualFunc(w.held, x.held, bytes.Equal)
 }
 
 // acks says what this agent's workloads believe: the oldest bundle among the streams that have one, or, where nobody

@@ -165,6 +165,8 @@ type world struct {
 	used       map[[32]byte][]byte
 	controlTTL time.Duration
 	acks       map[string][]*signetv1.BundleAck
+	// stored is what agents say to have on disk.
+	stored map[string]*signetv1.BundleAck
 	// held is what agents say to hold, and order what they are told to replace.
 	held    map[string]*signetv1.IssuersHeld
 	order   *signetv1.Reissue
@@ -178,6 +180,7 @@ func newWorld(t testing.TB) *world {
 	w := &world{
 		t: t, now: time.Now, tokens: map[[32]byte]string{}, used: map[[32]byte][]byte{}, agents: map[string][]byte{}, issued: map[string]int{},
 		changed: make(chan struct{}), controlTTL: 7 * 24 * time.Hour, acks: map[string][]*signetv1.BundleAck{}, held: map[string]*signetv1.IssuersHeld{},
+		stored: map[string]*signetv1.BundleAck{},
 	}
 	w.control = newCA(t, "control", nil)
 	w.root = newCA(t, "root", nil)
@@ -425,6 +428,7 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 			}
 			w.change(func() {
 				w.acks[c.Name], w.held[c.Name] = r.BundleAcks, r.IssuersHeld
+				w.stored[c.Name] = r.BundleStored
 				if r.IssuersHeld == nil {
 					w.t.Error("a word without the issuers whose leaves are held")
 				}

@@ -128,23 +128,24 @@ func (w World) active() (Authority, bool) {
 	return w.Authorities[i], true
 }
 
-// exposed reports since when certificates under the root may have been forged: its own key or one below it is lost, here
-// or in another cluster.
-func (w World) exposed(root string) (since time.Time) {
-	note := func(t time.Time) {
-		if !t.IsZero() && (since.IsZero() || t.Before(since)) {
+// exposed reports since when certificates under the root may be forged: its own key or one below it is lost, here or in
+// another cluster, and the chain that a forged one would have is not over.
+func (w World) exposed(root string, now time.Time) (since time.Time) {
+	note := func(t, notAfter time.Time) {
+		over := !notAfter.IsZero() && now.After(notAfter)
+		if !t.IsZero() && !over && (since.IsZero() || t.Before(since)) {
 			since = t
 		}
 	}
 	for _, a := range w.Authorities {
 		if a.ID == root || a.Root == root {
-			note(a.Tainted)
+			note(a.Tainted, a.NotAfter)
 		}
 	}
 	for _, p := range w.Peers {
 		for _, t := range p.Tainted {
 			if t.Root == root {
-				note(t.Since)
+				note(t.Since, t.NotAfter)
 			}
 		}
 	}
@@ -293,7 +294,7 @@ func (d decision) leavesUnder(r Authority) []Wait {
 		return nil
 	}
 	// What was being made at the switch has come to its agent by then, and the agent has said so.
-	if own, known := d.Own.root(r.ID); known && own.Holding == 0 && !d.exposed(r.ID).IsZero() && !d.now.Before(d.over(r.Since)) {
+	if own, known := d.Own.root(r.ID); known && own.Holding == 0 && !d.exposed(r.ID, d.now).IsZero() && !d.now.Before(d.over(r.Since)) {
 		return nil
 	}
 	return []Wait{{Code: WaitLeaves, For: "leaves under it are valid until " + stamp(r.LeavesUntil), Until: end}}
@@ -317,7 +318,7 @@ func (d decision) peersUnder(r Authority) []Wait {
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has not reported since " + stamp(promised)})
 		case x.Signing:
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " still signs under it"})
-		case !x.LeavesUntil.IsZero() && d.now.Before(d.over(x.LeavesUntil)) && (x.Holding > 0 || d.exposed(r.ID).IsZero()):
+		case !x.LeavesUntil.IsZero() && d.now.Before(d.over(x.LeavesUntil)) && (x.Holding > 0 || d.exposed(r.ID, d.now).IsZero()):
 			waits = append(waits, Wait{
 				Code: WaitLeaves, Until: d.over(x.LeavesUntil),
 				For: "leaves of cluster " + p.Cluster + " under it are valid until " + stamp(x.LeavesUntil),
@@ -555,7 +556,8 @@ func (d decision) successor() (Step, bool) {
 	above, _ := d.authority(now.Root)
 	// One that begins only when the active one is at its end, or is needed now, is none.
 	needed := now.NotAfter.Add(-d.LongestLeaf)
-	if !now.Tainted.IsZero() || !above.Leaving.IsZero() {
+	urgent := !now.Tainted.IsZero() || !above.Leaving.IsZero()
+	if urgent {
 		needed = d.now.Add(d.Skew)
 	}
 	bridge, useless := "", 0
@@ -563,7 +565,7 @@ func (d decision) successor() (Step, bool) {
 		if waiting(a) && a.signed() && d.stays(a.Root) && d.late(a.Root) {
 			bridge = fmt.Sprintf("%s ends at %s, and not all validators trust %s yet", now.ID, stamp(now.NotAfter), a.Root)
 		}
-		if waiting(a) && (!a.signed() || d.stays(a.Root) && !d.tooShort(a) && !a.NotBefore.After(needed) && !d.late(a.Root) && !worn(a, now)) {
+		if waiting(a) && (!a.signed() || d.stays(a.Root) && !d.tooShort(a) && !a.NotBefore.After(needed) && !d.late(a.Root) && (urgent || !worn(a, now))) {
 			return Step{}, false
 		}
 		if root, _ := d.authority(a.Root); waiting(a) && worn(a, now) && !a.NotAfter.Before(root.NotAfter) {

@@ -598,7 +598,7 @@ func TestATaintedIssuerIsReplacedAtOnce(t *testing.T) {
 	}
 	w.Authorities = all
 	w = settle(t, w, noon)
-	if got := Stale(w); active(w) != "x" || !slices.Equal(got, []string{"i"}) {
+	if got := Stale(w, noon); active(w) != "x" || !slices.Equal(got, []string{"i"}) {
 		t.Fatalf("active %q, stale %v", active(w), got)
 	}
 	if _, err := AddRoot(testPolicy, w, rootA(""), noon); err == nil || !strings.Contains(err.Error(), "a key below it is tainted") {

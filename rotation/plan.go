@@ -109,7 +109,7 @@ func (w World) agreed(p Policy, now time.Time) World {
 // signer guesses under which root a request will be signed, the one that ends last of those that stay, and for how long.
 func (w World) signer(now time.Time) (root Authority, life time.Duration) {
 	for _, a := range w.Authorities {
-		if a.Kind == ca.KindRoot && a.State != ca.Removed && a.Leaving.IsZero() && w.exposed(a.ID).IsZero() && a.NotAfter.After(root.NotAfter) {
+		if a.Kind == ca.KindRoot && a.State != ca.Removed && a.Leaving.IsZero() && w.exposed(a.ID, now).IsZero() && a.NotAfter.After(root.NotAfter) {
 			root = a
 		}
 	}

@@ -41,7 +41,7 @@ func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, err
 	case all[i].State != ca.Removed && all[i].Leaving.IsZero():
 		return all, nil
 	}
-	if since := w.exposed(root.ID); !since.IsZero() {
+	if since := w.exposed(root.ID, now); !since.IsZero() {
 		return nil, fmt.Errorf("root %s must go: a key below it is tainted since %s; make a new one", root.ID, stamp(since))
 	}
 	if all[i].State == ca.Removed {
@@ -79,13 +79,13 @@ func StartRoot(w World, id string, now time.Time) ([]Authority, error) {
 		return nil, fmt.Errorf("%s is tainted since %s: make a new root", id, stamp(next.Tainted))
 	case !next.Leaving.IsZero() || next.State == ca.Removed || next.State == ca.Retired:
 		return nil, fmt.Errorf("%s is being removed: add a new root", id)
-	case !w.exposed(id).IsZero():
-		return nil, fmt.Errorf("a key below %s is tainted since %s: make a new root", id, stamp(w.exposed(id)))
+	case !w.exposed(id, now).IsZero():
+		return nil, fmt.Errorf("a key below %s is tainted since %s: make a new root", id, stamp(w.exposed(id, now)))
 	}
 	all := slices.Clone(w.Authorities)
 	for j := range all {
 		r := &all[j]
-		if r.InBundle() && r.ID != id && r.Leaving.IsZero() && (r.ID == signing.Root || !w.exposed(r.ID).IsZero()) {
+		if r.InBundle() && r.ID != id && r.Leaving.IsZero() && (r.ID == signing.Root || !w.exposed(r.ID, now).IsZero()) {
 			r.Leaving = now
 		}
 	}
@@ -222,7 +222,7 @@ func Taint(w World, id string, now time.Time) ([]Authority, error) {
 	}
 	tainted := World{Authorities: all, Own: w.Own, Peers: w.Peers}
 	if slices.ContainsFunc(all, func(a Authority) bool {
-		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero() && tainted.exposed(a.ID).IsZero()
+		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero() && tainted.exposed(a.ID, now).IsZero()
 	}) {
 		for j := range all {
 			if all[j].ID == root && all[j].State != ca.Removed && all[j].Leaving.IsZero() {
@@ -273,7 +273,7 @@ func (d decision) giveBack(i int, root string, force bool) error {
 		if b.Kind != ca.KindIntermediate || b.State != ca.Retired || !b.Tainted.IsZero() || d.tooShort(b) || root != "" && b.Root != root {
 			continue
 		}
-		if above, _ := d.authority(b.Root); above.InBundle() && d.exposed(b.Root).IsZero() && (before < 0 || b.Since.After(d.Authorities[before].Since)) {
+		if above, _ := d.authority(b.Root); above.InBundle() && d.exposed(b.Root, d.now).IsZero() && (before < 0 || b.Since.After(d.Authorities[before].Since)) {
 			before = j
 		}
 	}
@@ -298,7 +298,7 @@ func (d decision) abortRoot(i int, force bool) error {
 		return fmt.Errorf("%s is removed: there is nothing to abort", a.ID)
 	case !a.Leaving.IsZero():
 		// Its removal is what is aborted.
-		if !d.exposed(a.ID).IsZero() {
+		if !d.exposed(a.ID, d.now).IsZero() {
 			return fmt.Errorf("%s must go: a key at or below it is tainted", a.ID)
 		}
 		keep(a, d.now)
@@ -307,7 +307,7 @@ func (d decision) abortRoot(i int, force bool) error {
 	signing, signs := d.active()
 	if old := d.leavingFor(signing); old >= 0 {
 		b := &d.Authorities[old]
-		if !d.exposed(b.ID).IsZero() {
+		if !d.exposed(b.ID, d.now).IsZero() {
 			return fmt.Errorf("%s can't stay in the place of %s: a key at or below it is tainted", b.ID, a.ID)
 		}
 		keep(b, d.now)

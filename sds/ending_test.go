@@ -119,6 +119,9 @@ func TestAPeerThatReadsNothingIsClosedAfterHalfAMinute(t *testing.T) {
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("it ends with %v", err)
 		}
+		if n := r.metric(r.sds.metrics.ended.WithLabelValues(endUnread)); n != 1 {
+			t.Errorf("%v streams counted", n)
+		}
 		if !strings.Contains(r.logs.String(), "does not read") {
 			t.Error("the log does not say why")
 		}
@@ -162,4 +165,134 @@ func (r *rig) unread(t *testing.T) secretv3.SecretDiscoveryService_StreamSecrets
 	}
 	synctest.Wait()
 	return stream
+}
+
+// Who says nothing of a bundle must not hold up a trust change for ever; whoever answers is left alone.
+func TestAStreamThatLeavesABundleUnansweredIsEnded(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		honest, rejects, late, deltas := r.open(), r.open(), r.open(), r.delta()
+		honest.subscribe("ROOTCA")
+		honest.ack(honest.one(), "ROOTCA")
+		rejects.subscribe("ROOTCA")
+		rejects.ack(rejects.one(), "ROOTCA")
+		late.subscribe("ROOTCA")
+		late.one() // answers the next only
+		onlyLeaf := r.open()
+		onlyLeaf.subscribe("default")
+		onlyLeaf.one()
+		mute := r.open()
+		mute.subscribe("ROOTCA", "default")
+		mute.take()
+		deltas.subscribe(exampleTD.IDString())
+		deltas.one()
+
+		time.Sleep(answerTimeout - time.Second)
+		newest := bundleOf(exampleTD, 2, ca, newRoot(t, "root B"))
+		w.setBundle(newest)
+		honest.ack(honest.one(), "ROOTCA")
+		rejects.nack(rejects.one(), "", "no", "ROOTCA")
+		late.ack(late.one(), "ROOTCA")
+		mute.one()
+		// Nothing that it says without an answer, and nothing that comes for it, gives it more time.
+		mute.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"ROOTCA", "default"}, VersionInfo: "older"})
+		mute.take()
+		deltas.one()
+		if mute.ended() != nil || deltas.ended() != nil {
+			t.Fatalf("ended before the time is up: %v, %v", mute.ended(), deltas.ended())
+		}
+		time.Sleep(2 * time.Second)
+		mute.wantEnd(codes.Unavailable)
+		deltas.wantEnd(codes.Unavailable)
+		if n := r.metric(r.sds.metrics.ended.WithLabelValues(endUnanswered)); n != 2 {
+			t.Errorf("%v streams counted, want 2", n)
+		}
+		lines := 0
+		for line := range strings.Lines(r.logs.String()) {
+			if strings.Contains(line, "neither accepted nor rejected") {
+				lines++
+				if !strings.Contains(line, `"peer":"connection"`) || !strings.Contains(line, "sidecar") {
+					t.Errorf("the log does not name the caller: %s", line)
+				}
+			}
+		}
+		if lines != 2 {
+			t.Errorf("%d lines in the log, want 2", lines)
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		for _, c := range []*client{honest, rejects, late, onlyLeaf} {
+			if c.ended() != nil {
+				t.Errorf("one that answers, or has no bundle: %v", c.ended())
+			}
+		}
+		rejects.cancel()
+		synctest.Wait()
+		if v, ok := r.sds.OldestBundle(exampleTD); !ok || v != newest.Version() {
+			t.Errorf("oldest %v %v, want the newest: only the mute ones were behind", v, ok)
+		}
+	})
+}
+
+func TestAnAnswerStandsForWhatWasSentBeforeIt(t *testing.T) {
+	at := time.Now()
+	c := &content{kind: kindBundle}
+	var s subscription
+	s.set([]string{"ROOTCA", "ALL"})
+	w, other := s.wanted[0], s.wanted[1]
+	push := func(w *want, c *content, nonce string) {
+		at = at.Add(time.Second)
+		s.pushed(w, c, nonce, at)
+	}
+	since := func(want time.Time) {
+		t.Helper()
+		if !w.waiting.Equal(want) {
+			t.Fatalf("waits since %s, want %s", w.waiting, want)
+		}
+	}
+	push(w, c, "1")
+	first := at
+	push(other, c, "other")
+	push(w, c, "2")
+	push(w, c, "3")
+	third := at
+	since(first)
+	s.answered("2")
+	since(third)
+	s.answered("1")
+	since(third)
+	s.answered("3")
+	since(time.Time{})
+	push(w, c, "4")
+	push(w, c, "5")
+	s.answered("5")
+	push(w, nil, "withdrawn")
+	s.answered("4")
+	since(time.Time{})
+	if s.waiting() != other {
+		t.Fatal("the other name was not answered")
+	}
+}
+
+// A node that starts all at once is slow to speak.
+func TestAConnectionHasTimeToBegin(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+		slow, silent := must(r.dial()), must(r.dial())
+		defer silent.Close()
+		time.Sleep(connectTimeout - time.Second)
+		dial := r.dial
+		r.dial = func() (net.Conn, error) { return slow, nil }
+		c := r.open()
+		c.subscribe("default")
+		c.one()
+		r.dial = dial
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		_ = silent.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := io.Copy(io.Discard, silent); err != nil {
+			t.Errorf("one that never begins: %v, want that it is closed", err)
+		}
+	})
+	if connectTimeout < 20*time.Second {
+		t.Errorf("%s", connectTimeout)
+	}
 }

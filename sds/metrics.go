@@ -13,6 +13,11 @@ const (
 	protocolDelta = "delta"
 	kindSVID      = "svid"
 	kindBundle    = "bundle"
+
+	endUnanswered = "bundle_unanswered"
+	endUnread     = "unread"
+	endIdentity   = "identity_lost"
+	endStopping   = "stopping"
 )
 
 type metrics struct {
@@ -23,6 +28,7 @@ type metrics struct {
 	withheld    *prometheus.CounterVec
 	removals    prometheus.Counter
 	unanswered  *prometheus.CounterVec
+	ended       *prometheus.CounterVec
 	firstSecret prometheus.Histogram
 }
 
@@ -49,6 +55,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		unanswered: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "signet_sds_unanswered_total", Help: "Names subscribed to that had nothing to send, by why; those that get it later included.",
 		}, []string{"reason"}),
+		ended: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "signet_sds_streams_ended_total", Help: "SDS streams that were ended from this side, by why.",
+		}, []string{"reason"}),
 		firstSecret: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "signet_sds_first_secret_duration_seconds",
 			Help:    "Time from the opening of a stream to its first secret.",
@@ -63,10 +72,13 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	for _, r := range []string{withheldKey, withheldIdentity, withheldValidity, withheldChain} {
 		m.withheld.WithLabelValues(r)
 	}
+	for _, r := range []string{endUnanswered, endUnread, endIdentity, endStopping} {
+		m.ended.WithLabelValues(r)
+	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.streams, m.pushes, m.acks, m.nacks, m.withheld, m.removals, m.unanswered, m.firstSecret} {
+	for _, c := range []prometheus.Collector{m.streams, m.pushes, m.acks, m.nacks, m.withheld, m.removals, m.unanswered, m.ended, m.firstSecret} {
 		if err := reg.Register(c); err != nil {
 			var already prometheus.AlreadyRegisteredError
 			if errors.As(err, &already) {

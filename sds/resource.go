@@ -80,6 +80,9 @@ func (c *content) LogValue() slog.Value { return slog.StringValue(c.kind + " " +
 
 func (c *content) version() string { return c.digest.version() }
 
+// bundle reports whether it is one; nil, which stands for a withdrawal, is none.
+func (c *content) bundle() bool { return c != nil && c.kind == kindBundle }
+
 // target is what a name stands for. Unknown names have neither alias nor ID: nothing is ever sent for them.
 type target struct {
 	name string

@@ -183,6 +183,47 @@ func TestS05AnAckOfARepeatedBadSecretMeansNothing(t *testing.T) {
 	eventually(t, "an ACK of other content counts", func() bool { d, ok := r.sds.OldestBundle(exampleTD); return ok && d.Digest == b.Digest() })
 }
 
+func TestS05AnAckOfNewContentCountsAfterANack(t *testing.T) {
+	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+		c, d := r.open(), r.delta()
+		c.subscribe("ROOTCA")
+		c.ack(c.one(), "ROOTCA")
+		d.subscribe("ROOTCA")
+		d.ack(d.one())
+		first := w.bundles[exampleTD]
+		w.setBundle(bundleOf(exampleTD, 2, ca, newRoot(t, "root B")))
+		rejected, rejectedDelta := c.one(), d.one()
+		// The next is on its way when the rejection comes.
+		next := bundleOf(exampleTD, 3, ca, newRoot(t, "root C"))
+		w.setBundle(next)
+		fresh, freshDelta := c.one(), d.one()
+		c.nack(rejected, "", "no", "ROOTCA")
+		d.nack(rejectedDelta, "no")
+		synctest.Wait()
+		if v, _ := r.sds.OldestBundle(exampleTD); v != first.Version() {
+			t.Fatalf("rejected, but believed is %v", v)
+		}
+		c.ack(fresh, "ROOTCA")
+		d.ack(freshDelta)
+		synctest.Wait()
+		if v, _ := r.sds.OldestBundle(exampleTD); v != next.Version() {
+			t.Fatalf("acknowledged after the rejection: believed is %v", v)
+		}
+		// And one that is made after it.
+		w.setBundle(bundleOf(exampleTD, 4, ca, newRoot(t, "root D")))
+		c.nack(c.one(), "", "no", "ROOTCA")
+		d.nack(d.one(), "no")
+		last := bundleOf(exampleTD, 5, ca)
+		w.setBundle(last)
+		c.ack(c.one(), "ROOTCA")
+		d.ack(d.one())
+		synctest.Wait()
+		if v, _ := r.sds.OldestBundle(exampleTD); v != last.Version() {
+			t.Fatalf("acknowledged after the second rejection: believed is %v", v)
+		}
+	})
+}
+
 func TestS06AChangedSetIsHonouredWithAStaleOrEmptyNonce(t *testing.T) {
 	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.ids = append(w.ids, api)
@@ -764,6 +805,9 @@ func TestS18ShutdownLetsGracefulStopReturn(t *testing.T) {
 		if n := r.metric(r.sds.metrics.streams.WithLabelValues(protocolSotW)); n != 0 {
 			t.Errorf("%v streams counted after the end", n)
 		}
+		if n := r.metric(r.sds.metrics.ended.WithLabelValues(endStopping)); n != 51 {
+			t.Errorf("%v streams counted as ended, want 51", n)
+		}
 	})
 }
 
@@ -896,6 +940,9 @@ func TestALostIdentityEndsTheStreamAndClosesTheView(t *testing.T) {
 		c.one()
 		w.change(func(w *world) { w.err = errNoIdentity })
 		c.wantEnd(codes.PermissionDenied)
+		if n := r.metric(r.sds.metrics.ended.WithLabelValues(endIdentity)); n != 1 {
+			t.Errorf("%v streams counted", n)
+		}
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		if w.open != 0 {

@@ -27,6 +27,10 @@ const metadataTrustedCA = "disable_spiffe_cert_validation"
 // sendTimeout is how long a peer may leave a response unread while more is waiting for it.
 const sendTimeout = 30 * time.Second
 
+// answerTimeout is how long a peer may leave a bundle without an ACK or NACK. Until it has answered, it counts as one that
+// does not know a new root; a mute one must not hold up a trust change for ever.
+const answerTimeout = 2 * time.Minute
+
 // request is what the requests of both protocols have in common.
 type request interface {
 	GetTypeUrl() string
@@ -119,6 +123,7 @@ func run[R request](ctx context.Context, st *stream, p protocol[R]) error {
 	for {
 		changed := st.view.Changed()
 		if err := st.view.Err(); err != nil {
+			st.metrics.ended.WithLabelValues(endIdentity).Inc()
 			return st.ending("SDS stream ends: the caller has lost its identities", st.info, err)
 		}
 		next, err := push(st, p)
@@ -128,6 +133,14 @@ func run[R request](ctx context.Context, st *stream, p protocol[R]) error {
 		var retry <-chan time.Time
 		if !next.IsZero() {
 			retry = time.After(max(next.Sub(st.now()), time.Second))
+		}
+		var mute <-chan time.Time
+		if w := st.sub.waiting(); w != nil {
+			left := answerTimeout - st.now().Sub(w.waiting)
+			if left <= 0 {
+				return st.unanswered(w)
+			}
+			mute = time.After(left)
 		}
 		select {
 		case r := <-requests:
@@ -143,12 +156,22 @@ func run[R request](ctx context.Context, st *stream, p protocol[R]) error {
 			return status.FromContextError(ctx.Err()).Err()
 		case <-changed:
 		case <-retry:
+		case <-mute:
 		case <-closing:
 			closing, end = nil, time.After(st.jitter())
 		case <-end:
+			st.metrics.ended.WithLabelValues(endStopping).Inc()
 			return errClosing
 		}
 	}
+}
+
+// unanswered is the end of a stream that has left a bundle without an answer.
+func (st *stream) unanswered(w *want) error {
+	st.metrics.ended.WithLabelValues(endUnanswered).Inc()
+	st.logRefusal(slog.LevelWarn, "SDS stream ended: its peer has neither accepted nor rejected a trust bundle, and a trust change would wait for it",
+		"stream", st.number, "protocol", st.protocol, "peer", st.info.caller.String(), "node", st.node, "name", w.target, "waited", answerTimeout.String())
+	return status.Errorf(codes.Unavailable, "the trust bundle under %s got neither an ACK nor a NACK for %s; connect again", w.shown(), answerTimeout)
 }
 
 // hear takes in what Envoy says: an answer to something sent, a subscription, or both at once.
@@ -376,7 +399,7 @@ func lack[R request](st *stream, p protocol[R], w *want, why absence) error {
 	w.absent = why
 	if why == absentNotGranted {
 		st.forget([]*want{w})
-		w.sent, w.claimed = nil, ""
+		w.sent, w.claimed, w.waiting = nil, "", time.Time{}
 	}
 	st.mu.Unlock()
 	if why != absentNotGranted || !held {
@@ -397,7 +420,7 @@ func lack[R request](st *stream, p protocol[R], w *want, why absence) error {
 func (st *stream) note(w *want, c *content, nonce string) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	st.sub.pushed(w, c, nonce)
+	st.sub.pushed(w, c, nonce, st.now())
 	if c != nil && c.kind == kindSVID {
 		st.leaves.ring()
 	}
@@ -414,6 +437,7 @@ func (st *stream) send(f func() error) error {
 	timer := time.AfterFunc(sendTimeout, func() { _ = st.info.conn.Close() })
 	err := f()
 	if !timer.Stop() {
+		st.metrics.ended.WithLabelValues(endUnread).Inc()
 		st.log.Warn("SDS connection closed: its peer does not read what it is sent", "stream", st.number, "peer", st.info.caller.String(), "waited", sendTimeout.String())
 		return status.Errorf(codes.Unavailable, "nothing was read for %s; connect again", sendTimeout)
 	}

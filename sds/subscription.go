@@ -1,6 +1,9 @@
 package sds
 
-import "slices"
+import (
+	"slices"
+	"time"
+)
 
 // subscription is what one stream wants and what it has been told. It knows no protocol.
 type subscription struct {
@@ -24,7 +27,9 @@ type want struct {
 	reason         string
 	// believed stands among the beliefs: for each trust domain whose bundle this is, what was acknowledged last.
 	believed []stated
-	absent   absence // why there was nothing to send, as reported
+	// waiting is since when an answer is awaited to a bundle; zero = none is. What is sent meanwhile does not renew it.
+	waiting time.Time
+	absent  absence // why there was nothing to send, as reported
 }
 
 // delivery is one push on its way: a content without its secret, or nil for the withdrawal of the name.
@@ -32,6 +37,7 @@ type delivery struct {
 	nonce   string
 	name    string
 	content *content
+	at      time.Time
 }
 
 // set makes names the subscription. What stays keeps its state; what is new is owed even if the stream had it before.
@@ -100,15 +106,19 @@ func (s *subscription) owed(w *want, c *content) bool {
 }
 
 // pushed notes what was put on the wire: a content, or nil for a withdrawal.
-func (s *subscription) pushed(w *want, c *content, nonce string) {
+func (s *subscription) pushed(w *want, c *content, nonce string, now time.Time) {
 	w.sent, w.claimed, w.again = c, "", false
+	if c.bundle() && w.waiting.IsZero() {
+		w.waiting = now
+	}
 	if len(s.inFlight) >= 2*len(s.wanted)+maxRejections { // somebody who never answers
 		s.inFlight = slices.Delete(s.inFlight, 0, 1)
 	}
-	s.inFlight = append(s.inFlight, delivery{nonce: nonce, name: w.name, content: c})
+	s.inFlight = append(s.inFlight, delivery{nonce: nonce, name: w.name, content: c, at: now})
 }
 
-// answered takes the delivery that a nonce belongs to out of what is on its way.
+// answered takes the delivery that a nonce belongs to out of what is on its way. An answer stands for what was sent before it
+// under that name, too: a peer may answer the newest only.
 func (s *subscription) answered(nonce string) (delivery, bool) {
 	i := slices.IndexFunc(s.inFlight, func(d delivery) bool { return d.nonce == nonce })
 	if nonce == "" || i < 0 {
@@ -116,7 +126,23 @@ func (s *subscription) answered(nonce string) (delivery, bool) {
 	}
 	d := s.inFlight[i]
 	s.inFlight = slices.Delete(s.inFlight, i, i+1)
+	if w := s.find(d.name); w != nil && !w.waiting.IsZero() && !d.at.Before(w.waiting) {
+		w.waiting = time.Time{}
+		if j := slices.IndexFunc(s.inFlight[i:], func(l delivery) bool { return l.name == d.name && l.content.bundle() }); j >= 0 {
+			w.waiting = s.inFlight[i+j].at
+		}
+	}
 	return d, true
+}
+
+// waiting is since when an answer to a bundle is awaited, and to which name; nil = none is.
+func (s *subscription) waiting() (oldest *want) {
+	for _, w := range s.wanted {
+		if !w.waiting.IsZero() && (oldest == nil || w.waiting.Before(oldest.waiting)) {
+			oldest = w
+		}
+	}
+	return oldest
 }
 
 // find returns the want of that name, or nil.

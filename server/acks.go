@@ -26,12 +26,17 @@ type acks struct {
 
 // said is the newest word of an agent.
 type said struct {
-	// sequence and digest are of the oldest bundle among its streams; sequence 0 while it has said nothing.
-	sequence uint64
-	digest   trust.Digest
+	// session is the number of the stream it came by: a later stream's word is newer, whatever comes by an earlier one.
+	session uint64
+	// oldest is the oldest bundle among its streams, stored what it has itself; zero while it has said nothing.
+	oldest, stored trust.Version
 	// held are the key identifiers of the issuers whose leaves it has, heard is whether it has said so.
 	held  [][]byte
 	heard bool
+}
+
+func (s said) same(o said) bool {
+	return s.oldest == o.oldest && s.stored == o.stored && s.heard == o.heard && slices.EqualFunc(s.held, o.held, slices.Equal)
 }
 
 func newAcks(s *Server) *acks {
@@ -42,9 +47,13 @@ func newAcks(s *Server) *acks {
 func (a *acks) hear(agent string, s said) {
 	a.mu.Lock()
 	old := a.said[agent]
+	if s.session < old.session {
+		a.mu.Unlock()
+		return
+	}
 	a.said[agent] = s
 	a.mu.Unlock()
-	if old.sequence == s.sequence && old.digest == s.digest && old.heard == s.heard && slices.EqualFunc(old.held, s.held, slices.Equal) {
+	if s.same(old) {
 		return
 	}
 	select {
@@ -87,7 +96,7 @@ func (a *acks) validators(now time.Time) []validator {
 		a.mu.Lock()
 		s, leaf := a.said[name], a.leaves[name]
 		a.mu.Unlock()
-		if now.After(leaf) && !(before && now.Before(row.NotAfter)) && a.server.sessions.of(name) == 0 {
+		if now.After(leaf) && !(before && now.Before(row.NotAfter.Add(a.server.config.MaxTTL))) && a.server.sessions.of(name) == 0 {
 			continue
 		}
 		all = append(all, validator{name, s})

@@ -56,6 +56,8 @@ func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*
 	if err := s.within(agent, len(req.Items)); err != nil {
 		return nil, err
 	}
+	// Before anything is made, so that a step that is decided meanwhile waits for this agent.
+	s.acks.gave(agent, s.now().Add(s.config.MaxTTL))
 	if root, ok := s.keeper.unbelieved(s.acks.of(agent)); ok {
 		return nil, refuse(codes.Unavailable, "trust_first", "take the newest trust bundle first",
 			fmt.Errorf("agent %s has not acknowledged root %s yet: its workloads could not verify others", agent, root))
@@ -77,7 +79,6 @@ func (s agentsService) Issue(ctx context.Context, req *signetv1.IssueRequest) (*
 				results[at[j]] = s.itemRefused(ctx, agent, s.notIssued(r.Err))
 				continue
 			}
-			s.acks.gave(agent, r.Leaf.NotAfter)
 			results[at[j]] = &signetv1.IssueResult{Result: &signetv1.IssueResult_Certificate{
 				Certificate: &signetv1.IssuedCertificate{Chain: r.Leaf.Chain, LogIndex: r.Leaf.Receipt.Index},
 			}}
@@ -158,6 +159,8 @@ func (s agentsService) Renew(ctx context.Context, req *signetv1.RenewRequest) (*
 // session is one Sync stream: what its agent has said.
 type session struct {
 	agent string
+	// number grows with every stream.
+	number uint64
 	// poke wakes the sender when the agent has said something.
 	poke chan struct{}
 
@@ -174,6 +177,7 @@ type sessions struct {
 	mu   sync.Mutex
 	open map[*session]struct{}
 	per  map[string]int
+	last uint64
 }
 
 func (ss *sessions) enter(n *session) bool {
@@ -187,6 +191,8 @@ func (ss *sessions) enter(n *session) bool {
 	}
 	ss.open[n] = struct{}{}
 	ss.per[n.agent]++
+	ss.last++
+	n.number = ss.last
 	return true
 }
 
@@ -269,9 +275,14 @@ func (s agentsService) hear(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 		if len(held) > maxHeld || slices.ContainsFunc(held, func(id []byte) bool { return len(id) > maxKeyID }) {
 			return refuse(codes.InvalidArgument, "invalid", "too many issuers", nil)
 		}
-		word := said{held: held, heard: req.IssuersHeld != nil}
-		if i := slices.IndexFunc(req.BundleAcks, func(a *signetv1.BundleAck) bool { return a.TrustDomain == s.config.TrustDomain.Name() }); i >= 0 {
-			word.sequence, word.digest = req.BundleAcks[i].Sequence, trust.Digest(req.BundleAcks[i].Digest)
+		word := said{session: n.number, held: held, heard: req.IssuersHeld != nil}
+		for _, a := range req.BundleAcks {
+			if a.TrustDomain == s.config.TrustDomain.Name() {
+				word.oldest = trust.Version{Sequence: a.Sequence, Digest: trust.Digest(a.Digest)}
+			}
+		}
+		if b := req.BundleStored; b.GetTrustDomain() == s.config.TrustDomain.Name() && len(b.GetDigest()) == len(trust.Digest{}) {
+			word.stored = trust.Version{Sequence: b.Sequence, Digest: trust.Digest(b.Digest)}
 		}
 		s.acks.hear(n.agent, word)
 		n.mu.Lock()

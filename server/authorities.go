@@ -166,6 +166,9 @@ func (s *authorities) addRoot(p rotation.Policy, w rotation.World, root *x509.Ce
 		return nil, err
 	}
 	if _, ok := s.row(id); ok {
+		if have := s.chains[id]; len(have) != 1 || !have[0].Equal(root) {
+			return nil, fmt.Errorf("another root is known as %s: this one can't be told from it", id)
+		}
 		return s.edit(lives)
 	}
 	return s.edit(lives, store.Authority{Authority: rotation.Authority{ID: id}, Chain: [][]byte{root.Raw}, Created: now})

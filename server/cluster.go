@@ -439,7 +439,7 @@ func (c *InstallConfig) keeper(ctx context.Context, o *opened) (*keeper, error) 
 	}
 	k := newKeeper(&c.Folder, c.Rotation)
 	k.store, k.change = o.store, o.change
-	k.validators = silent(agents)
+	k.validators = silent(agents, c.Rotation.LongestLeaf)
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return nil, err
 	}

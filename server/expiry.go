@@ -173,7 +173,7 @@ func (k *keeper) collectAgents(set *authorities, now time.Time, gauge func(*prom
 	all := k.validators(now)
 	acked := 0
 	for _, v := range all {
-		if v.sequence == set.bundle.Sequence() && v.digest == set.bundle.Digest() {
+		if v.oldest == set.bundle.Version() {
 			acked++
 		}
 	}
@@ -281,16 +281,16 @@ func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findin
 			k.reports[p.Cluster] = r
 		}
 	}
-	k.validators = silent(agents)
+	k.validators = silent(agents, c.Rotation.LongestLeaf)
 	return (&Server{config: c, keeper: k}).lookAtRotation(set, now).Findings(now), nil
 }
 
 // silent are the agents of a folder, of which nothing is heard.
-func silent(agents []store.Agent) func(now time.Time) []validator {
+func silent(agents []store.Agent, longest time.Duration) func(now time.Time) []validator {
 	return func(now time.Time) []validator {
 		var all []validator
 		for _, a := range agents {
-			if !a.Banned && now.Before(a.NotAfter) {
+			if !a.Banned && now.Before(a.NotAfter.Add(longest)) {
 				all = append(all, validator{agent: a.Name})
 			}
 		}

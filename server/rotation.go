@@ -188,6 +188,11 @@ func (k *keeper) open(ctx context.Context, set *authorities) ([]*ca.Issuer, erro
 			continue
 		}
 		key, err := k.key(ctx, a.Key)
+		if err != nil && a.State != ca.Active {
+			// It does not sign. If it is to sign one day, that is refused then.
+			k.log.Warn("the key of an issuer that does not sign now can't be opened", "issuer", a.ID, "state", string(a.State), "err", err)
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("issuer %s: %w", a.ID, err)
 		}
@@ -226,6 +231,9 @@ func (k *keeper) key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 // destroyKeys destroys the keys of intermediates that were removed. The newest of all stays until there is a newer one: its
 // number must not come again.
 func (k *keeper) destroyKeys(ctx context.Context) error {
+	if k.doubt() {
+		return nil
+	}
 	refs, err := k.folder.Keys.List(ctx)
 	if err != nil {
 		return err
@@ -251,8 +259,8 @@ func (k *keeper) destroyKeys(ctx context.Context) error {
 	return nil
 }
 
-// world is all that decides what comes next.
-func (k *keeper) world(set *authorities, now time.Time) rotation.World {
+// world is all that decides what comes next, with reports that are newer than those taken.
+func (k *keeper) world(set *authorities, now time.Time, newer ...rotation.Report) rotation.World {
 	w := rotation.World{Authorities: set.lives(), Own: k.report(set, now)}
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -260,6 +268,11 @@ func (k *keeper) world(set *authorities, now time.Time) rotation.World {
 		r, ok := k.reports[p.Cluster]
 		if !ok {
 			r = rotation.Report{Cluster: p.Cluster}
+		}
+		for _, n := range newer {
+			if n.Cluster == p.Cluster && n.At.After(r.At) {
+				r = n
+			}
 		}
 		w.Peers = append(w.Peers, r)
 	}
@@ -274,6 +287,9 @@ type outcome struct {
 	// dry: nothing was done.
 	dry bool
 	set *authorities
+	// world is what the last decision was taken by; next is what it left.
+	world rotation.World
+	next  []rotation.Step
 }
 
 // decision is what a person has asked for, or the schedule.
@@ -281,8 +297,12 @@ type decision struct {
 	verb, reason string
 	by           *auditv1.Evidence
 	dry          bool
-	// force is the authority whose waits are overridden, where they can be; "" = none.
-	force string
+	// only is the authority whose steps are taken; "" = all.
+	only string
+	// force overrides the waits of the next step of that authority, where they can be.
+	force bool
+	// notes are reports of peers.
+	notes [][]byte
 }
 
 // scheduled is what comes by itself.
@@ -301,9 +321,13 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()
 	o := outcome{dry: d.dry, set: k.current.Load()}
+	reports, err := k.takeReports(ctx, d.notes, d.dry)
+	if err != nil {
+		return o, err
+	}
 	if edit != nil {
 		now := k.folder.Now()
-		next, entries, err := edit(o.set, k.world(o.set, now), now)
+		next, entries, err := edit(o.set, k.world(o.set, now, reports...), now)
 		if err != nil {
 			return o, err
 		}
@@ -313,61 +337,85 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 			}
 		}
 	}
-	return o, k.advance(ctx, &o, d)
+	return o, k.advance(ctx, &o, d, reports)
 }
 
-// advance takes every step that can be taken.
-func (k *keeper) advance(ctx context.Context, o *outcome, d decision) error {
-	if d.verb == "schedule" && (!k.policy.Automatic || k.doubt()) {
-		return nil
-	}
+// heldBack reports whether no step is taken now, but for what a person has just asked for: steps depend on the time, and where they
+// are not automatic, on somebody's word.
+func (k *keeper) heldBack(d decision) bool {
+	return k.doubt() || !k.policy.Automatic && d.verb != "advance"
+}
+
+// advance takes every step that can be taken. One that can't be made does not keep the others waiting.
+func (k *keeper) advance(ctx context.Context, o *outcome, d decision, reports []rotation.Report) error {
+	var failed []rotation.Step
+	var errs []error
 	for range maxSteps {
 		now := k.folder.Now()
-		steps := rotation.Next(k.policy.Policy, k.world(o.set, now), now)
-		i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Ready(d.force != "" && s.Authority == d.force) })
+		o.world = k.world(o.set, now, reports...)
+		o.next = rotation.Next(k.policy.Policy, o.world, now)
+		if k.heldBack(d) {
+			break
+		}
+		i := slices.IndexFunc(o.next, func(s rotation.Step) bool {
+			same := func(f rotation.Step) bool { return f.Authority == s.Authority && f.To == s.To }
+			if d.only != "" && s.Authority != d.only || slices.ContainsFunc(failed, same) {
+				return false
+			}
+			if s.Authority == "" && k.requests == nil {
+				return false // without a server nothing is made; it does so when it starts
+			}
+			return s.Ready(d.force)
+		})
 		if i < 0 {
-			return nil
+			break
 		}
-		step := steps[i]
-		var forced []string
-		for _, w := range step.Waits {
-			forced = append(forced, w.For)
+		step := o.next[i]
+		if o.dry && step.Authority == "" {
+			o.changed, o.taken = true, append(o.taken, step)
+			break // what follows depends on keys that are not made
 		}
-		if step.Authority == "" {
-			if o.dry {
-				o.taken = append(o.taken, step)
-				return nil // what follows depends on keys that are not made
-			}
-			row, err := k.request(ctx, o.set, nil)
-			if err != nil {
-				return err
-			}
-			next, err := o.set.edit(nil, row)
-			if err != nil {
-				return err
-			}
-			if err := k.commit(ctx, o, next, d, now, step.Because, nil); err != nil {
-				return err
-			}
-			o.taken = append(o.taken, step)
+		forced, err := k.take(ctx, o, d, step, now)
+		if err != nil {
+			failed, errs = append(failed, step), append(errs, err)
 			continue
 		}
-		next, err := o.set.edit(rotation.Apply(k.policy.Policy, o.set.lives(), step, now))
-		if err != nil {
-			return err
-		}
-		if err := k.commit(ctx, o, next, d, now, step.Because, forced); err != nil {
-			return err
-		}
 		o.taken, o.forced = append(o.taken, step), append(o.forced, forced...)
-		if !o.dry {
-			k.log.Info("CA moved", "authority", step.Authority, "from", string(step.From), "to", string(step.To), "because", step.Because)
-			if len(forced) > 0 {
-				k.log.Warn("a step was forced", "authority", step.Authority, "by", d.by.GetCaller(), "overridden", forced)
-			}
+		if len(forced) > 0 {
+			d.force = false // the next step of that authority is another decision
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// take takes one step.
+func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation.Step, now time.Time) (forced []string, err error) {
+	for _, w := range step.Waits {
+		forced = append(forced, w.For)
+	}
+	var next *authorities
+	if step.Authority == "" {
+		row, err := k.request(ctx, o.set, nil)
+		if err != nil {
+			return nil, err
+		}
+		next, err = o.set.edit(nil, row)
+		if err != nil {
+			return nil, err
+		}
+	} else if next, err = o.set.edit(rotation.Apply(k.policy.Policy, o.set.lives(), step, now)); err != nil {
+		return nil, err
+	}
+	if err := k.commit(ctx, o, next, d, now, step.Because, forced); err != nil {
+		return nil, err
+	}
+	if !o.dry {
+		k.log.Info("CA moved", "authority", step.Authority, "from", string(step.From), "to", string(step.To), "because", step.Because)
+		if len(forced) > 0 {
+			k.log.Warn("a step was forced", "authority", step.Authority, "by", d.by.GetCaller(), "overridden", forced)
+		}
+	}
+	return forced, nil
 }
 
 // commit makes the next set the present one: stored and logged, then in effect. A dry run only looks whether it could be.
@@ -476,11 +524,14 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 	for {
 		bell := k.bell()
 		wait := every
-		if _, err := k.do(ctx, scheduled(), nil); err != nil && ctx.Err() == nil {
-			k.log.Error("could not take the next step in the life of a CA; it is tried again", "err", err)
-		} else if err := k.destroyKeys(ctx); err != nil && ctx.Err() == nil {
+		o, err := k.do(ctx, scheduled(), nil)
+		if err != nil && ctx.Err() == nil {
+			k.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
+		}
+		if err := k.destroyKeys(ctx); err != nil && ctx.Err() == nil {
 			k.log.Error("could not destroy the key of a removed intermediate; it is tried again", "err", err)
-		} else if at := k.next(); !at.IsZero() {
+		}
+		if at := firstEnd(o.next, k.folder.Now()); !at.IsZero() {
 			wait = min(max(at.Sub(k.folder.Now()), 0)+time.Millisecond, every)
 		}
 		timer := time.NewTimer(wait)
@@ -490,12 +541,23 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 			return
 		case <-bell:
 		case <-woken:
-			// Acknowledgements come by the thousand.
-			pause(ctx, 100*time.Millisecond)
+			// Acknowledgements come by the thousand, and each look costs in proportion to the agents.
+			pause(ctx, max(100*time.Millisecond, time.Duration(validators(o.world.Own))*perValidator))
 		case <-timer.C:
 		}
 		timer.Stop()
 	}
+}
+
+// perValidator spaces the looks at what agents say, so that they take a small part of a core however many agents there are.
+const perValidator = 100 * time.Microsecond
+
+// validators is how many agents a report counts.
+func validators(r rotation.Report) int {
+	if len(r.Roots) == 0 {
+		return 0
+	}
+	return r.Roots[0].Validators
 }
 
 func pause(ctx context.Context, d time.Duration) {
@@ -507,11 +569,9 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// next is when the clock next ends a wait; zero = none does.
-func (k *keeper) next() (at time.Time) {
-	now := k.folder.Now()
-	set := k.current.Load()
-	for _, s := range rotation.Next(k.policy.Policy, k.world(set, now), now) {
+// firstEnd is when the clock next ends a wait; zero = none does.
+func firstEnd(steps []rotation.Step, now time.Time) (at time.Time) {
+	for _, s := range steps {
 		for _, w := range s.Waits {
 			if w.Until.After(now) && (at.IsZero() || w.Until.Before(at)) {
 				at = w.Until
@@ -532,7 +592,7 @@ func (k *keeper) findStale() {
 		w.Peers = append(w.Peers, r)
 	}
 	var ids [][]byte
-	for _, a := range rotation.Stale(w) {
+	for _, a := range rotation.Stale(w, k.folder.Now()) {
 		if chain := set.chains[a]; len(chain) > 0 {
 			ids = append(ids, chain[0].SubjectKeyId)
 		}
@@ -645,38 +705,44 @@ func latest(a, b time.Time) time.Time {
 	return b
 }
 
-// startIntermediate asks for the next intermediate: the one that stands ready, or successors that are made now.
+// startIntermediate asks for the next intermediate: the one that stands ready, and requests for as many as are wanted to
+// stand ready.
 func (k *keeper) startIntermediate(ctx context.Context, d decision, successors int) (outcome, error) {
+	if successors < 1 || successors > MaxSuccessors {
+		return outcome{set: k.current.Load()}, fmt.Errorf("%d successors: want 1 to %d", successors, MaxSuccessors)
+	}
+	missing := 0
 	o, err := k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
 		all, ok := rotation.Want(k.policy.Policy, w, now)
-		if !ok {
-			return k.successors(ctx, set, successors, d.dry)
+		if missing = successors - set.waiting(); ok && missing <= 0 || d.dry {
+			next, err := set.edit(all)
+			return next, nil, err
 		}
-		next, err := set.edit(all)
+		var rows []store.Authority
+		for range missing {
+			row, err := k.request(ctx, set, rows)
+			if err != nil {
+				return nil, nil, err
+			}
+			row.Wanted = !ok && len(rows) == 0
+			rows = append(rows, row)
+		}
+		next, err := set.edit(all, rows...)
 		return next, nil, err
 	})
+	o.changed = o.changed || err == nil && missing > 0
 	return o, err
 }
 
-// successors makes successors, the first of them wanted.
-func (k *keeper) successors(ctx context.Context, set *authorities, n int, dry bool) (*authorities, []*auditv1.Entry, error) {
-	if n < 1 || n > MaxSuccessors {
-		return nil, nil, fmt.Errorf("%d successors: want 1 to %d", n, MaxSuccessors)
-	}
-	if dry {
-		return nil, nil, nil
-	}
-	rows := make([]store.Authority, 0, n)
-	for i := range n {
-		row, err := k.request(ctx, set, rows)
-		if err != nil {
-			return nil, nil, err
+// waiting is how many successors stand ready or wait for a signature.
+func (s *authorities) waiting() int {
+	n := 0
+	for _, a := range s.rows {
+		if a.Kind == ca.KindIntermediate && (a.State == ca.Prepared || a.State == ca.Published) && a.Tainted.IsZero() {
+			n++
 		}
-		row.Wanted = i == 0
-		rows = append(rows, row)
 	}
-	next, err := set.edit(nil, rows...)
-	return next, nil, err
+	return n
 }
 
 // startRoot begins to replace the root of the active issuer: the new one is published, and a request is made for an

@@ -93,7 +93,8 @@ func (a *listener) say() {
 	r := &signetv1.SyncRequest{IssuersHeld: &signetv1.IssuersHeld{KeyIds: a.held}}
 	if !a.bundle.IsZero() && !a.deaf {
 		digest := a.bundle.Digest()
-		r.BundleAcks = []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: digest[:], Sequence: a.bundle.Sequence()}}
+		r.BundleStored = &signetv1.BundleAck{TrustDomain: td.Name(), Digest: digest[:], Sequence: a.bundle.Sequence()}
+		r.BundleAcks = []*signetv1.BundleAck{r.BundleStored}
 	}
 	_ = a.stream.Send(r)
 }
@@ -318,7 +319,7 @@ func TestAKillAtAnyStepOfARotationHealsAtStart(t *testing.T) {
 			}
 		}
 		if signing != 1 || len(rows) != 5 {
-			t.Errorf("killed %s: %d issuers sign, of %d CAs", step, signing, len(rows))
+			t.Errorf("killed %s: %d issuers sign, of %d CAs: %v", step, signing, len(rows), s.keeper.current.Load().lives())
 		}
 		must(t, s.stop())
 		revisions := map[uint64]string{}

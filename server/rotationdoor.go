@@ -31,8 +31,13 @@ const maxReason = 512
 
 // answer tells what a change has done, or why it was not made.
 func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeResponse, error) {
+	if err != nil && o.changed {
+		err = fmt.Errorf("it is done, but what follows from it could not be, and is tried again: %w", err)
+	}
 	switch {
 	case err == nil:
+	case errors.Is(err, errBadReport):
+		return nil, plainly(codes.InvalidArgument, "invalid", err)
 	case errors.Is(err, store.ErrConflict):
 		return nil, plainly(codes.Aborted, "store_unavailable", err)
 	case errors.Is(err, errNotLogged), errors.Is(err, context.DeadlineExceeded):
@@ -45,7 +50,7 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 	for _, step := range o.taken {
 		r.Taken = append(r.Taken, stepMessage(step, now))
 	}
-	for _, step := range rotation.Next(s.keeper.policy.Policy, s.keeper.world(o.set, now), now) {
+	for _, step := range o.next {
 		r.Next = append(r.Next, stepMessage(step, now))
 	}
 	for _, a := range o.set.rows {
@@ -145,6 +150,7 @@ func (s rotationService) RotationStatus(ctx context.Context, _ *adminv1.Rotation
 // tainted says of every CA whose key is lost who still accepts what a thief makes with it.
 func (k *keeper) tainted(set *authorities, w rotation.World, now time.Time) []*adminv1.TaintStatus {
 	var all []*adminv1.TaintStatus
+	accepting := map[string][]string{} // by root
 	for _, c := range append([]rotation.Report{w.Own}, w.Peers...) {
 		for _, t := range c.Tainted {
 			m := &adminv1.TaintStatus{Id: t.ID, Root: t.Root, Cluster: c.Cluster, Since: timestampOf(t.Since), AcceptedUntil: timestampOf(t.NotAfter)}
@@ -152,7 +158,10 @@ func (k *keeper) tainted(set *authorities, w rotation.World, now time.Time) []*a
 			if now.After(t.NotAfter) {
 				continue // nobody accepts it any more
 			}
-			for _, v := range k.accepting(now, t.Root) {
+			if _, ok := accepting[t.Root]; !ok {
+				accepting[t.Root] = k.accepting(now, t.Root)
+			}
+			for _, v := range accepting[t.Root] {
 				if m.Accepting++; len(m.AcceptingAgents) < maxMissing {
 					m.AcceptingAgents = append(m.AcceptingAgents, k.folder.Cluster+"/"+v)
 				}
@@ -184,7 +193,7 @@ func (k *keeper) accepting(now time.Time, root string) []string {
 	defer k.mu.Unlock()
 	var all []string
 	for _, v := range validators {
-		if k.mayBelieve(v.said, root) {
+		if k.mayBelieve(v.oldest, root) {
 			all = append(all, v.agent)
 		}
 	}
@@ -329,15 +338,9 @@ func (s rotationService) AdvanceRotation(ctx context.Context, req *adminv1.Advan
 	if err != nil {
 		return nil, err
 	}
-	d := decision{verb: "advance", reason: "an admin said so", by: by, dry: req.DryRun}
-	if req.Force {
-		if _, ok := s.keeper.current.Load().row(req.Authority); !ok {
-			return nil, plainly(codes.InvalidArgument, "invalid", errors.New("say which CA is to be forced on: see signet rotation status"))
-		}
-		d.force = req.Authority
-	}
-	if _, err := s.keeper.takeReports(ctx, req.Reports, req.DryRun); err != nil {
-		return nil, plainly(codes.InvalidArgument, "invalid", err)
+	d := decision{verb: "advance", reason: "an admin said so", by: by, dry: req.DryRun, only: req.Authority, force: req.Force, notes: req.Reports}
+	if _, ok := s.keeper.current.Load().row(req.Authority); !ok && (req.Force || req.Authority != "") {
+		return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("no CA %q to advance: see signet rotation status", clip(req.Authority)))
 	}
 	return s.answer(s.keeper.do(ctx, d, nil))
 }
