@@ -340,10 +340,11 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 	return o, k.advance(ctx, &o, d, reports)
 }
 
-// heldBack reports whether no step is taken now, but for what a person has just asked for: steps depend on the time, and where they
-// are not automatic, on somebody's word.
-func (k *keeper) heldBack(d decision) bool {
-	return k.doubt() || !k.policy.Automatic && d.verb != "advance"
+// heldBack reports whether no step is taken now, but for what a person has just asked for: steps depend on the time, and where
+// they are not automatic, on somebody's word. What a cluster begins with needs no other word than its installation.
+func (k *keeper) heldBack(d decision, set *authorities) bool {
+	_, begun := set.activeRoot()
+	return k.doubt() || begun && !k.policy.Automatic && d.verb != "advance"
 }
 
 // advance takes every step that can be taken. One that can't be made does not keep the others waiting.
@@ -354,7 +355,7 @@ func (k *keeper) advance(ctx context.Context, o *outcome, d decision, reports []
 		now := k.folder.Now()
 		o.world = k.world(o.set, now, reports...)
 		o.next = rotation.Next(k.policy.Policy, o.world, now)
-		if k.heldBack(d) {
+		if k.heldBack(d, o.set) {
 			break
 		}
 		i := slices.IndexFunc(o.next, func(s rotation.Step) bool {
@@ -381,7 +382,7 @@ func (k *keeper) advance(ctx context.Context, o *outcome, d decision, reports []
 			continue
 		}
 		o.taken, o.forced = append(o.taken, step), append(o.forced, forced...)
-		if len(forced) > 0 {
+		if step.Authority == d.only {
 			d.force = false // the next step of that authority is another decision
 		}
 	}

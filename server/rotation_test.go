@@ -3,7 +3,11 @@ package server
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/x509"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -19,6 +24,7 @@ import (
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/store"
@@ -622,4 +628,234 @@ func TestAuthoritiesThatContradictEachOtherAreNotServed(t *testing.T) {
 	if _, err := newAuthorities(td, []store.Authority{orphan}, 1, trust.Bundle{}); err == nil {
 		t.Error("an intermediate without its root was read")
 	}
+}
+
+func TestInDoubtOfTheClockNoStepIsTakenWhoeverAsks(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	s.signed(c.root, started.Requests[0], nil)
+	begun := time.Now()
+	s.clock.mu.Lock()
+	s.clock.elapsed = func() time.Duration { return time.Since(begun) }
+	s.clock.base, s.clock.at = begun, 0
+	s.clock.mu.Unlock()
+	c.ahead.Store(int64(72 * time.Hour))
+	if s.clock.believe() == nil {
+		t.Fatal("a clock that is three days ahead of the time that has passed is believed")
+	}
+	b := newRoot(t)
+	_, err = s.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	must(t, s.keeper.destroyKeys(t.Context()))
+	if s.state("intermediate-1") != ca.Retired || s.state(b.id()) != ca.Prepared {
+		t.Errorf("the old issuer is %s, the new root %s", s.state("intermediate-1"), s.state(b.id()))
+	}
+	c.ahead.Store(0)
+	soon(t, "with the clock right again the new root is used", func() bool { return s.state(b.id()) == ca.Active })
+}
+
+func TestTheKeyOfARetiredIssuerMayBeGone(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	s.signed(c.root, started.Requests[0], nil)
+	must(t, s.stop())
+	must(t, c.keys.Delete(t.Context(), keystore.Ref{Backend: "memory", Name: intermediateKey, Version: 1}))
+	s = c.start(t, nil)
+	if s.state("intermediate-2") != ca.Active {
+		t.Errorf("the new issuer is %s", s.state("intermediate-2"))
+	}
+	// What can't sign does not take over.
+	if _, err := s.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: "intermediate-2"}); err == nil || !strings.Contains(err.Error(), "no such key") {
+		t.Errorf("given back to an issuer without a key: %v", err)
+	}
+	if s.state("intermediate-2") != ca.Active {
+		t.Errorf("after that the new issuer is %s", s.state("intermediate-2"))
+	}
+}
+
+// noNewKeys is a keystore that has no room.
+type noNewKeys struct{ keystore.Store }
+
+func (noNewKeys) Create(context.Context, string, keystore.Algorithm) (keystore.Key, error) {
+	return nil, errors.New("no space left on device")
+}
+
+func TestAStepThatCantBeMadeKeepsNoOtherWaiting(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	a := s.listen(s.enrol("node-1"), true)
+	b := newRoot(t)
+	_, err := s.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	s.keeper.turn <- struct{}{}
+	s.keeper.folder.Keys = noNewKeys{c.keys}
+	<-s.keeper.turn
+	_, err = s.rotations().TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "stolen"})
+	if err == nil || !strings.Contains(err.Error(), "it is done") || !strings.Contains(err.Error(), "no space left") {
+		t.Errorf("a taint whose successor can't be made answers %v", err)
+	}
+	if row, _ := s.keeper.current.Load().row("intermediate-1"); row.Tainted.IsZero() {
+		t.Error("it is not tainted")
+	}
+	a.hears()
+	soon(t, "the root that all have is used", func() bool { return s.state(b.id()) == ca.Active })
+}
+
+func TestWithoutAutomaticStepsTheyAreTakenByAdvanceAlone(t *testing.T) {
+	c := newCluster(t, "east")
+	c.manual = true
+	s := c.start(t, nil)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	s.signed(c.root, started.Requests[0], nil)
+	b := newRoot(t)
+	_, err = s.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	if s.state("intermediate-2") != ca.Prepared || s.state(b.id()) != ca.Prepared {
+		t.Fatalf("without a word: %s, %s", s.state("intermediate-2"), s.state(b.id()))
+	}
+	if _, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "no-such-ca"}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("an unknown CA: %v", err)
+	}
+	_, err = s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "intermediate-2"})
+	must(t, err)
+	if s.state("intermediate-2") != ca.Active || s.state(b.id()) != ca.Prepared {
+		t.Errorf("with a word for one: %s, %s", s.state("intermediate-2"), s.state(b.id()))
+	}
+}
+
+func TestForceIsForOneStep(t *testing.T) {
+	c := newCluster(t, "east")
+	c.manual = true
+	s := c.start(t, nil)
+	s.listen(s.enrol("node-1"), true)
+	b := newRoot(t)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	advance := func(id string, force bool) *adminv1.RotationChangeResponse {
+		t.Helper()
+		r, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: id, Force: force})
+		must(t, err)
+		return r
+	}
+	if len(started.Requests) == 0 {
+		started = advance("", false)
+	}
+	s.signed(b, started.Requests[0], nil)
+	advance(b.id(), true)
+	advance("intermediate-2", true) // published
+	advance("intermediate-2", true) // active
+	if s.state("intermediate-2") != ca.Active || s.state(b.id()) != ca.Active {
+		t.Fatalf("by force: %s, %s", s.state("intermediate-2"), s.state(b.id()))
+	}
+	advance(c.root.id(), true)
+	if got := s.state(c.root.id()); got == ca.Removed {
+		t.Error("one word has retired the old root and removed it while its leaves live")
+	}
+}
+
+func TestOneMuteWorkloadCostsTheOthersOfItsNodeNothing(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	s.apply(false, registration("a", "node-1"))
+	m := s.enrol("node-1")
+	conn := s.dial(m)
+	b := newRoot(t)
+	_, err := s.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	stream, err := signetv1.NewAgentsClient(conn).Sync(t.Context())
+	must(t, err)
+	v := s.keeper.current.Load().bundle.Version()
+	nobody := make([]byte, len(trust.Digest{}))
+	must(t, stream.Send(&signetv1.SyncRequest{
+		BundleAcks:   []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: nobody}},
+		BundleStored: &signetv1.BundleAck{TrustDomain: td.Name(), Digest: v.Digest[:], Sequence: v.Sequence},
+	}))
+	soon(t, "the agent's word arrives", func() bool { return s.acks.of("node-1").stored == v })
+	s.leaf(conn, "a")
+	if got := s.state(b.id()); got != ca.Published {
+		t.Errorf("the root that a workload has not acknowledged is %s", got)
+	}
+}
+
+func TestTheWordOfAnOlderStreamIsOld(t *testing.T) {
+	s := newCluster(t, "east").start(t, nil)
+	newer := said{session: 2, stored: trust.Version{Sequence: 7}}
+	s.acks.hear("node-1", newer)
+	s.acks.hear("node-1", said{session: 1, stored: trust.Version{Sequence: 3}})
+	if got := s.acks.of("node-1"); !got.same(newer) {
+		t.Errorf("it counts that %+v was said", got)
+	}
+}
+
+func TestAsManySuccessorsAsAskedForStandReady(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	for _, n := range []uint32{1, 3} {
+		r, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: n})
+		must(t, err)
+		if len(r.Requests) != int(n) {
+			t.Errorf("asked for %d, %d wait for a signature", n, len(r.Requests))
+		}
+	}
+}
+
+func TestAReportIsBounded(t *testing.T) {
+	east := newCluster(t, "east")
+	west := east.sibling(t, "west")
+	w := west.start(t, nil)
+	info, err := Show(t.Context(), west.dir)
+	must(t, err)
+	peer := Peer{Cluster: "west", VerifierKey: info.LogVerifierKey}
+	ref, _, err := w.store.Meta(t.Context(), logKeyFact)
+	must(t, err)
+	key, err := w.config.key(t.Context(), ref)
+	must(t, err)
+	sign := func(change func(*rotation.Report)) []byte {
+		r := rotation.Report{Cluster: "west", At: time.Now()}
+		change(&r)
+		text, err := json.Marshal(r)
+		must(t, err)
+		note, err := audit.SignNote(w.config.Origin(), key, reportTitle+td.Name()+"\n"+string(text)+"\n")
+		must(t, err)
+		return note
+	}
+	if _, err := openReport(sign(func(*rotation.Report) {}), peer, td); err != nil {
+		t.Fatal(err)
+	}
+	for what, change := range map[string]func(*rotation.Report){
+		"many roots":      func(r *rotation.Report) { r.Roots = make([]rotation.RootReport, maxReportRoots+1) },
+		"many taints":     func(r *rotation.Report) { r.Tainted = make([]rotation.TaintReport, maxReportTaints+1) },
+		"a long name":     func(r *rotation.Report) { r.Tainted = []rotation.TaintReport{{ID: strings.Repeat("x", 300)}} },
+		"many agents":     func(r *rotation.Report) { r.Roots = []rotation.RootReport{{Missing: make([]string, maxMissing+1)}} },
+		"counts that lie": func(r *rotation.Report) { r.Roots = []rotation.RootReport{{Trusting: 2, Validators: 1}} },
+		"another cluster": func(r *rotation.Report) { r.Cluster = "south" },
+		"no time":         func(r *rotation.Report) { r.At = time.Time{} },
+	} {
+		if _, err := openReport(sign(change), peer, td); err == nil {
+			t.Errorf("a report with %s was believed", what)
+		}
+	}
+}
+
+func FuzzReport(f *testing.F) {
+	f.Add([]byte("signet rotation report v1\nexample.org\n{}\n\n— example.org/west/west-1 AAAAAAAA\n"))
+	f.Add([]byte(""))
+	pub, _, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	vkey, err := note.NewEd25519VerifierKey("example.org/west/west-1", pub)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, signed []byte) {
+		if r, err := openReport(signed, Peer{Cluster: "west", VerifierKey: vkey}, td); err == nil {
+			t.Errorf("a report that nobody has signed was believed: %+v", r)
+		}
+	})
 }

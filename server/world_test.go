@@ -153,6 +153,8 @@ type cluster struct {
 	ahead atomic.Int64
 	// peers are the clusters it knows.
 	peers []Peer
+	// manual: steps are not taken by themselves.
+	manual bool
 }
 
 func newCluster(t testing.TB, name string) *cluster {
@@ -190,7 +192,7 @@ func testRotation() Rotation {
 
 func (c *cluster) config() Config {
 	policy := testRotation()
-	policy.Peers = c.peers
+	policy.Peers, policy.Automatic = c.peers, !c.manual
 	return Config{
 		Folder: c.folder(), Enrol: "127.0.0.1:0", Agents: "127.0.0.1:0", HTTP: "127.0.0.1:0",
 		AdminSocket: filepath.Join(c.dir, "admin.sock"), TTL: time.Hour, MaxTTL: 24 * time.Hour, ControlTTL: 7 * 24 * time.Hour,
