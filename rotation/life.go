@@ -344,7 +344,7 @@ func (d decision) trust(root string) []Wait {
 	if !ok || !r.InBundle() {
 		return []Wait{{Code: WaitRoot, For: "root " + root + " is not trusted here"}}
 	}
-	if d.now.Add(d.LongestLeaf).After(r.NotAfter) {
+	if d.tooShort(r) {
 		return []Wait{{Code: WaitShortLived, For: fmt.Sprintf("root %s ends at %s, too soon for a leaf of %s", root, stamp(r.NotAfter), d.LongestLeaf)}}
 	}
 	if d.first() {
@@ -451,8 +451,11 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 	return s, true
 }
 
-// tooShort: what lives shorter than the longest leaf is never activated.
-func (d decision) tooShort(x Authority) bool { return d.now.Add(d.LongestLeaf).After(x.NotAfter) }
+// tooShort: what lives shorter than the longest leaf is never activated. A cluster begins with what it is given: there is
+// nothing better to wait for, and its leaves are cut short.
+func (d decision) tooShort(x Authority) bool {
+	return d.now.Add(d.LongestLeaf).After(x.NotAfter) && (!d.first() || d.now.After(x.NotAfter))
+}
 
 // mayBegin waits until signing under a root may begin. Peers don't remove a root under which they know us to sign, so an
 // issuer that takes over from another one under the same root needs no new promise.

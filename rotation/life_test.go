@@ -463,12 +463,33 @@ func TestASlowRootRotationIsBridged(t *testing.T) {
 func TestWhatLivesShorterThanTheLongestLeafIsRefused(t *testing.T) {
 	short := rootA("")
 	short.NotAfter = noon.Add(day - 1)
-	if _, err := AddRoot(testPolicy, World{}, short, noon); err == nil || !strings.Contains(err.Error(), "nothing may be signed under a root that ends before its leaves") {
+	begun := worldOf(named("b", rootA(ca.Active)), under("b", "i", ca.Active))
+	if _, err := AddRoot(testPolicy, begun, short, noon); err == nil || !strings.Contains(err.Error(), "nothing may be signed under a root that ends before its leaves") {
 		t.Fatal(err)
 	}
-	w := worldOf(rootA(ca.Active), Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared})
+	w := worldOf(rootA(ca.Active), under("a", "i", ca.Active), Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared})
 	if _, err := Signed(testPolicy, w, "x", "a", noon, noon.Add(day-1), noon); err == nil || !strings.Contains(err.Error(), "shorter than the longest leaf") {
 		t.Fatal(err)
+	}
+}
+
+// There is nothing better to wait for: leaves are cut short. What has ended is nothing to begin with.
+func TestAClusterBeginsWithWhatItIsGiven(t *testing.T) {
+	short := rootA("")
+	short.NotAfter = noon.Add(time.Hour)
+	all, err := AddRoot(testPolicy, World{}, short, noon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := World{Authorities: append(all, Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared})}
+	if w.Authorities, err = Signed(testPolicy, w, "x", short.ID, noon, short.NotAfter, noon); err != nil {
+		t.Fatal(err)
+	}
+	if w = settle(t, w, noon); active(w) != "x" {
+		t.Fatalf("active is %q", active(w))
+	}
+	if _, err := AddRoot(testPolicy, World{}, short, noon.Add(2*time.Hour)); err == nil {
+		t.Fatal("a root that has ended was added")
 	}
 }
 

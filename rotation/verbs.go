@@ -28,7 +28,7 @@ func (w World) find(id string) (int, error) {
 // leave.
 func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, error) {
 	all := slices.Clone(w.Authorities)
-	if now.Add(p.LongestLeaf).After(root.NotAfter) {
+	if (decision{Policy: p, World: w, now: now}).tooShort(root) {
 		return nil, fmt.Errorf("root %s ends at %s: a leaf may live %s, and nothing may be signed under a root that ends before its leaves", root.ID, stamp(root.NotAfter), p.LongestLeaf)
 	}
 	root.Kind, root.State, root.Since = ca.KindRoot, ca.Prepared, now
@@ -142,7 +142,7 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is tainted", id, root)
 	case w.bridges(p, id, root, now):
 		return nil, fmt.Errorf("not all validators trust %s yet, and %s ends at %s: have %s signed under %s, to bridge the time", root, signing.ID, stamp(signing.NotAfter), id, signing.Root)
-	case now.Add(p.LongestLeaf).After(notAfter):
+	case (decision{Policy: p, World: w, now: now}).tooShort(Authority{NotAfter: notAfter}):
 		return nil, fmt.Errorf("%s ends at %s: it would live shorter than the longest leaf, %s; have it signed for longer", id, stamp(notAfter), p.LongestLeaf)
 	}
 	all := slices.Clone(w.Authorities)

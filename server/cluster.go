@@ -282,9 +282,16 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	r.ControlCA = ca.CertificateFingerprint(control.Chain[0])
 
 	intermediate, ok := find(ca.KindIntermediate)
+	if ok {
+		// What waits for a signature is asked for again; where nothing can sign any more, something new is asked for.
+		if intermediate, ok, err = c.awaited(ctx, o, rows, intermediate); err != nil {
+			return InitResult{}, err
+		}
+	}
 	if !ok {
 		r.Created = true
-		if intermediate, err = (&keeper{folder: &c.Folder, algorithm: c.Algorithm, prefix: c.NamePrefix, requests: c.Ceremony}).request(ctx, &authorities{}, nil); err != nil {
+		k := &keeper{folder: &c.Folder, algorithm: c.Algorithm, prefix: c.NamePrefix, requests: c.Ceremony}
+		if intermediate, err = k.request(ctx, &authorities{rows: rows}, nil); err != nil {
 			return InitResult{}, err
 		}
 		if _, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{intermediate}, trust.Bundle{}); err != nil {
@@ -311,6 +318,30 @@ func (c *InitConfig) notOrphaned(ctx context.Context, o *opened) error {
 		return fmt.Errorf("folder %s has the log of a cluster whose state database is gone: put the database back from its newest backup; a new one would shut every agent out", c.Dir)
 	}
 	return nil
+}
+
+// awaited returns the intermediate that is asked for: one that waits for a signature, else the first. It reports false when
+// all that were signed have ended.
+func (c *InitConfig) awaited(ctx context.Context, o *opened, rows []store.Authority, first store.Authority) (store.Authority, bool, error) {
+	bundle, _, err := o.store.Bundle(ctx, c.TrustDomain)
+	if err != nil {
+		return first, false, err
+	}
+	set, err := newAuthorities(c.TrustDomain, rows, 0, bundle)
+	if err != nil {
+		return first, false, err
+	}
+	lives := false
+	for _, a := range set.rows {
+		switch {
+		case a.Kind != ca.KindIntermediate || a.State == ca.Removed || a.State == ca.Retired || !a.Tainted.IsZero():
+		case len(a.Chain) == 0:
+			return a, true, nil
+		default:
+			lives = lives || c.Now().Before(a.NotAfter)
+		}
+	}
+	return first, lives, nil
 }
 
 // makeControlCA: a crash after the log's entry and before the row leaves an entry of a control CA that never was; the

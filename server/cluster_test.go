@@ -183,7 +183,7 @@ func TestInstallTakesOnlyWhatWasAskedFor(t *testing.T) {
 		{"a private key", "PRIVATE KEY", append(bytes.Clone(good), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("x")})...), c.root.fingerprint()},
 		{"too much", "at most", bytes.Repeat(good, 300), c.root.fingerprint()},
 		{"an expired intermediate", "expired", c.root.intermediate(t, r.CSR, func(x *x509.Certificate) { x.NotAfter = time.Now().Add(-time.Minute) }), c.root.fingerprint()},
-		{"one that ends before its leaves", "shorter than the longest leaf", c.root.intermediate(t, r.CSR, func(x *x509.Certificate) { x.NotAfter = time.Now().Add(time.Hour) }), c.root.fingerprint()},
+		{"one not yet valid", "not yet valid", c.root.intermediate(t, r.CSR, func(x *x509.Certificate) { x.NotBefore = time.Now().Add(time.Hour) }), c.root.fingerprint()},
 		{"another name", "not named as planned", c.root.intermediate(t, r.CSR, func(x *x509.Certificate) { x.Subject.CommonName = "west" }), c.root.fingerprint()},
 		{"no CA", "CA", c.root.intermediate(t, r.CSR, func(x *x509.Certificate) { x.IsCA, x.MaxPathLenZero, x.KeyUsage = false, false, 0 }), c.root.fingerprint()},
 	} {
@@ -233,6 +233,12 @@ func TestAServerRefusesWhatItCannotServe(t *testing.T) {
 		c.start(t, nil)
 		_, err := New(t.Context(), c.config())
 		wantError(t, err, fmt.Sprintf("in use by process %d", os.Getpid()))
+	})
+	t.Run("expired intermediate", func(t *testing.T) {
+		c := newCluster(t, "east")
+		c.ahead.Store(int64(2000 * time.Hour))
+		_, err := New(t.Context(), c.config())
+		wantError(t, err, "expired")
 	})
 	t.Run("key gone", func(t *testing.T) {
 		c := newCluster(t, "east")

@@ -1139,7 +1139,7 @@ func TestASetThatDoesNotFitIntoOneMessageIsRefused(t *testing.T) {
 func TestAThousandRegistrationsAreOneChange(t *testing.T) {
 	s := newCluster(t, "east").start(t, nil)
 	var list []*signetv1.Registration
-	for i := range 3 * logPart {
+	for i := range logPart + 1 {
 		list = append(list, registration(fmt.Sprintf("r%d", i), "node-1"))
 	}
 	s.apply(true, list...)

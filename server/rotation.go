@@ -624,7 +624,7 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 	}
 	w.Authorities = set.lives()
 	var entries []*auditv1.Entry
-	for _, chain := range chains {
+	for i, chain := range chains {
 		root := chain[len(chain)-1]
 		switch {
 		case !bytes.Equal(root.RawIssuer, root.RawSubject):
@@ -662,8 +662,11 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 			return nil, nil, fmt.Errorf("stored request of %s can't be read: %w", row.ID, err)
 		}
 		plan.CommonName = request.Subject.CommonName
-		// One that begins later is for later.
-		plan.Now = func() time.Time { return latest(now, chain[0].NotBefore) }
+		// One that begins later is for later, but a cluster can't begin with it.
+		plan.Now = func() time.Time { return now }
+		if _, begun := set.activeRoot(); begun || i > 0 {
+			plan.Now = func() time.Time { return latest(now, chain[0].NotBefore) }
+		}
 		if err := plan.Check(chain[:len(chain)-1], chain[len(chain)-1:]); err != nil {
 			return nil, nil, err
 		}

@@ -556,17 +556,50 @@ func TestSuccessorsTakeTheirTurns(t *testing.T) {
 	}
 }
 
-func TestAServerThatWasAwayForLongStartsAndSaysThatItCantIssue(t *testing.T) {
-	c := newCluster(t, "east")
-	c.ahead.Store(int64(2000 * time.Hour))
-	s := c.start(t, nil)
-	if err := s.canIssue(identity.Mesh); err == nil || !strings.Contains(err.Error(), "expired") {
-		t.Errorf("it says %v", err)
-	}
-	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+func TestAServerThatWasAwayForTooLongSaysHowToGoOn(t *testing.T) {
+	d := &cluster{name: "west", dir: shortDir(t), root: newRootUntil(t, time.Now().Add(5000*time.Hour)), keys: keystore.NewMemory()}
+	r, err := Init(t.Context(), InitConfig{Folder: d.folder(), Ceremony: byX509{}})
 	must(t, err)
-	if len(started.Requests) != 1 {
-		t.Errorf("it asks for %v", started.Requests)
+	install := func(csr []byte) {
+		t.Helper()
+		_, err := Install(t.Context(), InstallConfig{Folder: d.folder(), Rotation: testRotation(), Chain: d.root.intermediate(t, csr, func(x *x509.Certificate) {
+			x.NotAfter = d.now().Add(1000 * time.Hour).Truncate(time.Second)
+		}), RootFingerprint: d.root.fingerprint()})
+		must(t, err)
+	}
+	install(r.CSR)
+	again, err := Init(t.Context(), InitConfig{Folder: d.folder(), Ceremony: byX509{}})
+	must(t, err)
+	if again.Created || !bytes.Equal(again.CSR, r.CSR) {
+		t.Error("a second init asks for something else")
+	}
+	d.ahead.Store(int64(2000 * time.Hour))
+	_, err = New(t.Context(), d.config())
+	wantError(t, err, "expired")
+	wantError(t, err, "signet cluster init")
+	next, err := Init(t.Context(), InitConfig{Folder: d.folder(), Ceremony: byX509{}})
+	must(t, err)
+	if bytes.Equal(next.CSR, r.CSR) {
+		t.Fatal("the same request is printed although its certificate has expired")
+	}
+	install(next.CSR)
+	if s := d.start(t, nil); s.state("intermediate-2") != ca.Active {
+		t.Errorf("the new issuer is %s", s.state("intermediate-2"))
+	}
+}
+
+func TestASuccessorThatStandsReadyTakesOverAtTheStart(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 2})
+	must(t, err)
+	s.signed(c.root, started.Requests[0], func(x *x509.Certificate) { x.NotAfter = time.Now().Add(200 * time.Hour) })
+	s.signed(c.root, started.Requests[1], func(x *x509.Certificate) { x.NotBefore = time.Now().Add(100 * time.Hour) })
+	must(t, s.stop())
+	c.ahead.Store(int64(500 * time.Hour))
+	s = c.start(t, nil)
+	if got := s.state("intermediate-3"); got != ca.Active {
+		t.Errorf("after an absence in which the issuer has expired, its successor is %s", got)
 	}
 }
 

@@ -245,7 +245,7 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	if err := s.startOutbox(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.foundation(); err != nil {
+	if err := s.foundation(ctx); err != nil {
 		return nil, err
 	}
 	s.own = &ownCertificate{issue: s.issueOwn, now: c.Now, failed: func(err error) {
@@ -294,8 +294,12 @@ func (s *Server) loadAuthorities(ctx context.Context) (err error) {
 	return k.load(ctx)
 }
 
-// foundation refuses to start without what a cluster begins with.
-func (s *Server) foundation() error {
+// foundation refuses to start without what a cluster stands on. A successor that is ready takes over first: the server may
+// have been away for long.
+func (s *Server) foundation(ctx context.Context) error {
+	if _, err := s.keeper.do(ctx, scheduled(), nil); err != nil {
+		s.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
+	}
 	set := s.keeper.current.Load()
 	for _, a := range set.rows {
 		if a.Kind == ca.KindControl {
@@ -312,6 +316,11 @@ func (s *Server) foundation() error {
 	}
 	if _, ok := set.activeRoot(); !ok {
 		return fmt.Errorf("cluster %s has no intermediate yet: have the root's holder sign its request (signet root sign), then run: signet cluster install --chain FILE --root-fingerprint SHA256:…", s.config.Cluster)
+	}
+	if mesh, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
+		if err := mesh.Usable(s.now()); err != nil {
+			return fmt.Errorf("%w: signet cluster init prints the request for its certificate, then signet root sign and signet cluster install", err)
+		}
 	}
 	return nil
 }

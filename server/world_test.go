@@ -59,11 +59,14 @@ type root struct {
 	cert *x509.Certificate
 }
 
-func newRoot(t testing.TB) *root {
+func newRoot(t testing.TB) *root { return newRootUntil(t, time.Now().Add(1000*time.Hour)) }
+
+func newRootUntil(t testing.TB, notAfter time.Time) *root {
 	t.Helper()
 	key, err := doors.NewKey()
 	must(t, err)
 	c := caTemplate("root")
+	c.NotAfter = notAfter.Truncate(time.Second)
 	c.MaxPathLen, c.MaxPathLenZero = 1, false
 	return &root{key, sign(t, c, c, key.Public(), key)}
 }

@@ -1,11 +1,14 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"embed"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/url"
@@ -43,6 +46,9 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		return openReadOnly(ctx, path)
 	}
 	if err := ownFile(path); err != nil {
+		return nil, err
+	}
+	if err := whole(path); err != nil {
 		return nil, err
 	}
 	// FULL: a commit is on the disk before anybody hears of it, so that a power cut can't make a used token new again.
@@ -86,6 +92,9 @@ func openReadOnly(ctx context.Context, path string) (*Store, error) {
 		return nil, fmt.Errorf("state database %s can't be read: %w", path, err)
 	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("state database %s is not a regular file: give the path of the file itself", path)
+	}
+	if err := whole(path); err != nil {
+		return nil, err
 	}
 	dsn := url.URL{Scheme: "file", Path: path, RawQuery: values.Encode()}
 	db, err := sql.Open("sqlite", dsn.String())
@@ -153,6 +162,46 @@ func ownFile(path string) error {
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
 		return fmt.Errorf("state database %s has mode %04o, others may read it: chmod 600 %s", path, mode, path)
+	}
+	return nil
+}
+
+// whole refuses a file that is shorter than its header says. SQLite counts the beginning of a last page as the page, and
+// reads zeros for the rest of it, which it does not miss where the page has room. A file that is not at rest may be short:
+// a checkpoint writes its first page first, and what is missing is in the log beside it.
+func whole(path string) error {
+	for _, log := range []string{path + "-wal", path + "-journal"} {
+		if info, err := os.Lstat(log); err == nil && info.Size() > 0 {
+			return nil
+		}
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("state database %s can't be read: %w", path, err)
+	}
+	defer f.Close()
+	// https://sqlite.org/fileformat2.html §1.3. What is no header is for SQLite to refuse, and a new file has none.
+	header := make([]byte, 100)
+	switch _, err := io.ReadFull(f, header); {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return nil
+	case err != nil:
+		return fmt.Errorf("state database %s can't be read: %w", path, err)
+	}
+	size, pages := int64(binary.BigEndian.Uint16(header[16:])), int64(binary.BigEndian.Uint32(header[28:]))
+	if size == 1 {
+		size = 1 << 16
+	}
+	// The number of pages counts only if the change that wrote it was the last.
+	if !bytes.HasPrefix(header, []byte("SQLite format 3\x00")) || !bytes.Equal(header[24:28], header[92:96]) {
+		return nil
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("state database %s: %w", path, err)
+	}
+	if info.Size() < size*pages {
+		return damaged(path, fmt.Errorf("it has %d bytes of the %d that its header names", info.Size(), size*pages))
 	}
 	return nil
 }

@@ -260,6 +260,74 @@ func TestADamagedFileIsRefused(t *testing.T) {
 	}
 }
 
+// copied puts files of a store, or parts of them, into a folder of their own.
+func copied(t *testing.T, parts map[string][]byte) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "state.db")
+	for suffix, data := range parts {
+		if err := os.WriteFile(path+suffix, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return path
+}
+
+func TestATornLastPageIsRefusedThoughNothingIsInIt(t *testing.T) {
+	s := newStore(t)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	all, err := os.ReadFile(s.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, missing := range []int{1, 2048, 4095, 4096} {
+		for _, readOnly := range []bool{false, true} {
+			torn := all[:len(all)-missing]
+			path := copied(t, map[string][]byte{"": torn})
+			broken, err := Open(t.Context(), Config{Path: path, ReadOnly: readOnly})
+			if broken != nil {
+				broken.Close()
+			}
+			oneSentence(t, err, path, "damaged", "restore it from a backup", fmt.Sprintf("%d bytes of the %d", len(torn), len(all)))
+			if now, err := os.ReadFile(path); err != nil || !bytes.Equal(now, torn) {
+				t.Errorf("the file was changed (%v)", err)
+			}
+		}
+	}
+}
+
+// Whoever is killed while the log's pages go into the file leaves a short file, and all of it in the log.
+func TestACheckpointThatWasCutOffIsNoDamage(t *testing.T) {
+	s := newStore(t)
+	if err := s.SetMeta(t.Context(), "cluster", "east"); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(s.path + "-wal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	all, err := os.ReadFile(s.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, readOnly := range []bool{true, false} {
+		again, err := Open(t.Context(), Config{Path: copied(t, map[string][]byte{"": all[:len(all)-4096*5/2], "-wal": log}), ReadOnly: readOnly})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v, _, err := again.Meta(t.Context(), "cluster"); v != "east" || err != nil {
+			t.Errorf("it holds %q, %v", v, err)
+		}
+		if err := again.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestANewerSchemaIsLeftAlone(t *testing.T) {
 	s := newStore(t)
 	if _, err := s.db.ExecContext(t.Context(), `INSERT INTO goose_db_version (version_id, is_applied) VALUES (999, true)`); err != nil {

@@ -110,10 +110,22 @@ func seal(ctx context.Context, tx *sql.Tx) error {
 		if err != nil {
 			return err
 		}
-		for _, r := range rows {
-			if _, err := tx.ExecContext(ctx, `UPDATE `+t.name+` SET checksum = $1 WHERE rowid = $2`, r.sum, r.id); err != nil {
-				return err
-			}
+		if err := t.sealRows(ctx, tx, rows); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t sealedTable) sealRows(ctx context.Context, tx *sql.Tx, rows []sealedRow) error {
+	update, err := tx.PrepareContext(ctx, `UPDATE `+t.name+` SET checksum = $1 WHERE rowid = $2`)
+	if err != nil {
+		return err
+	}
+	defer update.Close()
+	for _, r := range rows {
+		if _, err := update.ExecContext(ctx, r.sum, r.id); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -346,9 +346,10 @@ func TestHelpOfEveryCommandHasExamplesThatParse(t *testing.T) {
 			}
 		}
 	})
-	want := strings.Split("agent ban,agent list,agent status,agent unban,check,cluster init,cluster install,cluster show,config validate,config view,join-token create,join-token list,join-token revoke,"+
-		"log find,log prove,log show,log verify,registration apply,registration list,registration why,root init,root show,root sign,serve,"+
-		"svid fetch,svid inspect,svid verify,svid watch,version", ",")
+	want := strings.Split("agent ban,agent list,agent status,agent unban,ca list,ca show,ca taint,check,cluster init,cluster install,cluster show,config validate,config view,identity ban,identity list,identity unban,join-token create,join-token list,join-token revoke,"+
+		"log find,log prove,log show,log verify,registration apply,registration list,registration why,root init,root show,root sign,"+
+		"rotation abort,rotation advance,rotation plan,rotation report,rotation start,rotation status,serve,"+
+		"svid fetch,svid inspect,svid verify,svid watch,trust add,trust export,trust list,trust remove,version", ",")
 	if slices.Sort(commands); !slices.Equal(commands, want) {
 		t.Errorf("commands are %q, want %q", commands, want)
 	}

@@ -19,7 +19,19 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/signet-ca/signet/test/lab"
 )
+
+// restore takes away all registrations but those that all tests count on.
+func restore(ctx context.Context) error {
+	const file = "registrations.yaml"
+	if err := site.Lab.Write(site.Name+"/"+file, site.rules); err != nil {
+		return err
+	}
+	_, err := site.Lab.Run(ctx, "registration", "apply", "--config", site.Config(), "-f", site.Path(file), "--prune")
+	return err
+}
 
 // TestMistake11TwoHundredWorkloadsAndNeverAForeignSecret lets 200 workloads of one agent come and go, ask for their own and
 // for each other's names, while registrations change, and looks at the name in every certificate that any of them gets.
@@ -31,18 +43,18 @@ func TestMistake11TwoHundredWorkloadsAndNeverAForeignSecret(t *testing.T) {
 	defer cancel()
 	var secrets, foreign, refused atomic.Int64
 	var had sync.Map
-	dial := func(i int) (net.Conn, error) {
+	path := func(i int) string {
 		if root() {
-			return as(crowdUser+i, site.agent.Socket)
+			return site.agent.Socket
 		}
-		return net.Dial("unix", site.Path("run", member(i)+".sock"))
+		return site.Path("run", member(i)+".sock")
 	}
 	// What a workload may have: its own identity, and the shared one that half of them have had at some time.
 	may := func(i int, id string) bool { return id == idOf(member(i)) || id == idOf("shared") && i%2 == 0 }
-	visit := func(r *rand.Rand, i int) {
+	wander := func(r *rand.Rand, i int) {
 		call, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
 		defer cancel()
-		s, conn, err := stream(call, func() (net.Conn, error) { return dial(i) })
+		s, conn, err := stream(call, func() (net.Conn, error) { return as(crowdUser+i, path(i)) })
 		if err != nil {
 			return
 		}
@@ -93,13 +105,24 @@ func TestMistake11TwoHundredWorkloadsAndNeverAForeignSecret(t *testing.T) {
 				if r.IntN(3) == 0 {
 					i = r.IntN(crowd)
 				}
-				visit(r, i)
+				wander(r, i)
 			}
 		})
 	}
 	// Meanwhile a registration that every second workload fits comes, changes and goes.
+	gone := func() {
+		if err := restore(context.WithoutCancel(ctx)); err != nil {
+			t.Errorf("apply: %v", err)
+		}
+	}
 	work.Go(func() {
+		defer gone()
 		for n := 0; ctx.Err() == nil; n++ {
+			if n%4 == 3 {
+				gone()
+				time.Sleep(500 * time.Millisecond)
+				continue
+			}
 			rules := "registrations:\n"
 			for i := range crowd / 2 {
 				i *= 2
@@ -116,6 +139,16 @@ func TestMistake11TwoHundredWorkloadsAndNeverAForeignSecret(t *testing.T) {
 		}
 	})
 	work.Wait()
+	if err := lab.Until(t.Context(), "what is gone is nobody's default", 10*time.Second, func() error {
+		for i := range crowd {
+			if ids, err := visit(t.Context(), crowdUser+i, path(i)); err != nil || !slices.Equal(ids, []string{idOf(member(i))}) {
+				return fmt.Errorf("workload %d got %v (%v)", i, ids, err)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
 	seen := 0
 	had.Range(func(any, any) bool { seen++; return true })
 	t.Logf("%d secrets to %d workloads, %d of them foreign; %d streams refused", secrets.Load(), seen, foreign.Load(), refused.Load())

@@ -48,6 +48,8 @@ var (
 		agent  *lab.Agent
 		// honest is an enrolled agent that behaves, evil one that doesn't.
 		honest, evil *doors.Member
+		// rules are the registrations that all tests count on.
+		rules string
 	}
 )
 
@@ -145,6 +147,7 @@ func settle(ctx context.Context, l *lab.Lab) error {
 	if err := c.Apply(ctx, rules); err != nil {
 		return err
 	}
+	site.rules = rules
 	if site.honest, err = c.Member(ctx, "honest"); err != nil {
 		return err
 	}
