@@ -23,9 +23,8 @@ const (
 	MaxRequest = 64 << 10
 	// minPing is how often a client may ping: half of the 30 s that an Envoy with connection_keepalive needs.
 	minPing = 15 * time.Second
-	// connectTimeout bounds a connection until its HTTP/2 settings are exchanged. A node that starts all its sidecars at once
-	// takes its time.
-	connectTimeout = 20 * time.Second
+	// connectTimeout bounds a connection until its HTTP/2 settings are exchanged.
+	connectTimeout = 5 * time.Second
 	// bufferSize of a connection's reads and writes, in bytes: a sidecar sends little and seldom.
 	bufferSize = 4 << 10
 	// window of flow control in bytes, fixed: on a Unix socket there is no bandwidth to estimate.

@@ -719,14 +719,11 @@ func (noNewKeys) Create(context.Context, string, keystore.Algorithm) (keystore.K
 
 func TestAStepThatCantBeMadeKeepsNoOtherWaiting(t *testing.T) {
 	c := newCluster(t, "east")
-	s := c.start(t, nil)
+	s := c.start(t, func(s *Server) { s.keeper.folder.Keys = noNewKeys{c.keys} })
 	a := s.listen(s.enrol("node-1"), true)
 	b := newRoot(t)
 	_, err := s.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
 	must(t, err)
-	s.keeper.turn <- struct{}{}
-	s.keeper.folder.Keys = noNewKeys{c.keys}
-	<-s.keeper.turn
 	_, err = s.rotations().TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "stolen"})
 	if err == nil || !strings.Contains(err.Error(), "it is done") || !strings.Contains(err.Error(), "no space left") {
 		t.Errorf("a taint whose successor can't be made answers %v", err)
