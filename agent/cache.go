@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/keystore"
 )
@@ -60,7 +61,7 @@ type cache struct {
 	// onDisk is what is known of the certificates in the files, by registration.
 	onDisk map[string]cachedLeaf
 	// leaves rings when onDisk has changed.
-	leaves bell
+	leaves bell.Bell
 	// wake holds a token when changed is not empty.
 	wake chan struct{}
 }
@@ -325,7 +326,7 @@ func (c *cache) note(name string, leaf cachedLeaf) {
 		c.onDisk[name] = leaf
 	}
 	if leaf != before {
-		c.leaves.ring()
+		c.leaves.Ring()
 	}
 }
 

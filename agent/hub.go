@@ -25,6 +25,7 @@ import (
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/sds"
 	"github.com/signet-ca/signet/trust"
@@ -73,7 +74,7 @@ type hub struct {
 	// taken counts the certificates that have come, for Agent.tidy.
 	taken atomic.Int64
 	// leaves rings when other certificates are held than before.
-	leaves bell
+	leaves bell.Bell
 
 	// mu guards what follows. It is never held over a call, a signature or a verification.
 	mu    sync.Mutex
@@ -333,7 +334,7 @@ func (h *hub) drop(name string) {
 	delete(h.entries, name)
 	h.schedule.Remove(name)
 	h.cache.touch(name)
-	h.leaves.ring()
+	h.leaves.Ring()
 }
 
 // plan sets the time of an entry. Called with mu held.
@@ -721,7 +722,7 @@ func (h *hub) took(j *job, got *held) {
 	e.current, e.attempts, e.lastError, e.expiryReported = got, 0, "", false
 	h.cache.touch(j.name)
 	h.ordered(e)
-	h.leaves.ring()
+	h.leaves.Ring()
 	h.metrics.renewals.WithLabelValues(resultOK).Inc()
 	h.log.Info("certificate in use", "registration", j.name, "spiffe_id", j.id.String(), "serial", got.svid.Serial,
 		"not_after", utc(got.svid.NotAfter), "renew_at", utc(got.renewAt), "first", first)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -18,7 +19,7 @@ type storedBundles struct {
 	// writing is held over a write, so that an older one never replaces a newer one.
 	writing sync.Mutex
 	// changed rings when a bundle has been stored, owed when one could not be.
-	changed, owed bell
+	changed, owed bell.Bell
 
 	mu sync.Mutex
 	// last is what is on disk; zero = nothing.
@@ -79,20 +80,20 @@ func (a *Agent) storeNewest() error {
 		return nil
 	}
 	if err := a.storeBundle(b); err != nil {
-		s.owed.ring()
+		s.owed.Ring()
 		return err
 	}
 	s.mu.Lock()
 	s.last = b
 	s.mu.Unlock()
-	s.changed.ring()
+	s.changed.Ring()
 	return nil
 }
 
 // keepStored writes until it works what could not be written at once.
 func (a *Agent) keepStored(ctx context.Context) {
 	for {
-		owed := a.stored.owed.next()
+		owed := a.stored.owed.Next()
 		var retry <-chan time.Time
 		if a.stored.pending() {
 			retry = time.After(storeRetry)

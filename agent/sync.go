@@ -102,7 +102,7 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 
 	// Each message says everything: it replaces the one before.
 	// What is held is looked at when one of these has rung, and not at each turn: it takes a look at every stream.
-	streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.next(), a.cache.leaves.next()
+	streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.Next(), a.cache.leaves.Next()
 	said := word{acks: a.acks(), held: a.issuersHeld(), stored: a.stored.word()}
 	say := func(seen *signetv1.CheckpointSeen) error {
 		req := &signetv1.SyncRequest{
@@ -123,7 +123,7 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	defer look.Stop()
 	leavesChanged := false
 	for {
-		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.next()
+		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.Next()
 		if !proto.Equal(said.stored, a.stored.word()) {
 			settled = time.After(0) // the server gives no certificate under a root that is not known here
 		} else if acks := a.acks(); !sameAcks(said.acks, acks) {
@@ -181,9 +181,9 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 		case <-streamLeaves:
 			streamLeaves, leavesChanged = a.sds.LeavesChanged(), true
 		case <-hubLeaves:
-			hubLeaves, leavesChanged = a.hub.leaves.next(), true
+			hubLeaves, leavesChanged = a.hub.leaves.Next(), true
 		case <-cacheLeaves:
-			cacheLeaves, leavesChanged = a.cache.leaves.next(), true
+			cacheLeaves, leavesChanged = a.cache.leaves.Next(), true
 		case <-lifted:
 			told, lifted = true, nil
 			a.hub.reissue(nil, 0)

@@ -315,7 +315,7 @@ func (s agentsService) tell(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 	due := true
 	for {
 		// Bells before values, so that no change is missed between.
-		bundles, registrations, rotated := s.bundles.Changed(), s.directory.bell(), s.keeper.bell()
+		bundles, registrations, rotated := s.bundles.Changed(), s.directory.changed.Next(), s.keeper.changed.Next()
 		if err := s.standing(who); err != nil {
 			return err
 		}

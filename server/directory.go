@@ -15,6 +15,7 @@ import (
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/store"
 )
 
@@ -31,8 +32,8 @@ type directory struct {
 
 	// mu is held while the view is replaced, never while the store is written.
 	mu sync.Mutex
-	// changed is closed at the next change of the view; nil while nobody waits.
-	changed chan struct{}
+	// changed rings when the view is another.
+	changed bell.Bell
 	// given is when each agent last had a certificate and until when that is good, where that is newer than the view.
 	given map[string]given
 	// unstored are the agents whose ban the store may not hold yet.
@@ -183,25 +184,12 @@ func (d *directory) set(agent string) *signetv1.RegistrationSet {
 	return noRegistrations
 }
 
-// bell returns a channel that is closed at the next change. Take it before reading, or a change between is missed.
-func (d *directory) bell() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.changed == nil {
-		d.changed = make(chan struct{})
-	}
-	return d.changed
-}
-
 // change replaces the view and rings. What f sees is what it replaces; it is called with mu held.
 func (d *directory) change(f func(v *view) *view) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.current.Store(f(d.current.Load()))
-	if d.changed != nil {
-		close(d.changed)
-		d.changed = nil
-	}
+	d.changed.Ring()
 }
 
 // toWrite waits for the turn to write the store; the turn ends with the function that it returns.

@@ -200,7 +200,7 @@ func (k *keeper) takeReports(ctx context.Context, notes [][]byte, dry bool) (tak
 			k.mu.Lock()
 			k.reports[r.Cluster] = r
 			k.findStale()
-			k.ring()
+			k.changed.Ring()
 			k.mu.Unlock()
 		}
 		taken = append(taken, r)

@@ -18,6 +18,7 @@ import (
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
@@ -85,8 +86,8 @@ type keeper struct {
 	reports map[string]rotation.Report
 	// history is what the bundles of the past held, oldest first.
 	history []store.PastBundle
-	// changed is closed at the next change; nil while nobody waits.
-	changed chan struct{}
+	// changed rings when the set or a report has changed.
+	changed bell.Bell
 }
 
 func newKeeper(f *Folder, policy Rotation) *keeper {
@@ -154,30 +155,12 @@ func (k *keeper) use(set *authorities, issuers []*ca.Issuer) error {
 		k.history = append(k.history, past)
 	}
 	k.findStale()
-	k.ring()
+	k.changed.Ring()
 	k.mu.Unlock()
 	if set.bundle.IsZero() {
 		return nil
 	}
 	return k.bundles.Set(set.bundle)
-}
-
-// ring wakes whoever waits for a change. Called with mu held.
-func (k *keeper) ring() {
-	if k.changed != nil {
-		close(k.changed)
-		k.changed = nil
-	}
-}
-
-// bell returns a channel that is closed at the next change.
-func (k *keeper) bell() <-chan struct{} {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.changed == nil {
-		k.changed = make(chan struct{})
-	}
-	return k.changed
 }
 
 // open makes the issuers of a set: those that sign or have signed, the control CA, and those that may sign next.
@@ -523,7 +506,7 @@ func (k *keeper) request(ctx context.Context, set *authorities, also []store.Aut
 // every few seconds, since clocks jump.
 func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan struct{}) {
 	for {
-		bell := k.bell()
+		bell := k.changed.Next()
 		wait := every
 		o, err := k.do(ctx, scheduled(), nil)
 		if err != nil && ctx.Err() == nil {
