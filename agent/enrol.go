@@ -83,29 +83,12 @@ func (a *Agent) loadMember(ctx context.Context) (*member, error) {
 	return m, nil
 }
 
-// ownKey opens the newest version of the agent's key, or makes the first. It is durable before any token is spent on it,
+// ownKey is the agent's key, made where it is not there. It is durable before any token is spent on it,
 // so that a crash at any point leaves a key that the server may already know.
 func (a *Agent) ownKey(ctx context.Context) (keystore.Key, error) {
-	refs, err := a.keys.List(ctx)
+	key, err := a.keys.Create(ctx, keyName, keystore.ECDSAP256, 0)
 	if err != nil {
-		return nil, fmt.Errorf("look for the agent's key: %w", err)
-	}
-	var newest keystore.Ref
-	for _, r := range refs {
-		if r.Name == keyName && r.Version > newest.Version {
-			newest = r
-		}
-	}
-	if newest.IsZero() {
-		key, err := a.keys.Create(ctx, keyName, keystore.ECDSAP256)
-		if err != nil {
-			return nil, fmt.Errorf("make the agent's key: %w", err)
-		}
-		return key, nil
-	}
-	key, err := a.keys.Open(ctx, newest)
-	if err != nil {
-		return nil, fmt.Errorf("open the agent's key: %w", err)
+		return nil, fmt.Errorf("make or open the agent's key: %w", err)
 	}
 	return key, nil
 }

@@ -69,12 +69,16 @@ type Plan struct {
 	SPKI []byte
 	// Serial, big-endian; empty = whoever signs chooses.
 	Serial []byte
+	// Under is the root that an upstream is to sign under; nil = the one it chooses.
+	Under *x509.Certificate `json:"-" yaml:"-"`
 	// Now is the clock that Check goes by; nil = time.Now.
 	Now func() time.Time `json:"-" yaml:"-"`
 }
 
 // Upstream is whoever signs our CA certificates. An offline root answers in days, so "not yet" is an answer.
 type Upstream interface {
+	// Root is the root under which it would sign now.
+	Root(ctx context.Context) (*x509.Certificate, error)
 	// Sign asks for a certificate as planned for the key of the request (PEM). Asking again with the same plan and request
 	// is how the answer is fetched later. An Answer that isn't pending has passed Plan.Check.
 	Sign(ctx context.Context, p Plan, csr []byte) (Answer, error)

@@ -84,14 +84,13 @@ func newFile(c FileConfig, least int) (*File, error) {
 	return &File{dir: c.Dir, source: c.Passphrase, iterations: c.Iterations, leastIterations: least}, nil
 }
 
-// Create makes the next version of the named key. Keys that are here already must open with the same passphrase:
-// a folder whose keys need different ones could not be opened by any process.
-func (s *File) Create(ctx context.Context, name string, alg Algorithm) (Key, error) {
+// Create returns the first version of the named key above after. Keys that are here already must open with the same
+// passphrase: a folder whose keys need different ones could not be opened by any process.
+func (s *File) Create(ctx context.Context, name string, alg Algorithm, after int) (Key, error) {
 	if err := validName(name); err != nil {
 		return nil, err
 	}
-	signer, err := generate(alg)
-	if err != nil {
+	if _, err := ParseAlgorithm(string(alg)); err != nil {
 		return nil, err
 	}
 	s.creating.Lock()
@@ -112,18 +111,30 @@ func (s *File) Create(ctx context.Context, name string, alg Algorithm) (Key, err
 			return nil, fmt.Errorf("create key %s: the new key must have the same passphrase as those beside it: %w", name, err)
 		}
 	}
+	ref := Ref{Backend: BackendFile, Name: name, Version: max(after, 0) + 1}
+	for _, r := range refs {
+		if r.Name != name || r.Version < ref.Version {
+			continue
+		}
+		left, err := s.Open(ctx, r)
+		if err != nil {
+			return nil, fmt.Errorf("create key %s: an earlier try has left one: %w", name, err)
+		}
+		if algorithmOfPublic(left.Public()) == alg {
+			return left, nil
+		}
+		ref.Version = r.Version + 1
+	}
+	signer, err := generate(alg)
+	if err != nil {
+		return nil, err
+	}
 	der, err := pkcs8.MarshalPrivateKey(signer, pass.reveal(), &pkcs8.Opts{
 		Cipher:  pkcs8.AES256CBC,
 		KDFOpts: pkcs8.PBKDF2Opts{SaltSize: saltSize, IterationCount: s.iterations, HMACHash: crypto.SHA256},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encrypt key %s: %w", name, err)
-	}
-	ref := Ref{Backend: BackendFile, Name: name, Version: 1}
-	for _, r := range refs {
-		if r.Name == name {
-			ref.Version = r.Version + 1
-		}
 	}
 	block := pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der})
 	for {

@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -44,7 +43,17 @@ func quick(t *testing.T, dir string, p Passphrase) *File {
 
 func create(t *testing.T, s Store, name string, alg Algorithm) Key {
 	t.Helper()
-	k, err := s.Create(t.Context(), name, alg)
+	refs, err := s.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest := 0
+	for _, r := range refs {
+		if r.Name == name {
+			newest = max(newest, r.Version)
+		}
+	}
+	k, err := s.Create(t.Context(), name, alg, newest)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,11 +95,11 @@ func TestAKeyComesBackFromItsFile(t *testing.T) {
 			t.Errorf("%v, remote %v", again.Ref(), again.Remote())
 		}
 	}
-	if _, err := s.Create(t.Context(), "k", "dsa"); err == nil || !strings.Contains(err.Error(), "ecdsa-p256") {
+	if _, err := s.Create(t.Context(), "k", "dsa", 0); err == nil || !strings.Contains(err.Error(), "ecdsa-p256") {
 		t.Errorf("an unknown algorithm: %v", err)
 	}
 	for _, name := range []string{"", "../x", "A", "a@1", strings.Repeat("a", 64)} {
-		if _, err := s.Create(t.Context(), name, ECDSAP256); err == nil {
+		if _, err := s.Create(t.Context(), name, ECDSAP256, 0); err == nil {
 			t.Errorf("name %q was taken", name)
 		}
 	}
@@ -123,7 +132,7 @@ func TestFilesAreReadableToTheirOwnerOnly(t *testing.T) {
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Create(t.Context(), "ca", ECDSAP256); err == nil || !strings.Contains(err.Error(), "chmod go-w "+dir) {
+	if _, err := s.Create(t.Context(), "ca", ECDSAP256, 0); err == nil || !strings.Contains(err.Error(), "chmod go-w "+dir) {
 		t.Errorf("a folder for all to write: %v", err)
 	}
 }
@@ -147,22 +156,68 @@ func TestCreateMakesTheNextVersionAndNeverReplaces(t *testing.T) {
 	if err != nil || len(refs) != 12 || refs[9].Version != 10 || refs[10].Version != 11 || refs[11].Name != "b" {
 		t.Errorf("%v, %v", refs, err)
 	}
-	// Two processes at once.
+	// Several processes at once: nobody's key is replaced.
 	var wg sync.WaitGroup
-	seen := make([]Ref, 8)
-	for i := range seen {
-		wg.Go(func() { seen[i] = create(t, quick(t, dir, fixed("hunter2")), "r", ECDSAP256).Ref() })
+	made := make([]Key, 8)
+	for i := range made {
+		wg.Go(func() { made[i] = create(t, quick(t, dir, fixed("hunter2")), "r", ECDSAP256) })
 	}
 	wg.Wait()
-	slices.SortFunc(seen, compareRefs)
-	for i, r := range seen {
-		if r.Version != i+1 {
-			t.Errorf("versions %v", seen)
-			break
+	for _, k := range made {
+		again, err := s.Open(t.Context(), k.Ref())
+		if err != nil {
+			t.Fatal(err)
 		}
+		sameKey(t, again, k)
 	}
 	if none, err := quick(t, filepath.Join(dir, "none"), fixed("x")).List(t.Context()); err != nil || len(none) != 0 {
 		t.Errorf("a folder that is not there: %v, %v", none, err)
+	}
+}
+
+func TestAKeyThatAnEarlierTryHasLeftIsTaken(t *testing.T) {
+	file := quick(t, t.TempDir(), fixed("hunter2"))
+	for _, s := range []Store{file, NewMemory(), Join{Backends: map[string]Store{"file": file}, Default: "file", Homes: map[string]string{}}} {
+		made := func(alg Algorithm, after int) Ref {
+			t.Helper()
+			k, err := s.Create(t.Context(), "ca", alg, after)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return k.Ref()
+		}
+		first := made(ECDSAP256, 7)
+		if first.Version != 8 {
+			t.Errorf("%v: a number above 7 is wanted", first)
+		}
+		if again := made(ECDSAP256, 7); again != first {
+			t.Errorf("%v, then %v for the same number", first, again)
+		}
+		if other := made(ECDSAP384, 7); other.Version != 9 {
+			t.Errorf("%v is of another algorithm than what was left", other)
+		}
+		if next := made(ECDSAP256, 8); next.Version != 10 {
+			t.Errorf("%v after 8, where 9 is of another algorithm", next)
+		}
+		if err := s.Delete(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range []int{9, 10} {
+			if err := s.Delete(t.Context(), Ref{first.Backend, "ca", v}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if next := made(ECDSAP256, 10); next.Version != 11 {
+			t.Errorf("%v: a number has come again", next)
+		}
+		for _, r := range []Ref{{first.Backend, "ca", 11}} {
+			if err := s.Delete(t.Context(), r); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := (Join{Backends: map[string]Store{"file": file}}).Open(t.Context(), Ref{"vault-transit", "ca", 1}); err == nil || !strings.Contains(err.Error(), "vault-transit") {
+		t.Errorf("a backend that is not configured: %v", err)
 	}
 }
 
@@ -219,7 +274,7 @@ func TestAWrongPassphraseIsNamedAndCanBeCorrected(t *testing.T) {
 func TestAFolderHasOnePassphrase(t *testing.T) {
 	dir := t.TempDir()
 	create(t, quick(t, dir, fixed("hunter2")), "ca", ECDSAP256)
-	_, err := quick(t, dir, fixed("other")).Create(t.Context(), "ca", ECDSAP256)
+	_, err := quick(t, dir, fixed("other")).Create(t.Context(), "ca", ECDSAP256, 0)
 	if !errors.Is(err, ErrWrongPassphrase) || !strings.Contains(err.Error(), "the same passphrase as those beside it") {
 		t.Errorf("got %v", err)
 	}
@@ -230,7 +285,7 @@ func TestAFolderHasOnePassphrase(t *testing.T) {
 
 func TestNoKeyIsKeptWithoutAPassphrase(t *testing.T) {
 	s := quick(t, t.TempDir(), fixed(""))
-	if _, err := s.Create(t.Context(), "ca", ECDSAP256); err == nil || !strings.Contains(err.Error(), "empty") {
+	if _, err := s.Create(t.Context(), "ca", ECDSAP256, 0); err == nil || !strings.Contains(err.Error(), "empty") {
 		t.Errorf("got %v", err)
 	}
 	for _, c := range []FileConfig{

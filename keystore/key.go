@@ -72,6 +72,19 @@ func algorithmOf(priv any) Algorithm {
 	return ""
 }
 
+// algorithmOfPublic is algorithmOf of the public half.
+func algorithmOfPublic(pub crypto.PublicKey) Algorithm {
+	switch k := pub.(type) {
+	case *ecdsa.PublicKey:
+		return algorithmOf(&ecdsa.PrivateKey{PublicKey: *k})
+	case *rsa.PublicKey:
+		return algorithmOf(&rsa.PrivateKey{PublicKey: *k})
+	case ed25519.PublicKey:
+		return Ed25519
+	}
+	return ""
+}
+
 // localKey is a private key in this process, always the same one pointer: crypto/ecdsa keeps what it precomputes per
 // pointer. It is behind a function because no printer looks into one, not even by reflection into unexported fields.
 type localKey struct {

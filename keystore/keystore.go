@@ -1,8 +1,8 @@
 // Package keystore keeps private keys: it creates them, opens them, seals them at rest, and hands them out as crypto.Signer
 // only. No caller ever sees a key's bytes.
 //
-// A key is opened by a Ref, which is what others store; never by a path. There are two backends today: File (encrypted
-// PKCS#8, see file.go) and Memory (keys that end with the process).
+// A key is opened by a Ref, which is what others store; never by a path. The backends are File (encrypted PKCS#8, see
+// file.go), Memory (keys that end with the process) and Vault's Transit engine (package vault/transit). Join is several of them.
 package keystore
 
 import (
@@ -61,13 +61,16 @@ type Key interface {
 
 // Store is a backend.
 type Store interface {
-	// Create makes the next version of the named key. It is durable when Create returns.
-	Create(ctx context.Context, name string, alg Algorithm) (Key, error)
+	// Create returns the first version of the named key above after: one that an earlier try has left, if it is of the
+	// algorithm, else one that is made now and is durable when Create returns. With the newest number that was ever used as
+	// after, no number comes again although its key is gone.
+	Create(ctx context.Context, name string, alg Algorithm, after int) (Key, error)
 	// Open opens a key. ErrNotFound, ErrWrongPassphrase.
 	Open(ctx context.Context, ref Ref) (Key, error)
 	// List returns the references of all keys, by name and version.
 	List(ctx context.Context) ([]Ref, error)
-	// Delete destroys a key, durably. One that is not there is no error.
+	// Delete destroys a key, durably. One that is not there is no error. Some backends destroy the oldest version of a key
+	// only, and never the newest.
 	Delete(ctx context.Context, ref Ref) error
 }
 
@@ -75,6 +78,8 @@ type Store interface {
 var (
 	ErrNotFound        = errors.New("no such key")
 	ErrWrongPassphrase = errors.New("wrong passphrase")
+	// ErrAway: the backend of a key can't be reached now.
+	ErrAway = errors.New("the keys are away")
 )
 
 // validName allows 1 to 63 of [a-z0-9-], beginning with a letter: a file name and a path segment everywhere.

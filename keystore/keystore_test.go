@@ -40,10 +40,10 @@ func TestKeysInMemoryAreFoundByTheirReference(t *testing.T) {
 	if _, err := m.Open(t.Context(), Ref{"memory", "c", 1}); !errors.Is(err, ErrNotFound) {
 		t.Errorf("a missing key: %v", err)
 	}
-	if _, err := m.Create(t.Context(), "Bad", ECDSAP256); err == nil {
+	if _, err := m.Create(t.Context(), "Bad", ECDSAP256, 0); err == nil {
 		t.Error("a bad name was taken")
 	}
-	if _, err := m.Create(t.Context(), "a", "dsa"); err == nil {
+	if _, err := m.Create(t.Context(), "a", "dsa", 0); err == nil {
 		t.Error("an unknown algorithm was taken")
 	}
 }

@@ -24,8 +24,8 @@ var _ Store = (*Memory)(nil)
 // NewMemory returns an empty store.
 func NewMemory() *Memory { return &Memory{keys: map[Ref]Key{}} }
 
-// Create makes the next version of the named key.
-func (m *Memory) Create(_ context.Context, name string, alg Algorithm) (Key, error) {
+// Create returns the first version of the named key above after.
+func (m *Memory) Create(_ context.Context, name string, alg Algorithm, after int) (Key, error) {
 	if err := validName(name); err != nil {
 		return nil, err
 	}
@@ -35,9 +35,11 @@ func (m *Memory) Create(_ context.Context, name string, alg Algorithm) (Key, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	ref := Ref{Backend: BackendMemory, Name: name, Version: 1}
-	for m.keys[ref] != nil {
-		ref.Version++
+	ref := Ref{Backend: BackendMemory, Name: name, Version: max(after, 0) + 1}
+	for ; m.keys[ref] != nil; ref.Version++ {
+		if algorithmOfPublic(m.keys[ref].Public()) == alg {
+			return m.keys[ref], nil
+		}
 	}
 	m.keys[ref] = newLocalKey(ref, signer)
 	return m.keys[ref], nil

@@ -48,6 +48,8 @@ func (a Authority) InBundle() bool {
 type Policy struct {
 	// LongestLeaf is the longest life a leaf can have.
 	LongestLeaf time.Duration
+	// OlderLeaves is until when leaves may live that were made here while the longest life was a longer one; zero = none were.
+	OlderLeaves time.Time
 	// Skew is how far the clocks of validators and clusters may be apart.
 	Skew time.Duration
 	// Delay is how long after its publication those that can't acknowledge are taken to have a root.
@@ -58,6 +60,11 @@ type Policy struct {
 	PrepareAt, SwitchAt float64
 	// ReportLife is how long a cluster keeps what it has told its peers: what a report says of trust holds for so long.
 	ReportLife time.Duration
+}
+
+// LeavesUntil bounds the life of every leaf that was made here by now.
+func (p Policy) LeavesUntil(now time.Time) time.Time {
+	return later(now.Add(p.LongestLeaf), p.OlderLeaves)
 }
 
 // Report is what one cluster knows of its validators and issuers. Peers get it signed; our own is made when it is needed.
@@ -126,6 +133,22 @@ func (w World) active() (Authority, bool) {
 		return Authority{}, false
 	}
 	return w.Authorities[i], true
+}
+
+// current is the active issuer or, where its key was lost (Lost) and no other has taken over, the last that was. What stood
+// under the same root goes on under it.
+func (w World) current() (Authority, bool) {
+	last, ok := w.active()
+	if ok {
+		return last, true
+	}
+	for _, a := range w.Authorities {
+		signed := a.State == ca.Retired || a.State == ca.Removed && !a.LeavesUntil.IsZero()
+		if a.Kind == ca.KindIntermediate && signed && (!ok || !a.LeavesUntil.Before(last.LeavesUntil)) {
+			last, ok = a, true
+		}
+	}
+	return last, ok
 }
 
 // exposed reports since when certificates under the root may be forged: its own key or one below it is lost, here or in
@@ -273,13 +296,13 @@ func (d decision) lastRoot(r Authority) []Wait {
 }
 
 func (d decision) signersUnder(r Authority) []Wait {
-	var waits []Wait
-	for _, a := range d.Authorities {
-		if a.Root == r.ID && a.State == ca.Active {
-			waits = append(waits, Wait{Code: WaitIssuer, For: a.ID + " still signs under it"})
+	if a, ok := d.current(); ok && a.Root == r.ID {
+		if a.State != ca.Active {
+			return []Wait{{Code: WaitIssuer, For: "the key of " + a.ID + " is gone, and the next issuer may have to be under it"}}
 		}
+		return []Wait{{Code: WaitIssuer, For: a.ID + " still signs under it"}}
 	}
-	return waits
+	return nil
 }
 
 // over is when the last of the leaves that live until t has expired for everybody; NotAfter is inclusive (RFC 5280
@@ -371,7 +394,7 @@ func (d decision) trust(root string) []Wait {
 // begins with: a root under which its peers sign already.
 func (d decision) first() bool {
 	return !slices.ContainsFunc(d.Authorities, func(a Authority) bool {
-		return a.Kind == ca.KindIntermediate && (a.State == ca.Active || !a.LeavesUntil.IsZero())
+		return a.Kind == ca.KindIntermediate && a.State == ca.Active || !a.LeavesUntil.IsZero() // also a root's
 	})
 }
 
@@ -460,7 +483,7 @@ func (d decision) tooShort(x Authority) bool {
 // mayBegin waits until signing under a root may begin. Peers don't remove a root under which they know us to sign, so an
 // issuer that takes over from another one under the same root needs no new promise.
 func (d decision) mayBegin(root string) []Wait {
-	if now, ok := d.active(); ok && now.Root == root {
+	if now, ok := d.current(); ok && now.Root == root {
 		return nil
 	}
 	if r, _ := d.authority(root); !r.Leaving.IsZero() {
@@ -554,7 +577,15 @@ func (d decision) stays(root string) bool {
 func (d decision) successor() (Step, bool) {
 	now, ok := d.active()
 	if !ok {
-		return Step{}, false // the first one is made by hand
+		for _, a := range d.Authorities {
+			if waiting(a) && (!a.signed() || !d.tooShort(a)) {
+				return Step{}, false
+			}
+		}
+		if !slices.ContainsFunc(d.Authorities, Authority.InBundle) {
+			return Step{}, false // the root that a cluster begins under is given by a person
+		}
+		return Step{Kind: ca.KindIntermediate, To: ca.Prepared, Because: "no issuer is active"}, true
 	}
 	above, _ := d.authority(now.Root)
 	// One that begins only when the active one is at its end, or is needed now, is none.
@@ -626,7 +657,7 @@ func Apply(p Policy, all []Authority, s Step, now time.Time) []Authority {
 func retire(p Policy, all []Authority, i int, now time.Time) {
 	a := &all[i]
 	a.State, a.Since = ca.Retired, now
-	a.LeavesUntil = later(a.LeavesUntil, earlier(now.Add(p.LongestLeaf), a.NotAfter))
+	a.LeavesUntil = later(a.LeavesUntil, earlier(p.LeavesUntil(now), a.NotAfter))
 	for j := range all {
 		if all[j].ID == a.Root {
 			all[j].LeavesUntil = later(all[j].LeavesUntil, a.LeavesUntil)

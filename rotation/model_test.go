@@ -103,6 +103,11 @@ type modelCluster struct {
 	reports []Report // by cluster; zero = never
 	peers   []bool   // by cluster: configured
 	signAt  map[string]time.Time
+	// online: an upstream at hand signs within minutes, and the keys of the issuers are gone when the server was down.
+	online bool
+	lost   map[string]bool
+	// wellAt is when it last could sign the longest leaf.
+	wellAt time.Time
 
 	// Memory of the server.
 	up      bool
@@ -166,7 +171,7 @@ func newModel(seed uint64, m mutant) *model {
 	n := 1 + rng.IntN(3)
 	for i := range n {
 		c := &modelCluster{
-			model: s, name: string(rune('a' + i)), index: i, offset: s.skewed(), signAt: map[string]time.Time{},
+			model: s, name: string(rune('a' + i)), index: i, offset: s.skewed(), signAt: map[string]time.Time{}, online: rng.IntN(3) == 0, lost: map[string]bool{},
 			reports: make([]Report, n), peers: make([]bool, n), joinAt: epoch,
 		}
 		if i > 0 && rng.IntN(3) == 0 {
@@ -401,15 +406,61 @@ func (c *modelCluster) crash(away time.Duration) {
 	}
 }
 
+// loseKeys is what a server with keys in memory does first when it starts.
+func (c *modelCluster) loseKeys() {
+	if !c.online {
+		return
+	}
+	w, any := c.world(), false
+	for _, a := range c.all {
+		if a.Kind == ca.KindIntermediate && a.State != ca.Retired && a.State != ca.Removed && !c.lost[a.ID] {
+			all, err := Lost(modelPolicy, w, a.ID, c.clock())
+			if err != nil {
+				c.fail("%s: %v", c.name, err)
+			}
+			w.Authorities, any, c.lost[a.ID] = all, true, true
+		}
+	}
+	c.wellAt = c.now
+	if any {
+		c.commit(w.Authorities, "has lost its keys")
+	}
+}
+
+// signOnline has the upstream sign what waits. It is away at times.
+func (c *modelCluster) signOnline() {
+	if !c.online || c.chance(0.1) {
+		return
+	}
+	for _, a := range slices.Clone(c.all) {
+		if !c.up || !waiting(a) || a.signed() || c.now.Before(c.signAt[a.ID]) {
+			continue
+		}
+		root := Under(modelPolicy, c.world(), a.ID, c.clock())
+		if r := c.rootIndex(root); r >= 0 {
+			end := earlier(c.clock().Add(c.between(5*day, 9*day)), c.roots[r].NotAfter)
+			if all, err := Signed(modelPolicy, c.world(), a.ID, root, c.clock(), end, c.clock()); err == nil {
+				c.commit(all, a.ID+" is signed at once by "+root)
+				continue
+			}
+		}
+		c.signAt[a.ID] = c.now.Add(time.Hour)
+	}
+}
+
 func (c *modelCluster) request() {
 	c.made++
 	id := fmt.Sprintf("intermediate-%d", c.made)
 	all := append(slices.Clone(c.all), Authority{ID: id, Kind: ca.KindIntermediate, State: ca.Prepared, Since: c.clock()})
-	// What is removed and not tainted decides nothing any more.
+	// What is removed and not tainted decides nothing any more, but for the last that has signed.
+	last, _ := World{Authorities: all}.current()
 	all = slices.DeleteFunc(all, func(a Authority) bool {
-		return a.Kind == ca.KindIntermediate && a.State == ca.Removed && a.Tainted.IsZero()
+		return a.Kind == ca.KindIntermediate && a.State == ca.Removed && a.Tainted.IsZero() && a.ID != last.ID
 	})
 	c.signAt[id] = c.now.Add(c.between(0, 3*day))
+	if c.online {
+		c.signAt[id] = c.now.Add(c.between(0, 10*time.Minute))
+	}
 	c.commit(all, "requests "+id)
 }
 
@@ -422,8 +473,22 @@ func (c *modelCluster) serverTick() {
 		}
 		c.up, c.dirty = true, true
 		c.load()
+		c.loseKeys()
+		if !c.up {
+			return
+		}
 	}
-	if c.now.After(c.wellFrom) && c.now.Sub(c.joinAt) > 10*day && c.issuer.NotAfter.Sub(c.clock()) < modelLeaf {
+	c.signOnline()
+	if !c.up {
+		return
+	}
+	patience := time.Duration(0)
+	if c.online {
+		patience = day // here they are made for days only, and again after each start
+	}
+	if c.issuer.NotAfter.Sub(c.clock()) >= modelLeaf {
+		c.wellAt = c.now
+	} else if c.now.After(c.wellFrom) && c.now.Sub(c.joinAt) > 10*day && c.now.Sub(c.wellAt) > patience {
 		c.fail("%s has no usable issuer", c.name)
 	}
 	if c.chance(0.0005) {
@@ -442,6 +507,9 @@ func (c *modelCluster) serverTick() {
 		steps := c.mutant.next(modelPolicy, c.world(), c.clock())
 		var ready []Step
 		c.wake = c.now.Add(day)
+		if c.online {
+			c.wake = c.now.Add(time.Hour) // its issuers live for days, not for a month
+		}
 		for _, s := range steps {
 			if s.Ready(false) {
 				ready = append(ready, s)
@@ -607,7 +675,9 @@ func (c *modelCluster) send() {
 
 // verb does what a person asks for; refusals are answers too.
 func (c *modelCluster) verb(what string, all []Authority, err error) {
-	if err == nil && !slices.Equal(all, c.all) {
+	// An issuer can't take over again without its key.
+	keyless := func(a Authority) bool { return a.State == ca.Active && c.lost[a.ID] }
+	if err == nil && !slices.Equal(all, c.all) && !slices.ContainsFunc(all, keyless) {
 		c.commit(all, what)
 	}
 }
@@ -637,6 +707,9 @@ func (c *modelCluster) adminTick() {
 
 // sign hands requests to the offline root and brings back what it has signed: at times several with staggered starts.
 func (c *modelCluster) sign() {
+	if c.online {
+		return
+	}
 	start := c.clock()
 	for _, a := range slices.Clone(c.all) {
 		if !waiting(a) || a.signed() || c.now.Before(c.signAt[a.ID]) {

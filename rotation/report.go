@@ -8,20 +8,19 @@ import (
 
 // ReportRoots says what a cluster reports of its roots, but for the counts of agents, which the caller knows. A root is
 // listed when validators are told to believe it, or as leaving while leaves that were made under it may live. An issuer
-// counts as signing as long as it is active, expired or not, for it may be followed by another under the same root at any
-// time.
+// counts as signing as long as it is active, expired or not, or was until its key was lost, for it may be followed by
+// another under the same root at any time.
 func ReportRoots(p Policy, all []Authority, now time.Time) []RootReport {
 	var roots []RootReport
+	signing, signs := World{Authorities: all}.current()
 	for _, r := range all {
 		if !r.InBundle() && (r.Kind != ca.KindRoot || r.State != ca.Removed || now.After(r.LeavesUntil.Add(p.Skew))) {
 			continue
 		}
 		x := RootReport{ID: r.ID, Leaving: !r.Leaving.IsZero() || r.State == ca.Removed, LeavesUntil: r.LeavesUntil}
-		for _, a := range all {
-			if a.Kind == ca.KindIntermediate && a.State == ca.Active && a.Root == r.ID {
-				x.Signing = true
-				x.LeavesUntil = later(x.LeavesUntil, earlier(now.Add(p.LongestLeaf), a.NotAfter))
-			}
+		if signs && signing.Root == r.ID {
+			x.Signing = true
+			x.LeavesUntil = later(x.LeavesUntil, earlier(p.LeavesUntil(now), signing.NotAfter))
 		}
 		roots = append(roots, x)
 	}

@@ -32,6 +32,10 @@ func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, err
 		return nil, fmt.Errorf("root %s ends at %s: a leaf may live %s, and nothing may be signed under a root that ends before its leaves", root.ID, stamp(root.NotAfter), p.LongestLeaf)
 	}
 	root.Kind, root.State, root.Since = ca.KindRoot, ca.Prepared, now
+	// What a cluster begins under is not checked against its validators and peers: there are none yet that know of it.
+	if d := (decision{Policy: p, World: w, now: now}); d.first() && slices.ContainsFunc(all, func(r Authority) bool { return r.InBundle() && r.ID != root.ID }) {
+		return nil, fmt.Errorf("root %s can't be added before the cluster has begun to sign under the root that it has: see signet rotation status", root.ID)
+	}
 	i, err := w.find(root.ID)
 	switch {
 	case err != nil:
@@ -121,7 +125,7 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 	}
 	x := w.Authorities[i]
 	above, ok := w.authority(root)
-	signing, _ := w.active()
+	signing, _ := w.current()
 	switch {
 	case x.Kind != ca.KindIntermediate:
 		return nil, fmt.Errorf("%s is not an intermediate", id)
@@ -136,7 +140,7 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 	case !ok || above.State == ca.Removed:
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is not trusted here: add it first with signet trust add", id, root)
 	// Until another root may be signed under, the one that leaves has to bear the cluster.
-	case above.State == ca.Retired || !above.Leaving.IsZero() && (signing.Root != root || w.replaced(root)):
+	case above.State == ca.Retired || !above.Leaving.IsZero() && (signing.Root != root || signing.State == ca.Active && w.replaced(root)):
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is being removed: have it signed by the root that replaces it", id, root)
 	case !above.Tainted.IsZero():
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is tainted", id, root)
@@ -154,7 +158,7 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 // that can't, see late.
 func (w World) bridges(p Policy, id, root string, now time.Time) bool {
 	d := decision{Policy: p, World: w, now: now}
-	signing, _ := d.active()
+	signing, _ := d.current()
 	above, _ := d.authority(signing.Root)
 	if signing.Root == root || !above.Tainted.IsZero() || !d.late(root) {
 		return false
@@ -231,6 +235,55 @@ func Taint(w World, id string, now time.Time) ([]Authority, error) {
 		}
 	}
 	return all, nil
+}
+
+// Lost takes in that the key of an intermediate is gone for good, and nobody else has it either: it lived in memory. What
+// it has signed stays good.
+func Lost(p Policy, w World, id string, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	all := slices.Clone(w.Authorities)
+	switch a := &all[i]; {
+	case a.Kind != ca.KindIntermediate:
+		return nil, fmt.Errorf("%s is not an intermediate", id)
+	case a.State == ca.Active:
+		retire(p, all, i, now)
+	case a.State == ca.Prepared || a.State == ca.Published:
+		a.State, a.Since, a.Wanted = ca.Removed, now, false
+	}
+	return all, nil
+}
+
+// Under says under which root an upstream that is at hand is to sign a request now: the one that is signed under already,
+// while it stays, else the one that stays and ends last. One that not everybody trusts yet is left for a request that has
+// time. It is "" while there is none.
+func Under(p Policy, w World, id string, now time.Time) string {
+	d := decision{Policy: p, World: w, now: now}
+	good := func(r Authority) bool {
+		return r.InBundle() && r.State != ca.Retired && r.Leaving.IsZero() && w.exposed(r.ID, now).IsZero() && !d.tooShort(r)
+	}
+	signing, signs := w.current()
+	if r, ok := d.authority(signing.Root); signs && ok && good(r) {
+		return r.ID
+	}
+	var best Authority
+	for _, r := range w.Authorities {
+		if good(r) && (best.ID == "" || r.NotAfter.After(best.NotAfter)) {
+			best = r
+		}
+	}
+	// Until the other root may be signed under, the one that leaves has to bear the cluster.
+	above, _ := d.authority(signing.Root)
+	if !signs || !above.InBundle() || above.State == ca.Retired || !above.Tainted.IsZero() || d.tooShort(above) {
+		return best.ID
+	}
+	lost := signing.State != ca.Active
+	if lost && (best.ID == "" || len(d.mayBegin(best.ID)) > 0) || !lost && w.bridges(p, id, best.ID, now) {
+		return above.ID
+	}
+	return best.ID
 }
 
 // Abort turns a rotation back. A CA that was never used is dropped. An issuer that has taken over gives back to the one

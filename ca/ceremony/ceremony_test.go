@@ -88,7 +88,7 @@ func (k *watched) Sign(r io.Reader, digest []byte, opts crypto.SignerOpts) ([]by
 
 func newKey(t testing.TB, alg keystore.Algorithm) keystore.Key {
 	t.Helper()
-	k, err := keystore.NewMemory().Create(t.Context(), "key", alg)
+	k, err := keystore.NewMemory().Create(t.Context(), "key", alg, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

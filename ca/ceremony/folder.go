@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -46,6 +47,8 @@ type Root struct {
 	cert *x509.Certificate
 	td   spiffeid.TrustDomain
 	now  func() time.Time
+	// elsewhere holds the key; nil = the folder does.
+	elsewhere *Elsewhere
 }
 
 // Certificate is the root's.
@@ -64,8 +67,11 @@ type RootConfig struct {
 	// Life of the root; 0 = ca.DefaultRootLife.
 	Life time.Duration
 	// PathLen is how many CAs may stand between the root and a leaf; 0 = 1.
-	PathLen    int
+	PathLen int
+	// Passphrase encrypts the keys in the folder: the root's, if it is there, and that of its log.
 	Passphrase keystore.Passphrase
+	// Elsewhere holds the root's key; nil = the folder does.
+	Elsewhere *Elsewhere
 	// By says on whose word, for the log.
 	By *auditv1.Evidence
 	// Now is the clock; nil = time.Now.
@@ -103,6 +109,8 @@ func (c *RootConfig) Validate() error {
 		return fmt.Errorf("root: a life of %d years; at most 100 are allowed", c.Life/(365*24*time.Hour))
 	case c.PathLen < 1 || c.PathLen > ca.MaxChain-1:
 		return fmt.Errorf("root: path length %d; want 1 to %d", c.PathLen, ca.MaxChain-1)
+	case c.Elsewhere != nil:
+		return c.Elsewhere.validate()
 	}
 	return nil
 }
@@ -111,6 +119,9 @@ const maxLife = 100 * 365 * 24 * time.Hour
 
 // InitRoot makes an offline root folder. It appears whole or not at all: it is made beside its place and moved there at
 // the end. An existing root is never touched: the error is ErrExists and names its fingerprint.
+//
+// With the key elsewhere the folder appears before the key is made, and remembers that: after an interruption the same call
+// goes on with what was made, and does not leave a second root behind.
 func InitRoot(ctx context.Context, c RootConfig) (*Root, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
@@ -118,22 +129,53 @@ func InitRoot(ctx context.Context, c RootConfig) (*Root, error) {
 	if c.Passphrase == nil {
 		return nil, errors.New("root: no source for the passphrase that encrypts its key")
 	}
-	dir, err := filepath.Abs(c.Dir)
-	if err != nil {
-		return nil, fmt.Errorf("root folder %s: %w", c.Dir, err)
+	if begun, err := c.Begun(); err != nil {
+		return nil, err
+	} else if begun {
+		return c.finish(ctx, nil, true)
 	}
 	if err := vacant(c.Dir); err != nil {
 		return nil, err
 	}
+	if c.Elsewhere == nil {
+		var r *Root
+		if err := c.place(func(dir string) (err error) {
+			r, err = c.make(ctx, dir)
+			return err
+		}); err != nil {
+			return nil, err
+		}
+		r.dir = c.Dir
+		return r, nil
+	}
+	if err := c.free(ctx); err != nil {
+		return nil, err
+	}
+	var checkpoints keystore.Key
+	if err := c.place(func(dir string) (err error) {
+		checkpoints, err = c.begin(ctx, dir)
+		return err
+	}); err != nil {
+		return nil, err
+	}
+	return c.finish(ctx, checkpoints, false)
+}
+
+// place fills a folder and puts it into its place.
+func (c *RootConfig) place(fill func(dir string) error) error {
+	dir, err := filepath.Abs(c.Dir)
+	if err != nil {
+		return fmt.Errorf("root folder %s: %w", c.Dir, err)
+	}
 	parent := filepath.Dir(dir)
 	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
 		if err := durable.Dir(parent); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	temp, err := os.MkdirTemp(parent, "."+filepath.Base(dir)+".new-") // 0700
 	if err != nil {
-		return nil, fmt.Errorf("root folder %s: its parent can't be written to (%w); choose another place", c.Dir, cause(err))
+		return fmt.Errorf("root folder %s: its parent can't be written to (%w); choose another place", c.Dir, cause(err))
 	}
 	done := false
 	defer func() {
@@ -141,23 +183,21 @@ func InitRoot(ctx context.Context, c RootConfig) (*Root, error) {
 			os.RemoveAll(temp) // nothing in it has been shown to anybody
 		}
 	}()
-	r, err := c.make(ctx, temp)
-	if err != nil {
-		return nil, err
+	if err := fill(temp); err != nil {
+		return err
 	}
 	// rename(2) replaces an empty folder but no other, so of two that come here at once one fails.
 	if err := unix.Rename(temp, dir); err != nil {
 		if v := vacant(c.Dir); v != nil {
-			return nil, v
+			return v
 		}
-		return nil, fmt.Errorf("root folder %s: can't be put in place (%w); choose a folder that is not there yet", c.Dir, err)
+		return fmt.Errorf("root folder %s: can't be put in place (%w); choose a folder that is not there yet", c.Dir, err)
 	}
 	done = true
 	if err := syncDir(parent); err != nil {
-		return nil, fmt.Errorf("root folder %s: made, but not known to be safe on disk: %w", c.Dir, err)
+		return fmt.Errorf("root folder %s: made, but not known to be safe on disk: %w", c.Dir, err)
 	}
-	r.dir = c.Dir
-	return r, nil
+	return nil
 }
 
 // make does the ceremony in a new folder.
@@ -166,35 +206,53 @@ func (c *RootConfig) make(ctx context.Context, dir string) (*Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, err := keys.Create(ctx, rootKey, c.Algorithm)
+	key, err := keys.Create(ctx, rootKey, c.Algorithm, 0)
 	if err != nil {
 		return nil, fmt.Errorf("make the root's key: %w", err)
 	}
-	checkpoints, err := keys.Create(ctx, logKey, keystore.Ed25519)
-	if err != nil {
-		return nil, fmt.Errorf("make the key of the root's log: %w", err)
-	}
-	plan, err := ca.NewRootPlan(c.TrustDomain, key.Public(), c.Now(), c.Life)
+	checkpoints, err := makeLogKey(ctx, keys)
 	if err != nil {
 		return nil, err
 	}
-	plan.PathLen, plan.Now = c.PathLen, c.Now
 	r := &Root{dir: dir, td: c.TrustDomain, now: c.Now}
+	return r, c.selfSign(ctx, r, key, checkpoints)
+}
+
+func makeLogKey(ctx context.Context, keys keystore.Store) (keystore.Key, error) {
+	key, err := keys.Create(ctx, logKey, keystore.Ed25519, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make the key of the root's log: %w", err)
+	}
+	return key, nil
+}
+
+// selfSign makes the root's certificate, and keeps it in the folder.
+func (c *RootConfig) selfSign(ctx context.Context, r *Root, key, checkpoints keystore.Key) error {
+	plan, err := ca.NewRootPlan(c.TrustDomain, key.Public(), c.Now(), c.Life)
+	if err != nil {
+		return err
+	}
+	if plan.Algorithm != c.Algorithm {
+		return fmt.Errorf("the root's key is %s, asked for is %s", plan.Algorithm, c.Algorithm)
+	}
+	plan.PathLen, plan.Now = c.PathLen, c.Now
 	var receipt audit.Receipt
 	err = r.withLog(ctx, plan.SPKI, checkpoints, func(log ca.Log) (err error) {
 		r.cert, receipt, err = SelfSign(ctx, log, key, plan, c.By)
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
+	return r.keep(plan, receipt)
+}
+
+// keep puts the certificate of a new root into its folder, which makes it one.
+func (r *Root) keep(plan ca.Plan, receipt audit.Receipt) error {
 	if err := r.record(plan, r.cert, receipt); err != nil {
-		return nil, err
+		return err
 	}
-	if err := durable.CreateFile(filepath.Join(dir, certificateFile), ca.EncodeChain(r.cert), 0o644); err != nil {
-		return nil, err
-	}
-	return r, nil
+	return durable.CreateFile(filepath.Join(r.dir, certificateFile), ca.EncodeChain(r.cert), 0o644)
 }
 
 // Vacant reports why the root can't be made there: ErrExists, or fs.ErrExist for something else.
@@ -321,34 +379,34 @@ type Signed struct {
 	Receipt audit.Receipt
 }
 
-// Sign opens the folder's keys and signs what Prepare returned, in one ceremony with an entry of the log and a record for
-// each. When one fails the rest is not signed, and those before it are returned with the error.
+// Sign opens the keys and signs what Prepare returned, in one ceremony with an entry of the log and a record for each. When
+// one fails the rest is not signed, and those before it are returned with the error.
 func (r *Root) Sign(ctx context.Context, pass keystore.Passphrase, by *auditv1.Evidence, prepared ...*Prepared) ([]Signed, error) {
 	lock, err := durable.Lock(r.dir)
 	if err != nil {
 		return nil, err
 	}
 	defer lock.Close()
-	keys, err := keystore.NewFile(keystore.FileConfig{Dir: filepath.Join(r.dir, keysDir), Passphrase: pass})
+	files, err := keystore.NewFile(keystore.FileConfig{Dir: filepath.Join(r.dir, keysDir), Passphrase: pass})
 	if err != nil {
 		return nil, err
 	}
-	key, err := keys.Open(ctx, keystore.Ref{Backend: keystore.BackendFile, Name: rootKey, Version: 1})
+	sign, err := r.signer(ctx, files, by)
 	if err != nil {
 		return nil, fmt.Errorf("root folder %s: %w", r.dir, err)
 	}
-	checkpoints, err := keys.Open(ctx, keystore.Ref{Backend: keystore.BackendFile, Name: logKey, Version: 1})
+	checkpoints, err := files.Open(ctx, keystore.Ref{Backend: keystore.BackendFile, Name: logKey, Version: 1})
 	if err != nil {
 		return nil, fmt.Errorf("root folder %s: %w", r.dir, err)
 	}
 	var signed []Signed
 	err = r.withLog(ctx, r.cert.RawSubjectPublicKeyInfo, checkpoints, func(log ca.Log) error {
 		for _, p := range prepared {
-			cert, receipt, err := p.Sign(ctx, log, key, by)
+			chain, receipt, err := sign(log, p)
 			if err != nil {
 				return err
 			}
-			signed = append(signed, Signed{[]*x509.Certificate{cert, r.cert}, receipt})
+			signed = append(signed, Signed{chain, receipt})
 		}
 		return nil
 	})
@@ -356,6 +414,37 @@ func (r *Root) Sign(ctx context.Context, pass keystore.Passphrase, by *auditv1.E
 		err = errors.Join(err, r.record(prepared[i].plan, s.Chain[0], s.Receipt))
 	}
 	return signed, err
+}
+
+// signer is what signs with the root's key, wherever that is.
+func (r *Root) signer(ctx context.Context, files keystore.Store, by *auditv1.Evidence) (func(ca.Log, *Prepared) ([]*x509.Certificate, audit.Receipt, error), error) {
+	keys, ref := files, keystore.Ref{Backend: keystore.BackendFile, Name: rootKey, Version: 1}
+	if e := r.elsewhere; e != nil && e.Engine != nil {
+		return func(log ca.Log, p *Prepared) ([]*x509.Certificate, audit.Receipt, error) {
+			return p.signWith(ctx, log, e.Engine, by)
+		}, nil
+	} else if e != nil {
+		refs, err := e.versions(ctx)
+		if err != nil {
+			return nil, err
+		}
+		// Later versions are no keys of this root.
+		i := slices.IndexFunc(refs, func(one keystore.Ref) bool { return one.Version == 1 })
+		if i < 0 {
+			return nil, fmt.Errorf("its key is not there (%s says where): %w", whereFile, keystore.ErrNotFound)
+		}
+		keys, ref = e.Keys, refs[i]
+	} else if text, err := r.Where(); err != nil || text != nil {
+		return nil, errors.Join(err, fmt.Errorf("its key is elsewhere, as %s says", whereFile))
+	}
+	key, err := keys.Open(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return func(log ca.Log, p *Prepared) ([]*x509.Certificate, audit.Receipt, error) {
+		cert, receipt, err := p.Sign(ctx, log, key, by)
+		return []*x509.Certificate{cert, r.cert}, receipt, err
+	}, nil
 }
 
 // withLog opens the folder's log for one ceremony. When it returns nil, the log is closed and its checkpoint covers

@@ -257,7 +257,7 @@ func TestAFolderThatIsNotRightSignsNothing(t *testing.T) {
 	}
 	// The key of another root, under the same passphrase.
 	elsewhere := t.TempDir()
-	if _, err := must(keystore.NewFile(keystore.FileConfig{Dir: elsewhere, Passphrase: right})).Create(t.Context(), "root", keystore.ECDSAP256); err != nil {
+	if _, err := must(keystore.NewFile(keystore.FileConfig{Dir: elsewhere, Passphrase: right})).Create(t.Context(), "root", keystore.ECDSAP256, 0); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(key, must(os.ReadFile(filepath.Join(elsewhere, "root@1.pem"))), 0o600); err != nil {

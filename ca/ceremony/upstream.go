@@ -37,8 +37,14 @@ func NewAtHand(c AtHandConfig) (*AtHand, error) {
 	return &AtHand{c}, nil
 }
 
+// Root is the root.
+func (u *AtHand) Root(context.Context) (*x509.Certificate, error) { return u.c.Root, nil }
+
 // Sign makes the certificate.
 func (u *AtHand) Sign(ctx context.Context, plan ca.Plan, request []byte) (ca.Answer, error) {
+	if plan.Under != nil && !plan.Under.Equal(u.c.Root) {
+		return ca.Answer{}, fmt.Errorf("sign %q: the root to be signed under is %q, but the one at hand is %q", plan.CommonName, plan.Under.Subject.CommonName, u.c.Root.Subject.CommonName)
+	}
 	p, err := Prepare(plan, u.c.Root, request)
 	if err != nil {
 		return ca.Answer{}, err

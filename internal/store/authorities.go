@@ -129,10 +129,10 @@ func checkAuthority(a Authority) error {
 	return nil
 }
 
-// ChangeAuthorities puts authorities, each as a whole, upon the given revision of the set, and, where the trust bundle changes
-// with them, that too: one transaction, since neither may be without the other. ErrConflict, trust.ErrRollback. It returns
+// ChangeAuthorities puts authorities, each as a whole, and drops others, upon the given revision of the set, and, where the
+// trust bundle changes with them, that too: one transaction, since neither may be without the other. ErrConflict, trust.ErrRollback. It returns
 // the new revision.
-func (s *Store) ChangeAuthorities(ctx context.Context, base uint64, put []Authority, bundle trust.Bundle) (uint64, error) {
+func (s *Store) ChangeAuthorities(ctx context.Context, base uint64, put []Authority, drop []string, bundle trust.Bundle) (uint64, error) {
 	for _, a := range put {
 		if err := checkAuthority(a); err != nil {
 			return 0, err
@@ -151,6 +151,11 @@ func (s *Store) ChangeAuthorities(ctx context.Context, base uint64, put []Author
 		}
 		for _, a := range put {
 			if err := putAuthority(ctx, tx, a); err != nil {
+				return err
+			}
+		}
+		for _, id := range drop {
+			if _, err := tx.ExecContext(ctx, `DELETE FROM authorities WHERE id = $1`, id); err != nil {
 				return err
 			}
 		}
@@ -190,6 +195,48 @@ func putAuthority(ctx context.Context, tx *sql.Tx, a Authority) error {
 		}
 	}
 	return nil
+}
+
+// Republish keeps the trust bundle under a greater sequence, upon the given revision of the authorities, which becomes a
+// greater one too. ErrConflict, trust.ErrRollback.
+func (s *Store) Republish(ctx context.Context, base, revision uint64, bundle trust.Bundle) error {
+	if revision <= base || revision > math.MaxInt64 {
+		return fmt.Errorf("revision %d upon %d of the authorities can't be kept", revision, base)
+	}
+	return s.write(ctx, "republish the trust bundle", func(tx *sql.Tx) error {
+		n, err := affected(tx.ExecContext(ctx, `UPDATE revisions SET value = $1 WHERE name = 'authorities' AND value = $2`, int64(revision), int64(base)))
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return refuse("republish the trust bundle upon revision %d: %w", base, ErrConflict)
+		}
+		return putBundle(ctx, tx, bundle)
+	})
+}
+
+// ExtendLeaves notes that leaves under these issuers, and so under the roots above them, may live until then at least. What
+// lives longer by what is stored stays. It is a new revision of the set if it changes anything, so that nothing is decided by
+// the times before. It reports whether it did.
+func (s *Store) ExtendLeaves(ctx context.Context, issuers []string, until time.Time) (extended bool, err error) {
+	err = s.write(ctx, "extend the time that leaves may live", func(tx *sql.Tx) error {
+		var changed int64
+		for _, id := range issuers {
+			n, err := affected(tx.ExecContext(ctx, `UPDATE authorities SET leaves_until = $1
+				WHERE (id = $2 OR id = (SELECT root FROM authorities WHERE id = $2)) AND (leaves_until IS NULL OR leaves_until < $1)`,
+				until.UnixNano(), id))
+			if err != nil {
+				return err
+			}
+			changed += n
+		}
+		if extended = changed > 0; !extended {
+			return nil
+		}
+		_, err := tx.ExecContext(ctx, `UPDATE revisions SET value = value + 1 WHERE name = 'authorities'`)
+		return err
+	})
+	return extended, err
 }
 
 // Bundle returns the trust domain's bundle, and whether there is one.
@@ -328,6 +375,28 @@ func (s *Store) PutPeerReport(ctx context.Context, cluster string, note []byte) 
 	return s.write(ctx, "keep the report of cluster "+cluster, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `INSERT INTO peer_reports (cluster, note) VALUES ($1, $2)
 			ON CONFLICT (cluster) DO UPDATE SET note = excluded.note`, cluster, note)
+		return err
+	})
+}
+
+// SharedTrust returns what PutSharedTrust has kept; nil for nothing.
+func (s *Store) SharedTrust(ctx context.Context, td spiffeid.TrustDomain) ([]byte, error) {
+	var roots []byte
+	err := s.read(ctx, "read the shared trust of "+td.Name(), func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, `SELECT roots FROM shared_trust WHERE trust_domain = $1`, td.Name()).Scan(&roots)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
+	return roots, err
+}
+
+// PutSharedTrust keeps what the clusters have decided about their roots, in the place of what was kept before.
+func (s *Store) PutSharedTrust(ctx context.Context, td spiffeid.TrustDomain, roots []byte) error {
+	return s.write(ctx, "keep the shared trust of "+td.Name(), func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO shared_trust (trust_domain, roots) VALUES ($1, $2)
+			ON CONFLICT (trust_domain) DO UPDATE SET roots = excluded.roots`, td.Name(), roots)
 		return err
 	})
 }

@@ -41,8 +41,8 @@ func (n *Note) put(ctx context.Context, tx *sql.Tx) error {
 	return nil
 }
 
-// NextNote returns the oldest note that is kept, if there is one.
-func (s *Store) NextNote(ctx context.Context) (Note, bool, error) {
+// NextNote returns the oldest note that is kept of the changes after the given one, 0 = of all, if there is one.
+func (s *Store) NextNote(ctx context.Context, after uint64) (Note, bool, error) {
 	var n Note
 	err := s.read(ctx, "read what the log is to be told", func(tx *sql.Tx) error {
 		return query(ctx, tx, func(scan func(...any) error) error {
@@ -52,7 +52,7 @@ func (s *Store) NextNote(ctx context.Context) (Note, bool, error) {
 			}
 			n.Entries = append(n.Entries, e)
 			return nil
-		}, `SELECT change, entry FROM outbox WHERE change = (SELECT MIN(change) FROM outbox) ORDER BY position`)
+		}, `SELECT change, entry FROM outbox WHERE change = (SELECT MIN(change) FROM outbox WHERE change > $1) ORDER BY position`, int64(after))
 	})
 	if err != nil {
 		return Note{}, false, err

@@ -20,7 +20,7 @@ func entries(texts ...string) (all [][]byte) {
 func kept(t *testing.T, s *Store) (all []string) {
 	t.Helper()
 	for {
-		n, ok, err := s.NextNote(t.Context())
+		n, ok, err := s.NextNote(t.Context(), 0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -528,6 +528,14 @@ func (s *Store) SetMeta(ctx context.Context, key, value string) error {
 	})
 }
 
+// ReplaceMeta keeps a fact that changes, in place of what it was.
+func (s *Store) ReplaceMeta(ctx context.Context, key, value string) error {
+	return s.write(ctx, "keep the fact "+key, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO UPDATE SET value = excluded.value`, key, value)
+		return err
+	})
+}
+
 func affected(r sql.Result, err error) (int64, error) {
 	if err != nil {
 		return 0, err

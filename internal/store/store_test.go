@@ -784,7 +784,7 @@ func keepAuthority(ctx context.Context, s *Store, a Authority) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ChangeAuthorities(ctx, revision, []Authority{a}, trust.Bundle{})
+	_, err = s.ChangeAuthorities(ctx, revision, []Authority{a}, nil, trust.Bundle{})
 	return err
 }
 
@@ -794,6 +794,6 @@ func keepBundle(ctx context.Context, s *Store, b trust.Bundle) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ChangeAuthorities(ctx, revision, nil, b)
+	_, err = s.ChangeAuthorities(ctx, revision, nil, nil, b)
 	return err
 }

@@ -33,6 +33,7 @@ var sealedTables = []sealedTable{
 	{"bundle_roots", "a root of the trust bundle of", "trust_domain"},
 	{"bundle_history", "a trust bundle of the past with root", "root"},
 	{"peer_reports", "the report of cluster", "cluster"},
+	{"shared_trust", "the shared trust of", "trust_domain"},
 	{"banned_identities", "the ban of", "spiffe_id"},
 	{"outbox", "what the log is to be told of change", "change"},
 }

@@ -35,6 +35,7 @@ func filled(t *testing.T) *Store {
 		keepAuthority(ctx, s, Authority{Authority: rotation.Authority{ID: "a", Kind: ca.KindIntermediate, State: ca.Active}, Key: keystore.Ref{Backend: "file", Name: "k", Version: 1}, Chain: [][]byte{{1}, {2}}, Created: now}),
 		keepBundle(ctx, s, newBundle(t, 1, newRoot(t), newRoot(t))),
 		s.PutPeerReport(ctx, "west", []byte("note")),
+		s.PutSharedTrust(ctx, spiffeid.RequireTrustDomainFromString("example.org"), []byte("[]")),
 		s.BanIdentity(ctx, BannedIdentity{ID: spiffeid.RequireFromString("spiffe://example.org/ns/a/sa/b"), Since: now, Reason: "stolen"}),
 	} {
 		if err != nil {
