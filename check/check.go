@@ -74,6 +74,12 @@ const (
 	CodePeer      = "SGN1021" // another cluster's report that a step waits for
 	CodeTaint     = "SGN1022" // a lost key whose forgeries are accepted
 	CodeStep      = "SGN1023" // a step that a person has to take
+	CodeShared    = "SGN1024" // what the clusters of a trust domain share
+	CodeRestored  = "SGN1025" // a state database that is older than what was published
+	CodeUpstream  = "SGN1029" // the upstream authority signs what it is asked
+	CodeVault     = "SGN1026" // Vault answers, or what stands still without it, and until when that does no harm
+	CodePolicy    = "SGN1027" // what the token of Vault may do, against what will be asked
+	CodeToken     = "SGN1028" // the end of a token of Vault that has no successor
 )
 
 // What can stand still. Without the first three a process is not ready.
@@ -83,6 +89,7 @@ const (
 	Serving   = "serving"   // an agent gives workloads what they need
 	Enrolling = "enrolling" // nodes join
 	Changing  = "changing"  // registrations, tokens and bans
+	Rotating  = "rotating"  // intermediates follow one another
 )
 
 // Finding is one thing that was looked at.

@@ -23,6 +23,19 @@ type Rotation struct {
 	LeastLife time.Duration
 	// Forged are the CAs whose keys are lost while somebody still accepts what is made with them.
 	Forged []Forged
+	// Restored is what was published that the state database does not know of.
+	Restored Restored
+}
+
+// Restored is a state database against what agents hold, and against the log.
+type Restored struct {
+	// Sequence is the trust bundle's, Newest the greatest that is known.
+	Sequence, Newest uint64
+	// Agents hold a bundle that was never published, as far as the database knows; Wild claim one that can't be.
+	Agents, Wild []string
+	// Logged: the log has a later change of the CAs, LoggedRevision, than the database, Revision.
+	Logged                   bool
+	Revision, LoggedRevision uint64
 }
 
 // Forged is a CA whose key is lost.
@@ -40,6 +53,7 @@ const (
 	mendStatus  = "signet rotation status --config FILE"
 	mendStart   = "signet rotation start --config FILE intermediate"
 	mendAdvance = "signet rotation advance --config FILE"
+	mendTrust   = "signet trust republish --config FILE --dry-run"
 	mendRoot    = "signet root init; then: signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…"
 )
 
@@ -55,6 +69,7 @@ func (r Rotation) Findings(now time.Time) (found Findings) {
 	found = append(found, r.signatures(active, now)...)
 	found = append(found, peers(steps)...)
 	found = append(found, r.forged(now)...)
+	found = append(found, r.Restored.findings()...)
 	if !r.Automatic {
 		found = append(found, due(steps)...)
 	}
@@ -284,4 +299,35 @@ func due(steps []rotation.Step) (found Findings) {
 		found.add(CodeStep, Warning, about, fmt.Sprintf("it is to become %s, because %s, and rotation.automatic is off", s.To, s.Because), mend)
 	}
 	return found
+}
+
+// findings say that an older state database is at work.
+func (r Restored) findings() (found Findings) {
+	const lead = "the state database was restored from an older copy: "
+	if r.Logged {
+		found.add(CodeRestored, Error, "log", fmt.Sprintf(lead+"the audit log knows of change %d of the CAs, and the database of none after %d; what was decided between is not in effect", r.LoggedRevision, r.Revision), mendTrust)
+	}
+	if len(r.Agents) > 0 {
+		found.add(CodeRestored, Error, "trust", fmt.Sprintf(lead+"%s trust bundles up to number %d, and the newest here is %d; until one above is published, they take none", holders(r.Agents), r.Newest, r.Sequence), mendTrust)
+	}
+	if len(r.Wild) > 0 {
+		found.add(CodeRestored, Warning, "agents", fmt.Sprintf("%s trust bundles that can't have been published here: look there, somebody may have broken in", holders(r.Wild)), "signet agent ban --config FILE NAME")
+	}
+	return found
+}
+
+func holders(agents []string) string {
+	if len(agents) == 1 {
+		return "agent " + agents[0] + " holds"
+	}
+	return fmt.Sprintf("%d agents (%s) hold", len(agents), Some(agents))
+}
+
+// Some are the first few of many names.
+func Some(all []string) string {
+	const most = 5
+	if len(all) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(all[:most], ", "), len(all)-most)
+	}
+	return strings.Join(all, ", ")
 }

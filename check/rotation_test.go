@@ -50,6 +50,10 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	atEnd.Authorities[0].NotAfter = now.Add(450 * time.Hour)
 	worn := cluster(0.6, successor("root-1", -time.Hour, 300*time.Hour))
 	worn.Authorities[1].NotAfter = now.Add(400 * time.Hour)
+	ahead, wild, logged := cluster(0.1), cluster(0.1), cluster(0.1)
+	ahead.Restored = Restored{Sequence: 4, Newest: 9, Agents: []string{"n1", "n2", "n3", "n4", "n5", "n6", "n7"}}
+	wild.Restored = Restored{Sequence: 4, Newest: 4, Wild: []string{"n1"}}
+	logged.Restored = Restored{Sequence: 4, Newest: 9, Logged: true, Revision: 7, LoggedRevision: 12}
 	lost := cluster(0.1, request())
 	lost.Authorities[1].Tainted = now
 
@@ -73,6 +77,9 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 		"a root at its end":             {atEnd, CodeRootEnd, Error, nil},
 		"a peer's old report":           {west, CodePeer, Warning, []string{"the report of cluster west is of 2026-05-02T03:02:01Z", "rotation report", "--report"}},
 		"a lost key":                    {tainted, CodeTaint, Error, []string{"i-0", "3 validators", "replace it"}},
+		"agents that are ahead":         {ahead, CodeRestored, Error, []string{"restored from an older copy", "7 agents (n1, n2, n3, n4, n5 and 2 more) hold trust bundles up to number 9, and the newest here is 4", "signet trust republish --config FILE"}},
+		"an agent that claims too much": {wild, CodeRestored, Warning, []string{"agent n1 holds", "can't have been published", "signet agent ban"}},
+		"a log that is ahead":           {logged, CodeRestored, Error, []string{"change 12", "none after 7", "trust republish"}},
 		"a step for a person":           {manual, CodeStep, Warning, []string{"prepared", "rotation.automatic is off", "rotation advance"}},
 		"the end in sight":              {cluster(0.75), CodeIssuing, Warning, []string{"nothing can be issued from ", "in 249h59m"}},
 		"the end is near":               {cluster(0.997, request()), CodeIssuing, Error, []string{"in 2h59m", "i-2, which is to take over, is not signed", "root sign"}},

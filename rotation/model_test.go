@@ -851,6 +851,9 @@ func (c *modelCluster) join() {
 			return // later
 		}
 	}
+	if c.online && len(trusted) > 1 {
+		return // when that rotation is over
+	}
 	w, now := World{}, c.clock()
 	for _, id := range trusted {
 		x := c.roots[c.rootIndex(id)]

@@ -95,3 +95,21 @@ func TestLeavesOfATaintedIssuerAreReplacedAtABoundedRate(t *testing.T) {
 		}
 	}
 }
+
+// All agents hear the order at the same moment; what they ask for at the same moment the server writes in one batch.
+func TestLeavesAreReplacedOnABeat(t *testing.T) {
+	const leaves = 1000
+	window := 10*time.Second + reissueBeat/3
+	at := map[time.Duration]int{}
+	for i := range leaves {
+		at[ReissueAt(serial(i), epoch, window).Sub(epoch)]++
+	}
+	if len(at) != int(window/reissueBeat)+1 {
+		t.Errorf("%d moments, want %d", len(at), int(window/reissueBeat)+1)
+	}
+	for when := range at {
+		if when%reissueBeat != 0 || when < 0 || when > window {
+			t.Errorf("%s is not on a beat of %s within %s", when, reissueBeat, window)
+		}
+	}
+}

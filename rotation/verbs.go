@@ -258,7 +258,7 @@ func Lost(p Policy, w World, id string, now time.Time) ([]Authority, error) {
 
 // Under says under which root an upstream that is at hand is to sign a request now: the one that is signed under already,
 // while it stays, else the one that stays and ends last. One that not everybody trusts yet is left for a request that has
-// time. It is "" while there is none.
+// time. It is "" while there is none, and where a cluster that has never signed has several.
 func Under(p Policy, w World, id string, now time.Time) string {
 	d := decision{Policy: p, World: w, now: now}
 	good := func(r Authority) bool {
@@ -270,6 +270,10 @@ func Under(p Policy, w World, id string, now time.Time) string {
 	}
 	var best Authority
 	for _, r := range w.Authorities {
+		// Which of several roots the peers sign under is not known to a cluster that begins.
+		if d.first() && best.ID != "" && r.InBundle() {
+			return ""
+		}
 		if good(r) && (best.ID == "" || r.NotAfter.After(best.NotAfter)) {
 			best = r
 		}

@@ -78,6 +78,22 @@ func (a *acks) gave(agent string, notAfter time.Time) {
 	}
 }
 
+// words are what agents have said that are not banned, by name.
+func (a *acks) words() []validator {
+	a.mu.Lock()
+	all := make([]validator, 0, len(a.said))
+	for name, s := range a.said {
+		all = append(all, validator{name, s})
+	}
+	a.mu.Unlock()
+	all = slices.DeleteFunc(all, func(v validator) bool {
+		row, known := a.server.directory.Agent(v.agent)
+		return !known || row.Banned
+	})
+	slices.SortFunc(all, func(x, y validator) int { return strings.Compare(x.agent, y.agent) })
+	return all
+}
+
 // validators are the agents that have, or may have, identities that live, connected or not, by name. Banned ones don't
 // count: they get nothing new, and nothing waits for them.
 func (a *acks) validators(now time.Time) []validator {
@@ -86,7 +102,8 @@ func (a *acks) validators(now time.Time) []validator {
 		return nil
 	}
 	// Before the start the server has given what it does not remember.
-	before := now.Before(a.started.Add(a.server.config.MaxTTL))
+	policy := a.server.keeper.policy
+	before := now.Before(policy.LeavesUntil(a.started))
 	var all []validator
 	for name, row := range d.current.Load().agents {
 		row, _ = d.agent(name)
@@ -96,7 +113,7 @@ func (a *acks) validators(now time.Time) []validator {
 		a.mu.Lock()
 		s, leaf := a.said[name], a.leaves[name]
 		a.mu.Unlock()
-		if now.After(leaf) && !(before && now.Before(row.NotAfter.Add(a.server.config.MaxTTL))) && a.server.sessions.of(name) == 0 {
+		if now.After(leaf) && !(before && now.Before(policy.LeavesUntil(row.NotAfter))) && a.server.sessions.of(name) == 0 {
 			continue
 		}
 		all = append(all, validator{name, s})

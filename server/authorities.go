@@ -139,6 +139,28 @@ func (s *authorities) edit(lives []rotation.Authority, rows ...store.Authority) 
 	return next, nil
 }
 
+// forget drops the oldest removed intermediates but so many, and returns their IDs. The newest number always stays, so that
+// it does not come again.
+func (s *authorities) forget(most int) (dropped []string) {
+	removed := 0
+	for i := len(s.rows) - 1; i >= 0; i-- {
+		if a := s.rows[i]; a.Kind == ca.KindIntermediate && a.State == ca.Removed && a.Tainted.IsZero() {
+			if removed++; removed > most {
+				dropped = append(dropped, a.ID)
+			}
+		}
+	}
+	if len(dropped) > 0 {
+		s.rows = slices.DeleteFunc(s.rows, func(a store.Authority) bool { return slices.Contains(dropped, a.ID) })
+	}
+	return dropped
+}
+
+// signs reports whether an intermediate is active.
+func (s *authorities) signs() bool {
+	return slices.ContainsFunc(s.rows, func(a store.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+}
+
 // changedRow is a row before and after; before is the zero row for a new one.
 type changedRow struct{ before, after store.Authority }
 

@@ -171,25 +171,6 @@ func (f *Folder) key(ctx context.Context, ref string) (keystore.Key, error) {
 	return f.Keys.Open(ctx, r)
 }
 
-// FirstKey opens the newest version of a key, or makes the first: a crash may have come after the key was made and
-// before anything pointed to it, and then that key is the one.
-func FirstKey(ctx context.Context, keys keystore.Store, name string, alg keystore.Algorithm) (keystore.Key, error) {
-	all, err := keys.List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var newest keystore.Ref
-	for _, r := range all {
-		if r.Name == name && r.Version > newest.Version {
-			newest = r
-		}
-	}
-	if !newest.IsZero() {
-		return keys.Open(ctx, newest)
-	}
-	return keys.Create(ctx, name, alg)
-}
-
 // Ceremony makes CA certificates and requests for them (package ca/ceremony, which a server at work does without).
 type Ceremony interface {
 	// SelfSign logs and makes the certificate of a CA that signs itself.
@@ -206,14 +187,24 @@ type InitConfig struct {
 	Ceremony  Ceremony
 	// NamePrefix goes before the common names of the CAs: "DEV ".
 	NamePrefix string
+	// Upstream signs the intermediates, so that no request is made here: the server has its first one signed when it starts.
+	// nil = a person carries a request to the root.
+	Upstream ca.Upstream
+	Rotation Rotation
+	// RootFingerprint is what the admin was told the root's is. It is needed with an upstream, until the cluster has a root.
+	RootFingerprint string
+	// Exchange is where other clusters may have said what they believe; nil = nowhere.
+	Exchange Exchange
 }
 
 // InitResult is what a person carries to the root, and what they compare there.
 type InitResult struct {
-	// CSR of the intermediate, PEM.
+	// CSR of the intermediate, PEM; nil where an upstream signs.
 	CSR []byte
 	// KeyFingerprint is of the CSR's key; `root sign` wants it.
 	KeyFingerprint string
+	// Roots are the fingerprints of the roots that the cluster begins with, where an upstream signs.
+	Roots []string
 	// ControlCA is the fingerprint of the control CA's certificate.
 	ControlCA string
 	// LogVerifierKey is what auditors check the log with.
@@ -242,7 +233,7 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	if err := c.notOrphaned(ctx, o); err != nil {
 		return InitResult{}, err
 	}
-	key, err := FirstKey(ctx, c.Keys, logKey, keystore.Ed25519)
+	key, err := c.Keys.Create(ctx, logKey, keystore.Ed25519, 0)
 	if err != nil {
 		return InitResult{}, err
 	}
@@ -275,11 +266,16 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 		if control, err = c.makeControlCA(ctx, o); err != nil {
 			return InitResult{}, err
 		}
-		if revision, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{control}, trust.Bundle{}); err != nil {
+		if revision, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{control}, nil, trust.Bundle{}); err != nil {
 			return InitResult{}, err
 		}
 	}
 	r.ControlCA = ca.CertificateFingerprint(control.Chain[0])
+	if c.Upstream != nil {
+		begun, err := c.begin(ctx, o, &r)
+		r.Created = r.Created || begun
+		return r, err
+	}
 
 	intermediate, ok := find(ca.KindIntermediate)
 	if ok {
@@ -294,7 +290,7 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 		if intermediate, err = k.request(ctx, &authorities{rows: rows}, nil); err != nil {
 			return InitResult{}, err
 		}
-		if _, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{intermediate}, trust.Bundle{}); err != nil {
+		if _, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{intermediate}, nil, trust.Bundle{}); err != nil {
 			return InitResult{}, err
 		}
 	}
@@ -305,6 +301,56 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	r.KeyFingerprint = ca.KeyFingerprint(request.RawSubjectPublicKeyInfo)
 	r.CSR = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: intermediate.CSR})
 	return r, nil
+}
+
+// begin gives the cluster the root that its upstream signs under, if it has none yet, and what the other clusters believe.
+func (c *InitConfig) begin(ctx context.Context, o *opened, r *InitResult) (begun bool, err error) {
+	k, err := c.Folder.keeper(ctx, o, c.Rotation)
+	if err != nil {
+		return false, err
+	}
+	if set := k.current.Load(); set.bundle.IsZero() {
+		if begun, err = true, c.takeRoot(ctx, k); err != nil {
+			return false, fmt.Errorf("give cluster %s its root: %w", c.Cluster, err)
+		}
+	}
+	for _, root := range k.current.Load().bundle.Roots() {
+		r.Roots = append(r.Roots, ca.CertificateFingerprint(root.Raw))
+	}
+	return begun, nil
+}
+
+func (c *InitConfig) takeRoot(ctx context.Context, k *keeper) error {
+	if c.RootFingerprint == "" {
+		return errors.New("say which root the cluster is to trust: its holder tells you the fingerprint, give it with --root-fingerprint")
+	}
+	pinned, err := ca.ParseFingerprint(c.RootFingerprint)
+	if err != nil {
+		return fmt.Errorf("root fingerprint: %w", err)
+	}
+	root, err := c.Upstream.Root(ctx)
+	if err != nil {
+		return err
+	}
+	if !pinned.Of(root.Raw) {
+		return fmt.Errorf("the upstream signs under root %s, but the fingerprint given is another one: ask the root's holder which one is right", ca.CertificateFingerprint(root.Raw))
+	}
+	if c.Exchange != nil {
+		shared, found, err := Shared(ctx, c.Exchange, c.TrustDomain, c.Rotation.Peers, pinned)
+		if err != nil {
+			return err
+		}
+		// Nobody asks the others whether they believe what a cluster begins under: it has to be what they all stand under.
+		if found && (len(shared.Roots) != 1 || shared.Roots[0].Leaving || shared.Roots[0].State != ca.Active) {
+			return fmt.Errorf("the clusters that share this trust domain are replacing a root (cluster %s believes %d): wait until that is over (signet rotation status there), then run signet cluster init again", shared.Cluster, len(shared.Roots))
+		}
+	}
+	_, err = k.do(ctx, decision{verb: "install", reason: "the cluster begins under it", by: byHand("ceremony")},
+		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+			next, err := set.addRoot(k.policy.Policy, w, root, now)
+			return next, nil, err
+		})
+	return err
 }
 
 // notOrphaned refuses a folder whose database is gone: the log is begun only after the database knows its key, so a log that
@@ -347,7 +393,7 @@ func (c *InitConfig) awaited(ctx context.Context, o *opened, rows []store.Author
 // makeControlCA: a crash after the log's entry and before the row leaves an entry of a control CA that never was; the
 // next run makes another certificate for the same key, and only that one is ever shown to anybody.
 func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (store.Authority, error) {
-	key, err := FirstKey(ctx, c.Keys, controlKey, c.Algorithm)
+	key, err := c.Keys.Create(ctx, controlKey, c.Algorithm, 0)
 	if err != nil {
 		return store.Authority{}, err
 	}
@@ -438,7 +484,7 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 	if err := c.openLog(ctx, o, key, nil); err != nil {
 		return InstallResult{}, err
 	}
-	k, err := c.keeper(ctx, o)
+	k, err := c.keeper(ctx, o, c.Rotation)
 	if err != nil {
 		return InstallResult{}, err
 	}
@@ -463,35 +509,46 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 }
 
 // keeper is for a folder that no server works on: no agent is heard.
-func (c *InstallConfig) keeper(ctx context.Context, o *opened) (*keeper, error) {
+func (f *Folder) keeper(ctx context.Context, o *opened, policy Rotation) (*keeper, error) {
 	agents, err := o.store.Agents(ctx)
 	if err != nil {
 		return nil, err
 	}
-	k := newKeeper(&c.Folder, c.Rotation)
+	k := newKeeper(f, policy)
 	k.store, k.change = o.store, o.change
-	k.validators = silent(agents, c.Rotation.LongestLeaf)
+	if k.policy.OlderLeaves, err = olderLeaves(ctx, o.store, policy.LongestLeaf, f.Now()); err != nil {
+		return nil, err
+	}
+	k.validators = silent(agents, k.policy.Policy)
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return nil, err
 	}
 	k.bundles = &trust.Bundles{}
+	if err := o.settle(ctx, k); err != nil {
+		return nil, err
+	}
 	return k, k.load(ctx)
 }
 
-// change makes a change durable, then logged, as the outbox of a server does. What an earlier one has left goes first.
-func (o *opened) change(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error {
+// settle tells the log what an earlier change has left. Whoever stopped signing by it has signed until the server ended.
+func (o *opened) settle(ctx context.Context, k *keeper) error {
 	for {
-		left, ok, err := o.store.NextNote(ctx)
-		if err != nil {
+		left, ok, err := o.store.NextNote(ctx, 0)
+		if err != nil || !ok {
 			return err
 		}
-		if !ok {
-			break
+		stopped, _ := stoppedBy(left)
+		if _, err := o.store.ExtendLeaves(ctx, stopped, k.policy.LeavesUntil(k.folder.Now())); err != nil {
+			return err
 		}
 		if err := o.tellLog(ctx, left); err != nil {
 			return err
 		}
 	}
+}
+
+// change makes a change durable, then logged, as the outbox of a server does.
+func (o *opened) change(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error {
 	if err := commit(o.store.Telling(note)); err != nil {
 		return err
 	}

@@ -76,10 +76,10 @@ func (d dying) step() {
 	}
 }
 
-func (d dying) Create(ctx context.Context, name string, alg keystore.Algorithm) (keystore.Key, error) {
+func (d dying) Create(ctx context.Context, name string, alg keystore.Algorithm, after int) (keystore.Key, error) {
 	d.step()
 	defer d.step()
-	return d.plainKeys.Create(ctx, name, alg)
+	return d.plainKeys.Create(ctx, name, alg, after)
 }
 
 func (d dying) List(ctx context.Context) ([]keystore.Ref, error) {
@@ -119,7 +119,7 @@ func initAndDie(dir string) {
 }
 
 func TestInitMayBeKilledAnywhere(t *testing.T) {
-	const steps = 13
+	const steps = 10
 	survived := 0
 	for n := range steps + 1 {
 		dir := filepath.Dir(shortDir(t))

@@ -231,6 +231,7 @@ func (s *Server) lookAtRotation(set *authorities, now time.Time) check.Rotation 
 			ID: t.Id, Cluster: t.Cluster, Accepting: int(t.Accepting), Until: t.AcceptedUntil.AsTime(), Advice: t.Advice,
 		})
 	}
+	look.Restored = k.lost(set).look()
 	return look
 }
 
@@ -281,16 +282,29 @@ func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findin
 			k.reports[p.Cluster] = r
 		}
 	}
-	k.validators = silent(agents, c.Rotation.LongestLeaf)
+	if k.policy.OlderLeaves, err = olderLeaves(ctx, st, k.policy.LongestLeaf, now); err != nil {
+		return nil, err
+	}
+	k.validators = silent(agents, k.policy.Policy)
+	logKey, ok, err := st.Meta(ctx, verifierFact)
+	if err != nil {
+		return nil, err
+	}
+	if ok {
+		// A log that can't be read is found by who looks at it.
+		if in, err := newestChange(ctx, LogDir(c.Dir), logKey); err == nil {
+			k.logged.Store(&in)
+		}
+	}
 	return (&Server{config: c, keeper: k}).lookAtRotation(set, now).Findings(now), nil
 }
 
 // silent are the agents of a folder, of which nothing is heard.
-func silent(agents []store.Agent, longest time.Duration) func(now time.Time) []validator {
+func silent(agents []store.Agent, policy rotation.Policy) func(now time.Time) []validator {
 	return func(now time.Time) []validator {
 		var all []validator
 		for _, a := range agents {
-			if !a.Banned && now.Before(a.NotAfter.Add(longest)) {
+			if !a.Banned && now.Before(policy.LeavesUntil(a.NotAfter)) {
 				all = append(all, validator{agent: a.Name})
 			}
 		}

@@ -37,6 +37,15 @@ func (s *Server) checks() []check.Part {
 		}},
 	}
 	parts = append(parts, check.Part{Look: s.checkClock}, check.Part{Look: s.checkRotation})
+	if s.exchange != nil {
+		parts = append(parts, check.Part{Look: s.exchange.check})
+	}
+	if c.Upstream != nil {
+		parts = append(parts, check.Part{Look: s.checkUpstream})
+	}
+	if c.Vault != nil {
+		parts = append(parts, check.Part{Look: s.checkVault})
+	}
 	for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
 		parts = append(parts, check.Part{Look: func(context.Context) check.Findings { return s.checkIssuer(h) }})
 	}

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/store"
 )
@@ -19,6 +21,9 @@ import (
 //  2. the entries are appended to the log;
 //  3. the change takes effect: it is in memory, and whoever asked for it is answered;
 //  4. the database forgets the entries.
+//
+// An issuer that is to stop signing goes on until step 3, however long that takes: what bounds the life of its leaves is moved
+// on before step 4.
 //
 // Whatever ends this early leaves entries in the database. They are settled before the next change and at every start: they
 // are appended, as they were, and then what the database holds is in effect. So nothing takes effect unlogged, nothing that
@@ -78,8 +83,29 @@ func (s *Server) change(ctx context.Context, note *store.Note, commit func(*stor
 		return fmt.Errorf("the change is stored and takes effect as soon as it is logged, not before: %w", err)
 	}
 	effect()
+	if stopped, at := stoppedBy(*note); len(stopped) > 0 && s.now().Sub(at) > s.keeper.inTime() {
+		s.outbox.waiting.Store(true)
+		if err := s.settle(ctx); err != nil {
+			s.log.Warn("a change is in effect, later than was foreseen, and how long leaves live could not be noted yet: nothing else is changed before that", "err", err)
+		}
+		return nil
+	}
 	s.forgetNote(ctx, note.Change)
 	return nil
+}
+
+// stoppedBy names the issuers that stop signing by a change, and says when it was decided.
+func stoppedBy(note store.Note) (issuers []string, decided time.Time) {
+	entries, err := entriesOf(note)
+	if err != nil {
+		return nil, time.Time{} // it would not have been logged
+	}
+	for _, e := range entries {
+		if x := e.GetAuthorityChanged(); x.GetKind() == ca.KindIntermediate && x.GetFrom() == string(ca.Active) && x.GetTo() != string(ca.Active) {
+			issuers, decided = append(issuers, x.GetAuthority()), time.Unix(0, e.GetTime())
+		}
+	}
+	return issuers, decided
 }
 
 // entriesOf reads the entries of a note.
@@ -121,9 +147,10 @@ func (s *Server) settle(ctx context.Context) error {
 	if !s.outbox.waiting.Load() {
 		return nil
 	}
-	n := 0
-	for ; ; n++ {
-		note, ok, err := s.store.NextNote(ctx)
+	var changes []uint64
+	var stopped []string
+	for last := uint64(0); ; changes = append(changes, last) {
+		note, ok, err := s.store.NextNote(ctx, last)
 		if err != nil {
 			return err
 		}
@@ -135,10 +162,9 @@ func (s *Server) settle(ctx context.Context) error {
 				return err
 			}
 		}
-		if err := s.outbox.told(ctx, note.Change); err != nil {
-			return err
-		}
-		delete(s.outbox.logged, note.Change)
+		last = note.Change
+		issuers, _ := stoppedBy(note)
+		stopped = append(stopped, issuers...)
 	}
 	if err := s.directory.reload(ctx); err != nil {
 		return err
@@ -146,9 +172,22 @@ func (s *Server) settle(ctx context.Context) error {
 	if err := s.keeper.load(ctx); err != nil {
 		return err
 	}
+	if extended, err := s.store.ExtendLeaves(ctx, stopped, s.keeper.policy.LeavesUntil(s.now())); err != nil {
+		return err
+	} else if extended {
+		if err := s.keeper.load(ctx); err != nil {
+			return err
+		}
+	}
+	for _, change := range changes {
+		if err := s.outbox.told(ctx, change); err != nil {
+			return err
+		}
+		delete(s.outbox.logged, change)
+	}
 	s.outbox.waiting.Store(false)
-	if n > 0 {
-		s.log.Warn("changes that had been interrupted are settled: they are in the log and in effect", "changes", n)
+	if len(changes) > 0 {
+		s.log.Warn("changes that had been interrupted are settled: they are in the log and in effect", "changes", len(changes))
 	}
 	return nil
 }

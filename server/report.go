@@ -15,6 +15,7 @@ import (
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/trust"
 )
@@ -115,19 +116,33 @@ const (
 
 // signReport makes the report that peers get.
 func (k *keeper) signReport(ctx context.Context) ([]byte, error) {
+	return k.signed(ctx, k.report(k.current.Load(), k.folder.Now()))
+}
+
+// signed is a report as peers get it.
+func (k *keeper) signed(ctx context.Context, r rotation.Report) ([]byte, error) {
+	text, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return k.signNote(ctx, reportTitle+k.folder.TrustDomain.Name()+"\n"+string(text)+"\n")
+}
+
+// signNote signs a text with the key of this cluster's log, by which peers know it.
+func (k *keeper) signNote(ctx context.Context, text string) ([]byte, error) {
 	ref, ok, err := k.store.Meta(ctx, logKeyFact)
 	if err != nil || !ok {
 		return nil, errors.Join(err, errors.New("the key of the log is not known"))
 	}
-	key, err := k.folder.key(ctx, ref)
+	parsed, err := keystore.ParseRef(ref)
 	if err != nil {
 		return nil, err
 	}
-	text, err := json.MarshalIndent(k.report(k.current.Load(), k.folder.Now()), "", "  ")
+	key, err := k.key(ctx, parsed)
 	if err != nil {
 		return nil, err
 	}
-	return audit.SignNote(k.folder.Origin(), key, reportTitle+k.folder.TrustDomain.Name()+"\n"+string(text)+"\n")
+	return audit.SignNote(k.folder.Origin(), key, text)
 }
 
 // openReport verifies a peer's report.

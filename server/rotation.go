@@ -49,6 +49,8 @@ const (
 	maxSteps = 64
 	// maxAuthorities bounds how many CAs a cluster has had that are kept.
 	maxAuthorities = 1024
+	// keptRemoved is how many removed intermediates are kept; the log keeps all.
+	keptRemoved = 256
 	// MaxSuccessors bounds how many successors are asked for at once.
 	MaxSuccessors = 16
 )
@@ -62,6 +64,10 @@ type keeper struct {
 	algorithm keystore.Algorithm
 	prefix    string
 	requests  Requester
+	// upstream signs requests without a person, for intermediates of this life (0 = the default); nil = people have them signed.
+	upstream      ca.Upstream
+	life          time.Duration
+	upstreamState upstreamState
 	store     *store.Store
 	log       *slog.Logger
 	// change makes a change durable and logged, then calls effect (outbox).
@@ -70,6 +76,10 @@ type keeper struct {
 	validators func(now time.Time) []validator
 	issuers    *ca.Issuers
 	bundles    *trust.Bundles
+	// words are what agents have said, where agents are heard.
+	words func() []validator
+	// logged is the newest state that the audit log knows of, where that was looked for.
+	logged atomic.Pointer[published]
 	// clock holds off what would come by itself while it is not believed; nil = it is.
 	clock *clock
 
@@ -78,6 +88,12 @@ type keeper struct {
 	current atomic.Pointer[authorities]
 	// replaced names the issuers whose leaves are to be replaced.
 	replaced atomic.Pointer[[][]byte]
+	// away says that the key of the active issuer could not be opened, because its backend can't be reached.
+	away atomic.Bool
+	// destroyed names the keys that were destroyed since the start, swept the set for which all were that could be. Both
+	// belong to the one who keeps.
+	destroyed map[keystore.Ref]bool
+	swept     *authorities
 
 	mu sync.Mutex
 	// keys are those that are open, by reference.
@@ -93,7 +109,7 @@ type keeper struct {
 func newKeeper(f *Folder, policy Rotation) *keeper {
 	return &keeper{
 		folder: f, policy: policy, log: f.Logger, turn: make(chan struct{}, 1),
-		keys: map[keystore.Ref]keystore.Key{}, reports: map[string]rotation.Report{},
+		keys: map[keystore.Ref]keystore.Key{}, reports: map[string]rotation.Report{}, destroyed: map[keystore.Ref]bool{},
 	}
 }
 
@@ -111,7 +127,7 @@ func (k *keeper) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	issuers, err := k.open(ctx, set)
+	issuers, err := k.open(ctx, set, set)
 	if err != nil {
 		return err
 	}
@@ -163,14 +179,25 @@ func (k *keeper) use(set *authorities, issuers []*ca.Issuer) error {
 	return k.bundles.Set(set.bundle)
 }
 
-// open makes the issuers of a set: those that sign or have signed, the control CA, and those that may sign next.
-func (k *keeper) open(ctx context.Context, set *authorities) ([]*ca.Issuer, error) {
+// open makes the issuers of a set: those that sign or have signed, the control CA, and those that may sign next. An issuer
+// that was active before may be without its key; one that becomes active may not.
+func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issuer, error) {
 	var list []*ca.Issuer
+	away := false
 	for _, a := range set.rows {
 		if a.Kind == ca.KindRoot || len(a.Chain) == 0 || a.State == ca.Removed {
 			continue
 		}
 		key, err := k.key(ctx, a.Key)
+		if was, _ := before.row(a.ID); err != nil && a.Kind == ca.KindIntermediate && was.State == ca.Active {
+			gone := errors.Is(err, keystore.ErrNotFound) && a.Key.Backend == keystore.BackendMemory
+			if gone || errors.Is(err, keystore.ErrAway) {
+				// Another one follows (loseKeys), or it is opened later (reopen); all else goes on meanwhile.
+				away = away || !gone
+				k.log.Warn("the key of the active issuer can't be used now", "issuer", a.ID, "err", err)
+				continue
+			}
+		}
 		if err != nil && a.State != ca.Active {
 			// It does not sign. If it is to sign one day, that is refused then.
 			k.log.Warn("the key of an issuer that does not sign now can't be opened", "issuer", a.ID, "state", string(a.State), "err", err)
@@ -190,6 +217,7 @@ func (k *keeper) open(ctx context.Context, set *authorities) ([]*ca.Issuer, erro
 		}
 		list = append(list, issuer)
 	}
+	k.away.Store(away)
 	return list, nil
 }
 
@@ -211,34 +239,30 @@ func (k *keeper) key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 	return key, nil
 }
 
-// destroyKeys destroys the keys of intermediates that were removed. The newest of all stays until there is a newer one: its
-// number must not come again.
+// destroyKeys destroys the keys of intermediates that were removed, each time after something has changed.
 func (k *keeper) destroyKeys(ctx context.Context) error {
-	if k.doubt() {
+	set := k.current.Load()
+	if k.swept == set || k.doubt() {
 		return nil
 	}
-	refs, err := k.folder.Keys.List(ctx)
-	if err != nil {
-		return err
-	}
-	set := k.current.Load()
-	for i, ref := range refs {
-		newest := i+1 == len(refs) || refs[i+1].Name != ref.Name
-		if ref.Name != intermediateKey || newest {
+	for _, a := range set.rows {
+		if a.Kind != ca.KindIntermediate || a.State != ca.Removed || k.destroyed[a.Key] {
 			continue
 		}
-		j := slices.IndexFunc(set.rows, func(a store.Authority) bool { return a.Key == ref })
-		if j < 0 || set.rows[j].State != ca.Removed {
-			continue
+		err := k.folder.Keys.Delete(ctx, a.Key)
+		if errors.Is(err, keystore.ErrKept) {
+			continue // when those before it are gone
 		}
-		if err := k.folder.Keys.Delete(ctx, ref); err != nil {
+		if err != nil {
 			return err
 		}
+		k.destroyed[a.Key] = true
 		k.mu.Lock()
-		delete(k.keys, ref)
+		delete(k.keys, a.Key)
 		k.mu.Unlock()
-		k.log.Info("key of a removed intermediate destroyed", "authority", set.rows[j].ID, "key", ref.String())
+		k.log.Info("key of a removed intermediate destroyed", "authority", a.ID, "key", a.Key.String())
 	}
+	k.swept = set
 	return nil
 }
 
@@ -294,12 +318,11 @@ func scheduled() decision { return decision{verb: "schedule", by: &auditv1.Evide
 // do makes a change that a person asked for, then every step that follows from it. edit gets the set as it stands and
 // returns it as it is to be; nil = no change but the steps.
 func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rotation.World, time.Time) (*authorities, []*auditv1.Entry, error)) (outcome, error) {
-	select {
-	case k.turn <- struct{}{}:
-		defer func() { <-k.turn }()
-	case <-ctx.Done():
-		return outcome{}, ctx.Err()
+	done, err := k.myTurn(ctx)
+	if err != nil {
+		return outcome{}, err
 	}
+	defer done()
 	// Begun, it is finished: a client that hangs up must not stop it half way.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()
@@ -323,11 +346,21 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 	return o, k.advance(ctx, &o, d, reports)
 }
 
+// myTurn waits for the turn to change something; it ends with the function that it returns.
+func (k *keeper) myTurn(ctx context.Context) (done func(), err error) {
+	select {
+	case k.turn <- struct{}{}:
+		return func() { <-k.turn }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
 // heldBack reports whether no step is taken now, but for what a person has just asked for: steps depend on the time, and where
-// they are not automatic, on somebody's word. What a cluster begins with needs no other word than its installation.
+// they are not automatic, on somebody's word. Without an issuer there is nothing to wait for: what a cluster begins with, or
+// goes on with after its key in memory was lost, needs no other word.
 func (k *keeper) heldBack(d decision, set *authorities) bool {
-	_, begun := set.activeRoot()
-	return k.doubt() || begun && !k.policy.Automatic && d.verb != "advance"
+	return k.doubt() || set.signs() && !k.policy.Automatic && d.verb != "advance"
 }
 
 // advance takes every step that can be taken. One that can't be made does not keep the others waiting.
@@ -409,6 +442,7 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 		return nil
 	}
 	next.revision = o.set.revision + 1
+	forgotten := next.forget(keptRemoved)
 	if len(next.rows) > maxAuthorities {
 		return fmt.Errorf("the cluster would have %d CAs: at most %d are kept", len(next.rows), maxAuthorities)
 	}
@@ -418,7 +452,7 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 		return nil
 	}
 	// What could not work must not be stored: keys are opened and chains checked before.
-	issuers, err := k.open(ctx, next)
+	issuers, err := k.open(ctx, next, o.set)
 	if err != nil {
 		return err
 	}
@@ -430,24 +464,19 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 		rows[i] = c.after
 		entries = append(entries, &auditv1.Entry{Event: &auditv1.Entry_AuthorityChanged{AuthorityChanged: &auditv1.AuthorityChanged{
 			Authority: c.after.ID, Kind: c.after.Kind, From: string(c.before.State), To: string(c.after.State),
-			Verb: d.verb, Reason: reason, Forced: forced, Revision: next.revision, Evidence: d.by,
+			Verb: d.verb, Reason: reason, Forced: forced, Revision: next.revision, BundleSequence: next.bundle.Sequence(), Evidence: d.by,
 		}}})
 	}
-	note := &store.Note{}
-	for _, e := range entries {
-		e.Time = now.UnixNano()
-		raw, err := proto.Marshal(e)
-		if err != nil {
-			return fmt.Errorf("encode an entry of the log: %w", err)
-		}
-		note.Entries = append(note.Entries, raw)
+	note, err := noteOf(now, entries)
+	if err != nil {
+		return err
 	}
 	var bundle trust.Bundle
 	if next.bundle.Sequence() != o.set.bundle.Sequence() {
 		bundle = next.bundle
 	}
 	if err := k.change(ctx, note, func(st *store.Store) error {
-		_, err := st.ChangeAuthorities(ctx, o.set.revision, rows, bundle)
+		_, err := st.ChangeAuthorities(ctx, o.set.revision, rows, forgotten, bundle)
 		return err
 	}, func() { err = k.use(next, issuers) }); err != nil {
 		return err
@@ -455,30 +484,34 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 	if err != nil {
 		return err
 	}
-	o.set = next
+	o.set = k.current.Load() // which is next, but for what it took longer to come into effect
 	return nil
+}
+
+// noteOf is what the log is to be told of a change that was decided now.
+func noteOf(now time.Time, entries []*auditv1.Entry) (*store.Note, error) {
+	note := &store.Note{}
+	for _, e := range entries {
+		e.Time = now.UnixNano()
+		raw, err := proto.Marshal(e)
+		if err != nil {
+			return nil, fmt.Errorf("encode an entry of the log: %w", err)
+		}
+		note.Entries = append(note.Entries, raw)
+	}
+	return note, nil
 }
 
 // request makes the key of the next intermediate and the request for its certificate. A key that an earlier try has made
 // and nothing points to is taken, so that tries don't pile up keys.
 func (k *keeper) request(ctx context.Context, set *authorities, also []store.Authority) (store.Authority, error) {
-	refs, err := k.folder.Keys.List(ctx)
-	if err != nil {
-		return store.Authority{}, err
-	}
-	var ref keystore.Ref
-	for _, r := range refs {
-		used := func(a store.Authority) bool { return a.Key == r }
-		if r.Name == intermediateKey && !slices.ContainsFunc(set.rows, used) && !slices.ContainsFunc(also, used) && r.Version > ref.Version {
-			ref = r
+	newest := 0
+	for _, a := range slices.Concat(set.rows, also) {
+		if a.Key.Name == intermediateKey {
+			newest = max(newest, a.Key.Version)
 		}
 	}
-	var key keystore.Key
-	if ref.IsZero() {
-		key, err = k.folder.Keys.Create(ctx, intermediateKey, k.algorithm)
-	} else {
-		key, err = k.folder.Keys.Open(ctx, ref)
-	}
+	key, err := k.folder.Keys.Create(ctx, intermediateKey, k.algorithm, newest)
 	if err != nil {
 		return store.Authority{}, err
 	}
@@ -508,6 +541,9 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 	for {
 		bell := k.changed.Next()
 		wait := every
+		if err := errors.Join(k.loseKeys(ctx), k.reopen(ctx)); err != nil && ctx.Err() == nil {
+			k.log.Error("could not take in how it stands with the keys of the issuers; it is tried again", "err", err)
+		}
 		o, err := k.do(ctx, scheduled(), nil)
 		if err != nil && ctx.Err() == nil {
 			k.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)

@@ -49,6 +49,8 @@ type listener struct {
 	deaf    bool
 	held    [][]byte
 	bundle  trust.Bundle
+	// claim is the bundle that it says it has, if it has not what it was told.
+	claim trust.Version
 	reissue *signetv1.Reissue
 	stream  grpc.BidiStreamingClient[signetv1.SyncRequest, signetv1.SyncResponse]
 }
@@ -97,9 +99,12 @@ func (a *listener) say() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	r := &signetv1.SyncRequest{IssuersHeld: &signetv1.IssuersHeld{KeyIds: a.held}}
-	if !a.bundle.IsZero() && !a.deaf {
-		digest := a.bundle.Digest()
-		r.BundleStored = &signetv1.BundleAck{TrustDomain: td.Name(), Digest: digest[:], Sequence: a.bundle.Sequence()}
+	v := a.bundle.Version()
+	if a.claim.Sequence > v.Sequence || a.claim.Sequence == v.Sequence && a.claim.Sequence > 0 {
+		v = a.claim
+	}
+	if v.Sequence > 0 && !a.deaf {
+		r.BundleStored = &signetv1.BundleAck{TrustDomain: td.Name(), Digest: v.Digest[:], Sequence: v.Sequence}
 		r.BundleAcks = []*signetv1.BundleAck{r.BundleStored}
 	}
 	_ = a.stream.Send(r)
@@ -713,7 +718,7 @@ func TestTheKeyOfARetiredIssuerMayBeGone(t *testing.T) {
 // noNewKeys is a keystore that has no room.
 type noNewKeys struct{ keystore.Store }
 
-func (noNewKeys) Create(context.Context, string, keystore.Algorithm) (keystore.Key, error) {
+func (noNewKeys) Create(context.Context, string, keystore.Algorithm, int) (keystore.Key, error) {
 	return nil, errors.New("no space left on device")
 }
 

@@ -40,6 +40,7 @@ import (
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/health"
 	"github.com/signet-ca/signet/internal/store"
@@ -78,6 +79,13 @@ type Config struct {
 	Algorithm  keystore.Algorithm
 	Requests   Requester
 	NamePrefix string
+	// Upstream signs intermediates without a person, for UpstreamLife (0 = the default); nil = people have them signed.
+	Upstream     ca.Upstream
+	UpstreamLife time.Duration
+	// Exchange is what the clusters of the trust domain share; nil = people carry roots and reports.
+	Exchange Exchange
+	// Vault is what is known of the Vault behind keys, upstream and exchange, at no cost; nil = none is.
+	Vault func() check.Vault
 	// ClockIsRight believes the clock at the start although the log has an entry of a later time.
 	ClockIsRight bool
 	// Elapsed is the time that passes whatever the clock does; nil = by Now, or where that is nil the machine's own.
@@ -102,6 +110,7 @@ type Server struct {
 	authority *ca.Authority
 	keeper    *keeper
 	clock     *clock
+	exchange  *exchange // nil = nothing is shared
 	acks      *acks
 	directory *directory
 	outbox    outbox
@@ -248,6 +257,9 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	if err := s.foundation(ctx); err != nil {
 		return nil, err
 	}
+	if c.Exchange != nil {
+		s.exchange = newExchange(s.keeper, c.Exchange, s.audit.VerifierKey())
+	}
 	s.own = &ownCertificate{issue: s.issueOwn, now: c.Now, failed: func(err error) {
 		s.log.Error("could not renew the server's own certificate", "err", err)
 	}}
@@ -285,9 +297,14 @@ func (s *Server) loadAuthorities(ctx context.Context) (err error) {
 	c := &s.config
 	k := newKeeper(&c.Folder, c.Rotation)
 	k.algorithm, k.requests, k.prefix = c.Algorithm, c.Requests, c.NamePrefix
+	k.upstream, k.life = c.Upstream, c.UpstreamLife
 	k.clock = s.clock
 	k.store, k.change, k.validators, k.bundles = s.store, s.change, s.acks.validators, &s.bundles
+	k.words = s.acks.words
 	if k.issuers, err = ca.NewIssuers(); err != nil {
+		return err
+	}
+	if k.policy.OlderLeaves, err = rememberLongest(ctx, s.store, c.MaxTTL, s.now()); err != nil {
 		return err
 	}
 	s.keeper, s.issuers = k, k.issuers
@@ -313,6 +330,12 @@ func (s *Server) foundation(ctx context.Context) error {
 	// Refused at start, where somebody is looking: nobody could come in.
 	if err := control.Usable(s.now()); err != nil {
 		return err
+	}
+	if s.config.Upstream != nil {
+		if set.bundle.IsZero() {
+			return fmt.Errorf("cluster %s trusts no root yet: its making was interrupted; run signet cluster init again", s.config.Cluster)
+		}
+		return nil // it signs as soon as it can be asked
 	}
 	if _, ok := set.activeRoot(); !ok {
 		return fmt.Errorf("cluster %s has no intermediate yet: have the root's holder sign its request (signet root sign), then run: signet cluster install --chain FILE --root-fingerprint SHA256:…", s.config.Cluster)
@@ -408,7 +431,14 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	work.Go(func() { s.own.keep(ctx) })
 	work.Go(func() { s.upkeep(ctx) })
+	work.Go(func() { s.lookBack(ctx) })
 	work.Go(func() { s.keeper.keep(ctx, s.upkeepEvery, s.acks.woken) })
+	if s.exchange != nil {
+		work.Go(func() { s.exchange.run(ctx) })
+	}
+	if s.config.Upstream != nil {
+		work.Go(func() { s.keeper.sign(ctx) })
+	}
 	doors := s.Doors()
 	s.log.Info("server is ready", "trust_domain", s.config.TrustDomain.Name(), "cluster", s.config.Cluster, "instance", s.config.Instance,
 		"enrol", doors.Enrol, "agents", doors.Agents, "http", doors.HTTP, "admin", doors.Admin)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -158,6 +159,10 @@ type cluster struct {
 	peers []Peer
 	// manual: steps are not taken by themselves.
 	manual bool
+	// life is the longest of leaves; 0 = 24 h.
+	life time.Duration
+	// upstream signs the intermediates; nil = by hand.
+	upstream ca.Upstream
 }
 
 func newCluster(t testing.TB, name string) *cluster {
@@ -196,10 +201,11 @@ func testRotation() Rotation {
 func (c *cluster) config() Config {
 	policy := testRotation()
 	policy.Peers, policy.Automatic = c.peers, !c.manual
+	longest := cmp.Or(c.life, 24*time.Hour)
 	return Config{
 		Folder: c.folder(), Enrol: "127.0.0.1:0", Agents: "127.0.0.1:0", HTTP: "127.0.0.1:0",
-		AdminSocket: filepath.Join(c.dir, "admin.sock"), TTL: time.Hour, MaxTTL: 24 * time.Hour, ControlTTL: 7 * 24 * time.Hour,
-		Requests: byX509{}, Rotation: policy,
+		AdminSocket: filepath.Join(c.dir, "admin.sock"), TTL: time.Hour, MaxTTL: longest, ControlTTL: 7 * 24 * time.Hour,
+		Requests: byX509{}, Rotation: policy, Upstream: c.upstream, UpstreamLife: 7 * 24 * time.Hour,
 	}
 }
 
@@ -354,8 +360,11 @@ type plainKey struct {
 func (k plainKey) Ref() keystore.Ref { return k.ref }
 func (k plainKey) Remote() bool      { return false }
 
-func (d plainKeys) Create(_ context.Context, name string, alg keystore.Algorithm) (keystore.Key, error) {
+func (d plainKeys) Create(ctx context.Context, name string, alg keystore.Algorithm, _ int) (keystore.Key, error) {
 	ref := keystore.Ref{Backend: "plain", Name: name, Version: 1}
+	if left, err := d.Open(ctx, ref); err == nil {
+		return left, nil
+	}
 	key, err := plainGenerate(alg)
 	if err != nil {
 		return nil, err

@@ -26,6 +26,10 @@
 //	ceremonies/<index>-*.yaml  a record for each ceremony: what was reviewed, and the certificate
 //
 // Looking at it needs no passphrase; signing does.
+//
+// The key may be elsewhere (Elsewhere): in a keystore, and then all is as above, or with an engine that makes certificates by
+// itself. The folder says where, in key.yaml, instead of holding the key. An engine's certificates are made first, compared
+// with the plan, and logged before they are given out.
 package ceremony
 
 import (
@@ -164,12 +168,7 @@ func (p *Prepared) Sign(ctx context.Context, log ca.Log, key crypto.Signer, by *
 	if !bytes.Equal(spki, want) {
 		return fail(fmt.Errorf("the key (%s) does not match the certificate it should sign for (%s)", ca.KeyFingerprint(spki), ca.KeyFingerprint(want)))
 	}
-	receipts, err := log.Append(ctx, []*auditv1.Entry{{
-		Time: p.plan.Now().UnixNano(),
-		Event: &auditv1.Entry_AuthorityCreated{AuthorityCreated: &auditv1.AuthorityCreated{
-			Kind: p.plan.Kind, Tbs: p.tbs, Evidence: by,
-		}},
-	}})
+	receipts, err := log.Append(ctx, []*auditv1.Entry{entryOf(p.plan, p.tbs, by)})
 	if err != nil {
 		return fail(fmt.Errorf("it could not be logged, so it was not signed: %w", err))
 	}
@@ -199,6 +198,16 @@ func (p *Prepared) Sign(ctx context.Context, log ca.Log, key crypto.Signer, by *
 		return fail(err)
 	}
 	return cert, receipts[0], nil
+}
+
+// entryOf is what the log keeps of a CA certificate.
+func entryOf(p ca.Plan, tbs []byte, by *auditv1.Evidence) *auditv1.Entry {
+	return &auditv1.Entry{
+		Time: p.Now().UnixNano(),
+		Event: &auditv1.Entry_AuthorityCreated{AuthorityCreated: &auditv1.AuthorityCreated{
+			Kind: p.Kind, Tbs: tbs, Evidence: by,
+		}},
+	}
 }
 
 // SelfSign makes a root or a control CA in one call: request, Prepare, Sign.

@@ -19,33 +19,6 @@ import (
 // maxFile bounds a ceremony file, in bytes.
 const maxFile = 64 << 10
 
-// ReadRootFile reads the reviewed file of `root init -f`, strictly: an error is strictyaml.Findings if the file could be
-// read. Relative paths are relative to the file:
-//
-//	trust_domain: example.org
-//	dir: ./root
-//	algorithm: ecdsa-p256   # default
-//	life: 10y               # default; 90d and Go durations (2160h) are understood as well
-//	path_length: 1          # default
-func ReadRootFile(path string) (RootConfig, error) {
-	var f struct {
-		TrustDomain spiffeid.TrustDomain `yaml:"trust_domain" required:"true"`
-		Dir         string               `yaml:"dir" kind:"path" required:"true"`
-		Algorithm   keystore.Algorithm   `yaml:"algorithm"`
-		Life        time.Duration        `yaml:"life"`
-		PathLen     int                  `yaml:"path_length"`
-	}
-	err := readFile(path, &f, func(at *strictyaml.File) {
-		if at.Given("path_length") && f.PathLen == 0 {
-			at.Find("path_length", "path_length 0: the root could sign no intermediate; use 1")
-		}
-	})
-	if err != nil {
-		return RootConfig{}, err
-	}
-	return RootConfig{Dir: f.Dir, TrustDomain: f.TrustDomain, Algorithm: f.Algorithm, Life: f.Life, PathLen: f.PathLen}, nil
-}
-
 // SignFile is the reviewed file of `root sign -f`.
 type SignFile struct {
 	// SignConfig without the request itself, which stands alone in RequestFile.
@@ -55,7 +28,8 @@ type SignFile struct {
 	Dir, Out string
 }
 
-// ReadSignFile reads the reviewed file of `root sign -f`, as ReadRootFile does:
+// ReadSignFile reads the reviewed file of `root sign -f`, strictly: an error is strictyaml.Findings if the file could be
+// read. Relative paths are relative to the file:
 //
 //	dir: ./root
 //	trust_domain: example.org
@@ -78,8 +52,13 @@ func ReadSignFile(path string) (SignFile, error) {
 		Life           time.Duration        `yaml:"life"`
 		PathLen        int                  `yaml:"path_length"`
 	}
-	err := readFile(path, &f, func(at *strictyaml.File) {
-		at.FindError("cluster", identity.ParseName("cluster", f.Cluster))
+	text, err := durable.ReadFile(path, "ceremony file", maxFile)
+	if err != nil {
+		return SignFile{}, err
+	}
+	_, err = strictyaml.Decode(path, text, &f, strictyaml.Options{
+		What: "ceremony file", Parsers: []strictyaml.Parser{strictyaml.Parse(identity.ParseTrustDomain), strictyaml.Parse(ParseLife)},
+		Check: func(at *strictyaml.File) { at.FindError("cluster", identity.ParseName("cluster", f.Cluster)) },
 	})
 	if err != nil {
 		return SignFile{}, err
@@ -91,18 +70,6 @@ func ReadSignFile(path string) (SignFile, error) {
 		},
 		RequestFile: f.CSR, Dir: f.Dir, Out: f.Out,
 	}, nil
-}
-
-// readFile reads a ceremony file, in which a duration is a life.
-func readFile(path string, into any, check func(*strictyaml.File)) error {
-	text, err := durable.ReadFile(path, "ceremony file", maxFile)
-	if err != nil {
-		return err
-	}
-	_, err = strictyaml.Decode(path, text, into, strictyaml.Options{
-		What: "ceremony file", Parsers: []strictyaml.Parser{strictyaml.Parse(identity.ParseTrustDomain), strictyaml.Parse(ParseLife)}, Check: check,
-	})
-	return err
 }
 
 // ReadRequestFile reads certificate requests, at most MaxRequests, each of at most MaxRequest bytes, in PEM one after

@@ -22,16 +22,7 @@ func ceremonyFile(t testing.TB, text string) string {
 }
 
 func TestACeremonyFileSaysEverything(t *testing.T) {
-	path := ceremonyFile(t, "trust_domain: example.org\ndir: ./root # here\nalgorithm: rsa-3072\nlife: 20y\npath_length: 2\n")
-	root, err := ReadRootFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if root.TrustDomain != exampleOrg || root.Dir != filepath.Join(filepath.Dir(path), "root") || root.Algorithm != keystore.RSA3072 ||
-		root.Life != 20*365*24*time.Hour || root.PathLen != 2 {
-		t.Errorf("%+v", root)
-	}
-	path = ceremonyFile(t, `
+	path := ceremonyFile(t, `
 dir: /srv/root
 trust_domain: example.org
 cluster: east
@@ -54,28 +45,6 @@ path_length: 0
 }
 
 func TestACeremonyFileIsStrict(t *testing.T) {
-	const good = "trust_domain: example.org\ndir: root\n"
-	for name, c := range map[string]struct{ text, want string }{
-		"unknown key":      {good + "lief: 10y\n", `:3:1: unknown key "lief"; did you mean "life"?`},
-		"far off":          {good + "colour: red\n", "known are trust_domain"},
-		"twice":            {good + "dir: other\n", ":3:1: dir is given twice"},
-		"missing":          {"dir: root\n", "trust_domain is missing"},
-		"empty":            {"# nothing\n", "needs trust_domain, dir"},
-		"nested":           {good + "life:\n  years: 10\n", ":4:3: life: want one value"},
-		"no value":         {good + "life:\n", ":3:6: life has no value: give it one or remove the key"},
-		"a list":           {"- a\n", ":1:1: the ceremony file: want keys with values, got a list"},
-		"two documents":    {good + "---\n" + good, "second document"},
-		"no YAML":          {"a: [b", ":1: this is not YAML: "},
-		"bad life":         {good + "life: long\n", `:3:7: life: life "long": want years`},
-		"bad number":       {good + "path_length: one\n", `:3:14: path_length: want a whole number, got "one"`},
-		"no path length":   {good + "path_length: 0\n", ":3:1: path_length 0: the root could sign no intermediate"},
-		"bad trust domain": {"trust_domain: https://x\ndir: root\n", ":1:15: trust_domain:"},
-		"empty path":       {"trust_domain: example.org\ndir: ''\n", ":2:1: dir has no value"},
-	} {
-		if _, err := ReadRootFile(ceremonyFile(t, c.text)); err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
-			t.Errorf("%s: got %v, want %q", name, err, c.want)
-		}
-	}
 	// All that is wrong is said at once, and once.
 	path := ceremonyFile(t, "trust_domain: example.org\nclutser: East\nkey_fingerprint: x\ncsr: a\nlife: 1h30s5ms\n")
 	_, err := ReadSignFile(path)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -23,6 +24,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/config"
 	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/server"
 )
@@ -110,7 +112,9 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	logDir := server.LogDir(cfg.StateDir)
 	// What is in the log is public; nobody else comes there through the state folder.
 	found := check.Modes(check.Private{Dir: cfg.StateDir, Except: []string{logDir}})
-	found = append(found, secretFile(cfg.Keystore.PassphraseFile)...)
+	for _, secret := range []string{cfg.Keystore.PassphraseFile, cfg.Vault.Login.TokenFile, cfg.Vault.Login.SecretIDFile, cfg.Vault.Login.KeyFile} {
+		found = append(found, secretFile(secret)...)
+	}
 	found = append(found, check.Host()...)
 	found = append(found, check.Space(cfg.StateDir)...)
 	found = append(found, check.Disk(cfg.StateDir)...)
@@ -122,24 +126,32 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 		return append(found, check.Log(ctx, logDir, "", now)...)
 	}
 	found = append(found, check.Log(ctx, logDir, shown.LogVerifierKey, now)...)
-	found = append(found, checkAuthorities(ctx, cfg, shown, file, now)...)
-	// What agents have acknowledged only the server knows; where it can't be asked, the folder alone is looked at.
-	if own, ok := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes)); ok {
-		return append(found, named(own, file)...)
+	// What agents have acknowledged, and how it goes with Vault, only the server knows; where it can't be asked, the folder alone
+	// is looked at, and Vault is asked from here.
+	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes, sharedCodes))
+	if !running {
+		if own, err = server.CheckRotation(ctx, serverConfig(cfg, folderOf(cfg, nil, nil)), now); err != nil {
+			own = check.Unusable(check.CodeSuccessor, "rotation", err, "")
+		}
 	}
-	own, err := server.CheckRotation(ctx, serverConfig(cfg, folderOf(cfg, nil, nil)), now)
+	b, err := openBacking(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
-		return append(found, check.Unusable(check.CodeSuccessor, "rotation", err, "")...)
+		return append(append(found, named(own, file)...), check.Unusable(check.CodeKey, "keys", err, "")...)
 	}
-	return append(found, named(own, file)...)
+	defer b.Close()
+	if !running {
+		own = append(own, b.check(ctx, cfg, shown, now)...)
+	}
+	return append(append(found, named(own, file)...), checkAuthorities(ctx, b.keys, shown, file, running, now)...)
 }
 
 // What a running process is asked, by code.
 var (
 	rotationCodes = []string{
-		check.CodeIssuing, check.CodeSuccessor, check.CodeSignature, check.CodeRootEnd, check.CodePeer, check.CodeTaint, check.CodeStep,
+		check.CodeIssuing, check.CodeSuccessor, check.CodeSignature, check.CodeRootEnd, check.CodePeer, check.CodeTaint, check.CodeStep, check.CodeRestored,
 	}
-	clockCodes = []string{check.CodeClock}
+	clockCodes  = []string{check.CodeClock}
+	sharedCodes = []string{check.CodeShared, check.CodeUpstream, check.CodeVault, check.CodePolicy, check.CodeToken}
 )
 
 // named puts the configuration's name into the commands that mend.
@@ -185,13 +197,13 @@ func ownFindings(ctx context.Context, address string, codes []string) (check.Fin
 	return found, len(found) > 0
 }
 
-// checkAuthorities looks at the CA certificates and their keys.
-func checkAuthorities(ctx context.Context, cfg *config.Server, shown server.Cluster, file string, now time.Time) (found check.Findings) {
+// checkAuthorities looks at the CA certificates and their keys. What is not in a file is left to a server that runs: keys in
+// its memory are there alone, and to open one in Vault could cost it its next login.
+func checkAuthorities(ctx context.Context, keys keystore.Store, shown server.Cluster, file string, running bool, now time.Time) (found check.Findings) {
 	show := "signet cluster show --config " + file
 	for _, r := range shown.RootCertificates {
 		found = append(found, check.Expiry("root "+r.Subject.CommonName, r, now, show)...)
 	}
-	keys, keysErr := cfg.OpenKeys()
 	installed := false
 	for _, a := range shown.Authorities {
 		if a.State == ca.Removed {
@@ -202,10 +214,10 @@ func checkAuthorities(ctx context.Context, cfg *config.Server, shown server.Clus
 		}
 		installed = installed || a.Hierarchy == identity.Mesh.String()
 		found = append(found, check.Expiry(a.ID, a.Certificate, now, show)...)
+		if running && a.Ref.Backend != keystore.BackendFile || a.Ref.Backend == keystore.BackendMemory {
+			continue
+		}
 		found = append(found, check.Key(a.ID, a.Certificate, func() (crypto.PublicKey, error) {
-			if keysErr != nil {
-				return nil, keysErr
-			}
 			key, err := keys.Open(ctx, a.Ref)
 			if err != nil {
 				return nil, err
@@ -222,15 +234,15 @@ func checkAuthorities(ctx context.Context, cfg *config.Server, shown server.Clus
 	return found
 }
 
-// maxPassphraseFile bounds a passphrase, in bytes.
-const maxPassphraseFile = 4 << 10
+// maxSecretFile bounds a passphrase, a token or a key, in bytes.
+const maxSecretFile = 64 << 10
 
-// secretFile looks at a file that holds a passphrase, by the rules by which it is read.
+// secretFile looks at a file that holds a secret, by the rules by which it is read.
 func secretFile(path string) check.Findings {
 	if path == "" {
 		return nil
 	}
-	if _, err := durable.ReadSecret(path, maxPassphraseFile); err != nil {
+	if _, err := durable.ReadSecret(path, maxSecretFile); err != nil {
 		return check.Findings{{Code: check.CodeModes, Level: check.Error, About: path, Message: err.Error()}}
 	}
 	return nil

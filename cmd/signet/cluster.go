@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -57,7 +58,7 @@ func folderOf(cfg *config.Server, keys keystore.Store, logger *slog.Logger) serv
 }
 
 func (c *cli) clusterInitCommand() *cobra.Command {
-	var file, out string
+	var file, out, fingerprint string
 	cmd := &cobra.Command{
 		Use:   "init --config FILE",
 		Short: "Make a cluster's keys, control CA and certificate request",
@@ -65,21 +66,36 @@ func (c *cli) clusterInitCommand() *cobra.Command {
 request for its certificate to stdout, or with --csr-out to a file; then stdout gets the fingerprint of the request's key.
 
 Give the request to the root's holder, and the key's fingerprint by another way: signet root sign wants both.
+
+Where the configuration has an upstream that signs by itself (upstream.vault_pki), no request is made: --root-fingerprint
+says which root the cluster trusts, as its holder told you by another way, and stdout gets it back. The server has its
+intermediates signed as soon as it runs.
+
 It is safe to run again: what is missing is completed, and the same request and fingerprints are printed.`,
 		Example: `  signet cluster init --config east.yaml --csr-out east.csr.pem
-  signet cluster init --config east.yaml > east.csr.pem`,
+  signet cluster init --config east.yaml > east.csr.pem
+  signet cluster init --config east.yaml --root-fingerprint SHA256:AB:CD:…`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.LoadServer(file)
 			if err != nil {
 				return err
 			}
-			keys, err := cfg.OpenKeys()
+			logger := c.logger(cfg.Logging)
+			b, err := openBacking(cfg, logger)
 			if err != nil {
 				return err
 			}
+			defer b.Close()
+			switch {
+			case b.upstream == nil && fingerprint != "":
+				return fmt.Errorf("--root-fingerprint is for an upstream that signs by itself, and %s has none: it is given to signet cluster install", file)
+			case b.upstream != nil && out != "":
+				return fmt.Errorf("--csr-out: no request is made, because upstream.vault_pki signs by itself")
+			}
 			r, err := server.Init(cmd.Context(), server.InitConfig{
-				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Algorithm: cfg.Keystore.Algorithm, Ceremony: atHand{},
+				Folder: folderOf(cfg, b.keys, logger), Algorithm: cfg.Keystore.Algorithm, Ceremony: atHand{},
+				Upstream: b.upstream, Exchange: b.exchange, Rotation: rotationOf(cfg), RootFingerprint: fingerprint,
 			})
 			if err != nil {
 				return err
@@ -90,10 +106,18 @@ It is safe to run again: what is missing is completed, and the same request and 
 			}
 			what := facts{
 				{"cluster", cfg.Cluster + " of " + cfg.TrustDomain.Name() + ", " + state},
-				{"key of the request", r.KeyFingerprint},
 				{"control CA", r.ControlCA},
 				{"log verifier key", r.LogVerifierKey},
 			}
+			if b.upstream != nil {
+				if err := append(what, [2]string{"roots trusted", strings.Join(r.Roots, " ")}).print(c.err); err != nil {
+					return err
+				}
+				fmt.Fprintf(c.err, "next: signet serve --config %s\n", file)
+				_, err = fmt.Fprintln(c.out, strings.Join(r.Roots, "\n"))
+				return err
+			}
+			what = slices.Insert(what, 1, [2]string{"key of the request", r.KeyFingerprint})
 			if out == "" {
 				if err := what.print(c.err); err != nil {
 					return err
@@ -115,6 +139,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 	}
 	serverConfigFlag(cmd, &file)
 	cmd.Flags().StringVar(&out, "csr-out", "", "write the certificate request to this file")
+	cmd.Flags().StringVar(&fingerprint, "root-fingerprint", "", "with an upstream: fingerprint of the root, from the root's holder")
 	return cmd
 }
 
@@ -167,12 +192,13 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			if err != nil {
 				return err
 			}
-			keys, err := cfg.OpenKeys()
+			b, err := openBacking(cfg, c.logger(cfg.Logging))
 			if err != nil {
 				return err
 			}
+			defer b.Close()
 			r, err := server.Install(cmd.Context(), server.InstallConfig{
-				Folder: folderOf(cfg, keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint,
+				Folder: folderOf(cfg, b.keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint,
 				Trust: given, DryRun: dryRun,
 			})
 			if errors.Is(err, durable.ErrInUse) {

@@ -19,7 +19,7 @@ func (c *cli) configCommand() *cobra.Command {
 not passed over. Whether a file is a server's or an agent's is told from its keys.`,
 		Args: cobra.NoArgs,
 	}
-	cmd.AddCommand(c.configViewCommand(), c.configValidateCommand())
+	cmd.AddCommand(c.configViewCommand(), c.configValidateCommand(), c.configVaultPolicyCommand())
 	return cmd
 }
 

@@ -207,89 +207,84 @@ func devIdentity() (spiffeid.ID, error) {
 
 func (d *dev) folder(keys keystore.Store) server.Folder { return folderOf(d.cfg, keys, d.logger) }
 
-// makeCluster is root init, cluster init, root sign and cluster install, each as in a real cluster, each only if it has
-// not been done yet.
+// makeCluster is root init and cluster init, each as in a real cluster whose root is at hand, each only if it has not been
+// done yet.
 func (d *dev) makeCluster(ctx context.Context) error {
 	keys, err := d.cfg.OpenKeys()
 	if err != nil {
 		return err
 	}
-	made, err := server.Init(ctx, server.InitConfig{
+	root, err := devRoot{d}.Root(ctx)
+	if err != nil {
+		return err
+	}
+	if now := time.Now(); now.After(root.NotAfter) {
+		return fmt.Errorf("what --dev made in %s expired at %s: remove the folder to begin anew", d.dir, clock(root.NotAfter))
+	}
+	_, err = server.Init(ctx, server.InitConfig{
 		Folder: d.folder(keys), Algorithm: d.cfg.Keystore.Algorithm, Ceremony: atHand{}, NamePrefix: devPrefix,
-	})
-	if err != nil {
-		return err
-	}
-	shown, err := server.Show(ctx, d.cfg.StateDir)
-	if err != nil {
-		return err
-	}
-	if i := slices.IndexFunc(shown.Authorities, func(a server.AuthorityInfo) bool { return a.Hierarchy == identity.Mesh.String() }); i >= 0 {
-		if end := shown.Authorities[i].NotAfter; end != nil {
-			if time.Now().After(*end) {
-				return fmt.Errorf("what --dev made in %s expired at %s: remove the folder to begin anew", d.dir, clock(*end))
-			}
-			return nil
-		}
-	}
-	fmt.Fprintf(d.err, "making a root and an intermediate in %s\n", d.dir)
-	chain, err := d.signed(ctx, made.CSR)
-	if err != nil {
-		return err
-	}
-	_, err = server.Install(ctx, server.InstallConfig{
-		Folder: d.folder(keys), Rotation: rotationOf(d.cfg), Chain: ca.EncodeChain(chain...), RootFingerprint: ca.CertificateFingerprint(chain[len(chain)-1].Raw),
+		Upstream: devRoot{d}, Rotation: rotationOf(d.cfg), RootFingerprint: ca.CertificateFingerprint(root.Raw),
 	})
 	return err
 }
 
-// signed has the root sign the intermediate, and makes the root first if there is none. The root's log tells of both.
-func (d *dev) signed(ctx context.Context, request []byte) (_ []*x509.Certificate, err error) {
+// devRoot is the upstream authority of --dev: a root whose key lies in a folder beside, opened when it has to sign. Its log
+// tells of what it has signed.
+type devRoot struct{ *dev }
+
+var _ ca.Upstream = devRoot{}
+
+// Root is the root, made the first time.
+func (d devRoot) Root(ctx context.Context) (root *x509.Certificate, err error) {
+	err = d.open(ctx, func(u *ceremony.AtHand) (err error) {
+		root, err = u.Root(ctx)
+		return err
+	})
+	return root, err
+}
+
+// Sign has the root sign.
+func (d devRoot) Sign(ctx context.Context, plan ca.Plan, request []byte) (answer ca.Answer, err error) {
+	err = d.open(ctx, func(u *ceremony.AtHand) (err error) {
+		answer, err = u.Sign(ctx, plan, request)
+		return err
+	})
+	return answer, err
+}
+
+func (d devRoot) open(ctx context.Context, use func(*ceremony.AtHand) error) (err error) {
 	dir := filepath.Join(d.dir, devRootDir)
 	if err := durable.Dir(dir); err != nil {
-		return nil, err
+		return err
 	}
 	keys, err := keystore.NewFile(keystore.FileConfig{
 		Dir: filepath.Join(dir, "keys"), Passphrase: keystore.PassphraseFile(filepath.Join(d.dir, devPassphrase)),
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	logKey, err := server.FirstKey(ctx, keys, "log", keystore.Ed25519)
+	logKey, err := keys.Create(ctx, "log", keystore.Ed25519, 0)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	log, err := audit.Open(ctx, audit.Config{Dir: filepath.Join(dir, "log"), Origin: devTrustDomain + "/root/dev", Signer: logKey, Logger: d.logger})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, log.Close(context.WithoutCancel(ctx))) }()
-	key, err := server.FirstKey(ctx, keys, "root", keystore.ECDSAP256)
+	key, err := keys.Create(ctx, "root", keystore.ECDSAP256, 0)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	root, err := d.root(ctx, filepath.Join(dir, "root.pem"), key, log)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	csr, err := ceremony.ParseRequest(request)
+	u, err := ceremony.NewAtHand(ceremony.AtHandConfig{Root: root, Key: key, Log: log, By: atTheCeremony()})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	plan, err := ca.NewIntermediatePlan(d.cfg.TrustDomain, devCluster, csr.PublicKey, time.Now(), devLife)
-	if err != nil {
-		return nil, err
-	}
-	plan.CommonName = csr.Subject.CommonName
-	upstream, err := ceremony.NewAtHand(ceremony.AtHandConfig{Root: root, Key: key, Log: log, By: atTheCeremony()})
-	if err != nil {
-		return nil, err
-	}
-	answer, err := upstream.Sign(ctx, plan, request)
-	if err != nil {
-		return nil, err
-	}
-	return append(answer.Chain, answer.Roots...), nil
+	return use(u)
 }
 
 func (d *dev) root(ctx context.Context, path string, key keystore.Key, log ca.Log) (*x509.Certificate, error) {
@@ -304,6 +299,7 @@ func (d *dev) root(ctx context.Context, path string, key keystore.Key, log ca.Lo
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read root: %w", err)
 	}
+	fmt.Fprintf(d.err, "making a root in %s\n", d.dir)
 	plan, err := ca.NewRootPlan(d.cfg.TrustDomain, key.Public(), time.Now(), devLife)
 	if err != nil {
 		return nil, err
@@ -322,7 +318,9 @@ func (d *dev) run(ctx context.Context, f devFlags) error {
 	if err != nil {
 		return err
 	}
-	s, err := server.New(ctx, serverConfig(d.cfg, d.folder(keys)))
+	full := serverConfig(d.cfg, d.folder(keys))
+	full.Upstream, full.UpstreamLife, full.NamePrefix = devRoot{d}, config.DefaultOnlineLife, devPrefix
+	s, err := server.New(ctx, full)
 	if err != nil {
 		return err
 	}
@@ -364,6 +362,23 @@ func (d *dev) token(ctx context.Context) (t identity.JoinToken, err error) {
 		return err
 	})
 	return t, err
+}
+
+// signing waits for the first intermediate, without which nothing that is typed next would work.
+func (d *dev) signing(ctx context.Context) (server.Cluster, error) {
+	for {
+		shown, err := server.Show(ctx, d.cfg.StateDir)
+		if err != nil || slices.ContainsFunc(shown.Authorities, func(a server.AuthorityInfo) bool {
+			return a.Hierarchy == identity.Mesh.String() && a.State == ca.Active
+		}) {
+			return shown, err
+		}
+		select {
+		case <-ctx.Done():
+			return shown, ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 //go:embed dev_envoy.yaml
@@ -408,7 +423,7 @@ func (d *dev) ready(ctx context.Context, f devFlags) error {
 	if looked, err := filepath.Abs(devSocket); err != nil || looked != d.socket {
 		watch += " --socket " + d.socket
 	}
-	shown, err := server.Show(ctx, d.cfg.StateDir)
+	shown, err := d.signing(ctx)
 	if err != nil {
 		return err
 	}

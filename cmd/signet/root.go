@@ -23,8 +23,10 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/ca/ceremony"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/config"
 	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/vault"
 )
 
 func (c *cli) rootCommand() *cobra.Command {
@@ -32,7 +34,10 @@ func (c *cli) rootCommand() *cobra.Command {
 		Use:   "root",
 		Short: "Make and use the offline root that all clusters trust",
 		Long: `The root is a folder: its certificate, its encrypted key, and a log of everything it has signed.
-Keep it off the network; it is needed only to give a cluster an intermediate.`,
+Keep it off the network; it is needed only to give a cluster an intermediate.
+
+Its key may be in Vault instead, in the Transit engine or with the PKI engine. The folder stays, with the certificate and
+the log, and says where the key is (key.yaml).`,
 		Args: cobra.NoArgs,
 	}
 	cmd.AddCommand(c.rootInitCommand(), c.rootSignCommand(), c.rootShowCommand())
@@ -76,7 +81,7 @@ func refused(err error) error {
 }
 
 func (c *cli) rootInitCommand() *cobra.Command {
-	var file, trustDomain, dir, passphraseFile, life, algorithm string
+	var file, trustDomain, dir, passphraseFile, life, algorithm, inVault string
 	var pathLength int
 	var dryRun bool
 	cmd := &cobra.Command{
@@ -93,45 +98,83 @@ With -f everything is taken from a file that can be reviewed first:
   dir: ./root               # relative to the file
   algorithm: ecdsa-p256     # default
   life: 10y                 # default
-  path_length: 1            # default`,
+  path_length: 1            # default
+
+With --vault the key is made in Vault and never leaves it. The file says how Vault is reached, as the block vault of a
+server's configuration does, and which engine holds the key. With -f the same blocks stand in that file:
+
+  vault:
+    address: https://vault.example.org:8200
+    login: {method: token, token_file: ./token}
+  transit: {}               # or {mount: transit, prefix: signet-example.org-}; the certificate is made here
+  # or: pki: {}             # or {mount: pki, issuer: signet-example.org-root}; Vault makes the certificate too
+
+--dry-run prints the policy that this needs in Vault. After an interruption the same command goes on with what was made.`,
 		Example: `  signet root init --trust-domain example.org --dir root
+  signet root init --trust-domain example.org --dir root --vault root-vault.yaml
   signet root init --trust-domain example.org --dir root --passphrase-file root.pass
   signet root init -f root.yaml --dry-run`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := onlyWithoutFile(cmd, file, "trust-domain", "dir", "life", "algorithm", "path-length"); err != nil {
+			if err := onlyWithoutFile(cmd, file, "trust-domain", "dir", "life", "algorithm", "path-length", "vault"); err != nil {
 				return err
 			}
 			var cfg ceremony.RootConfig
+			var key *config.RootKey
 			var err error
 			if file != "" {
-				cfg, err = ceremony.ReadRootFile(file)
-			} else {
-				cfg, err = rootConfig(trustDomain, dir, algorithm, life, pathLength)
+				cfg, key, err = readRootFile(file)
+			} else if cfg, err = rootConfig(trustDomain, dir, algorithm, life, pathLength); err == nil && inVault != "" {
+				key, err = config.LoadRootKey(inVault, cfg.TrustDomain)
 			}
 			if err != nil {
 				return err
 			}
+			var holder *rootHolder
+			if key != nil {
+				if holder, err = openRootKey(key); err != nil {
+					return err
+				}
+				defer holder.Close()
+				cfg.Elsewhere = &holder.Elsewhere
+			}
 			if err := cfg.Validate(); err != nil {
 				return err
 			}
-			cfg.Passphrase = passphrase(passphraseFile, "Passphrase for the new root's keys", true)
-			cfg.By = atTheCeremony()
-			if err := cfg.Vacant(); err != nil {
+			begun, err := cfg.Begun()
+			if err != nil {
+				return refused(err)
+			}
+			folder := cfg.Dir
+			if begun {
+				folder += " (begun before, and gone on with)"
+			} else if err := cfg.Vacant(); err != nil {
 				return existing(err)
 			}
+			cfg.Passphrase = passphrase(passphraseFile, "Passphrase for the new root's keys", !begun)
+			cfg.By = atTheCeremony()
 			what := facts{
 				{"root of", cfg.TrustDomain.Name()},
-				{"folder", cfg.Dir},
+				{"folder", folder},
 				{"key", string(cfg.Algorithm)},
+				{"key in", placeOf(key)},
 				{"life", days(cfg.Life)},
 				{"path length", strconv.Itoa(cfg.PathLen)},
 			}
 			if dryRun {
-				return what.print(c.out)
+				if err := what.print(c.out); err != nil || holder == nil {
+					return err
+				}
+				_, err := fmt.Fprintf(c.out, "\nThe policy that this needs in Vault:\n\n%s", vault.Policy(append(holder.needs, holder.toMake...)))
+				return err
 			}
 			if err := what.print(c.err); err != nil {
 				return err
+			}
+			if holder != nil {
+				if err := holder.allowed(cmd.Context(), append(holder.needs, holder.toMake...)); err != nil {
+					return err
+				}
 			}
 			root, err := ceremony.InitRoot(cmd.Context(), cfg)
 			if err != nil {
@@ -153,6 +196,7 @@ With -f everything is taken from a file that can be reviewed first:
 	f.StringVar(&life, "life", "10y", "life of the root: 10y, 3650d or 87600h")
 	f.StringVar(&algorithm, "algorithm", string(keystore.ECDSAP256), "key: ecdsa-p256, ecdsa-p384, rsa-2048, rsa-3072 or rsa-4096")
 	f.IntVar(&pathLength, "path-length", 1, "how many CAs may stand between the root and a certificate")
+	f.StringVar(&inVault, "vault", "", "file that says in which Vault and engine the key is made")
 	f.BoolVar(&dryRun, "dry-run", false, "only print what would be made")
 	passphraseFlag(cmd, &passphraseFile)
 	return cmd
@@ -231,6 +275,14 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 			if err != nil {
 				return err
 			}
+			holder, err := rootKeyOf(root)
+			if err != nil {
+				return err
+			}
+			defer holder.Close()
+			if err := holder.signsLater(sign); err != nil {
+				return err
+			}
 			var prepared []*ceremony.Prepared
 			var page strings.Builder
 			for i, one := range sign {
@@ -245,7 +297,7 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 				if len(sign) > 1 {
 					fmt.Fprintf(&page, "%sRequest %d of %d\n", strings.Repeat("\n", min(i, 1)), i+1, len(sign))
 				}
-				if err := planFacts(p.Plan(), root).print(&page); err != nil {
+				if err := planFacts(p.Plan(), root, holder).print(&page); err != nil {
 					return err
 				}
 			}
@@ -262,6 +314,11 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 			}
 			if _, err := io.WriteString(c.err, page.String()); err != nil {
 				return err
+			}
+			if holder != nil {
+				if err := holder.allowed(cmd.Context(), holder.needs); err != nil {
+					return err
+				}
 			}
 			signed, err := root.Sign(cmd.Context(), passphrase(passphraseFile, "Passphrase of the root's keys", false), atTheCeremony(), prepared...)
 			if err != nil {
@@ -402,8 +459,15 @@ func (f facts) print(w io.Writer) error {
 	return tw.Flush()
 }
 
-func planFacts(p ca.Plan, root *ceremony.Root) facts {
+func planFacts(p ca.Plan, root *ceremony.Root, holder *rootHolder) facts {
 	cert := root.Certificate()
+	serial, place := hex.EncodeToString(p.Serial), ""
+	if holder != nil {
+		place = ", with its key in " + holder.place
+		if holder.Engine != nil {
+			serial = "of Vault's choice"
+		}
+	}
 	life := days(p.NotAfter.Sub(p.NotBefore.Add(ca.PlanBackdate)) + time.Second)
 	if !p.NotAfter.Before(cert.NotAfter) {
 		life += ", cut short: its root ends then"
@@ -419,8 +483,8 @@ func planFacts(p ca.Plan, root *ceremony.Root) facts {
 		{"valid from", clock(p.NotBefore)},
 		{"valid until", fmt.Sprintf("%s (%s)", clock(p.NotAfter), life)},
 		{"path length", strconv.Itoa(p.PathLen)},
-		{"serial", hex.EncodeToString(p.Serial)},
-		{"signed by", cert.Subject.CommonName},
+		{"serial", serial},
+		{"signed by", cert.Subject.CommonName + place},
 		{"root fingerprint", ca.CertificateFingerprint(cert.Raw)},
 	}
 }
@@ -444,6 +508,7 @@ type rootShown struct {
 	NotAfter       time.Time    `json:"not_after"`
 	PathLength     int          `json:"path_length"`
 	KeyFingerprint string       `json:"key_fingerprint"`
+	KeyIn          string       `json:"key_in"`
 	Log            rootLogShown `json:"log"`
 	Signed         []signedCA   `json:"signed"`
 }
@@ -501,7 +566,11 @@ func (c *cli) rootShowCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			shown := showRoot(root, history)
+			key, err := loadRootKey(root)
+			if err != nil {
+				return err
+			}
+			shown := showRoot(root, history, placeOf(key))
 			if format == "table" || format == "wide" {
 				if err := shown.facts().print(c.out); err != nil {
 					return err
@@ -516,12 +585,13 @@ func (c *cli) rootShowCommand() *cobra.Command {
 	return cmd
 }
 
-func showRoot(root *ceremony.Root, h ceremony.History) rootShown {
+func showRoot(root *ceremony.Root, h ceremony.History, keyIn string) rootShown {
 	cert := root.Certificate()
 	s := rootShown{
 		TrustDomain: root.TrustDomain().Name(), Fingerprint: ca.CertificateFingerprint(cert.Raw), Subject: cert.Subject.String(),
 		Serial: serialOf(cert), NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), PathLength: cert.MaxPathLen,
 		KeyFingerprint: ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo),
+		KeyIn:          keyIn,
 		Log:            rootLogShown{Origin: h.Origin, Size: h.Size, VerifierKey: h.VerifierKey},
 		Signed:         []signedCA{},
 	}
@@ -544,6 +614,7 @@ func (s rootShown) facts() facts {
 		{"valid", clock(s.NotBefore) + " to " + clock(s.NotAfter)},
 		{"path length", strconv.Itoa(s.PathLength)},
 		{"key fingerprint", s.KeyFingerprint},
+		{"key in", s.KeyIn},
 		{"log", fmt.Sprintf("%d entries, origin %s", s.Log.Size, s.Log.Origin)},
 		{"log verifier key", s.Log.VerifierKey},
 	}

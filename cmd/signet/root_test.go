@@ -69,7 +69,7 @@ func newDesk(t *testing.T) ceremonyDesk {
 
 func (d ceremonyDesk) request(t *testing.T, trustDomain, cluster string) (path, fingerprint string) {
 	t.Helper()
-	key, err := keystore.NewMemory().Create(t.Context(), "intermediate", keystore.ECDSAP256)
+	key, err := keystore.NewMemory().Create(t.Context(), "intermediate", keystore.ECDSAP256, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

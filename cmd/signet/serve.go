@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -60,13 +61,22 @@ func (c *cli) serve(ctx context.Context, file string, clockIsRight bool) error {
 	}
 	collectLess(serverGarbage)
 	logger := c.logger(cfg.Logging)
-	keys, err := cfg.OpenKeys()
+	b, err := openBacking(cfg, logger)
 	if err != nil {
 		return err
 	}
-	full := serverConfig(cfg, folderOf(cfg, keys, logger))
-	full.ClockIsRight = clockIsRight
-	s, err := server.New(ctx, full)
+	defer b.Close()
+	running, stop := context.WithCancel(ctx)
+	var work sync.WaitGroup
+	defer work.Wait()
+	defer stop()
+	work.Go(func() { b.run(running) })
+	s, err := b.begin(ctx, cfg, func() (*server.Server, error) {
+		full := serverConfig(cfg, folderOf(cfg, b.keys, logger))
+		full.ClockIsRight = clockIsRight
+		b.supply(&full, cfg)
+		return server.New(ctx, full)
+	})
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/internal/config"
 	"github.com/signet-ca/signet/server"
 )
@@ -31,7 +32,7 @@ func (c *cli) trustCommand() *cobra.Command {
 A root that is to take over from another one is brought in by signet rotation start root, which adds it too.`,
 		Args: cobra.NoArgs,
 	}
-	cmd.AddCommand(c.trustListCommand(), c.trustAddCommand(), c.trustExportCommand(), c.trustRemoveCommand())
+	cmd.AddCommand(c.trustListCommand(), c.trustAddCommand(), c.trustExportCommand(), c.trustRemoveCommand(), c.trustRepublishCommand())
 	return cmd
 }
 
@@ -179,6 +180,50 @@ under it is valid, here and in the other clusters. signet rotation abort turns t
 					return err
 				}
 				return c.printChange(answer, dryRun)
+			})
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	dryRunFlag(cmd, &dryRun)
+	return cmd
+}
+
+func (c *cli) trustRepublishCommand() *cobra.Command {
+	var file string
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "republish --config FILE",
+		Short: "Publish what is believed once more, after the state was restored from an older copy",
+		Long: `Agents take no trust bundle that is older than the one they have: trust must not be turned back. So after a server's state
+was restored from an older copy they take nothing from it; signet check finds that (SGN1025). This publishes the roots that
+the server believes now, with a number above every bundle that agents hold or the audit log knows of.
+
+Agents then believe these roots and no others. Look first: signet trust list. Add what was believed meanwhile and is
+missing (signet trust add), or workloads with certificates under it are refused.
+
+It is refused where no agent, and no entry of the log, is ahead. It makes an entry in the audit log.`,
+		Example: `  signet trust republish --config east.yaml --dry-run
+  signet trust republish --config east.yaml`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
+				a, err := r.RepublishTrust(ctx, &adminv1.RepublishTrustRequest{DryRun: dryRun})
+				if err != nil {
+					return err
+				}
+				what := "published trust bundle"
+				if dryRun {
+					what = "would publish trust bundle"
+				}
+				ahead := strconv.FormatUint(uint64(a.Ahead), 10)
+				if len(a.Agents) > 0 {
+					ahead += ": " + check.Some(printableTexts(a.Agents))
+				}
+				return facts{
+					{what, fmt.Sprintf("%d, in the place of %d", a.After, a.Before)},
+					{"roots", strings.Join(printableTexts(a.Roots), ", ")},
+					{"agents ahead", ahead},
+				}.print(c.out)
 			})
 		},
 	}

@@ -36,6 +36,7 @@ func (s *Server) check(o origin) {
 	} else if alg == keystore.Ed25519 {
 		o.Find("keystore.algorithm", "CA keys can't be ed25519, because Envoy takes no Ed25519 certificates: use ecdsa-p256")
 	}
+	s.checkVault(o)
 	s.checkListen(o)
 	o.checkSocket("admin_socket", s.AdminSocket)
 

@@ -7,6 +7,7 @@ package config
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,7 +26,11 @@ type Server struct {
 	Instance string   `yaml:"instance"`
 	StateDir string   `yaml:"state_dir" kind:"path"`
 	Keystore Keystore `yaml:"keystore"`
-	Listen   Listen   `yaml:"listen"`
+	// Vault is needed by what the blocks keystore, upstream and trust say of it.
+	Vault    Vault       `yaml:"vault"`
+	Upstream Upstream    `yaml:"upstream"`
+	Trust    SharedTrust `yaml:"trust"`
+	Listen   Listen      `yaml:"listen"`
 	// AdminSocket is a Unix socket. Default <state_dir>/admin.sock.
 	AdminSocket string   `yaml:"admin_socket" kind:"path"`
 	Leaf        Leaf     `yaml:"leaf"`
@@ -45,6 +50,11 @@ type Keystore struct {
 	PassphraseCredential string `yaml:"passphrase_credential"`
 	// Algorithm of the CA keys that are made here.
 	Algorithm keystore.Algorithm `yaml:"algorithm"`
+	// ControlCA is where the key of the control CA lives: KeysFile or KeysTransit. The log's key, which is no CA's, is a file.
+	ControlCA string `yaml:"control_ca"`
+	// Intermediates is where their keys live: KeysFile, KeysMemory or KeysTransit.
+	Intermediates string  `yaml:"intermediates"`
+	Transit       Transit `yaml:"transit"`
 }
 
 // Listen holds the TCP addresses of a server, host:port.
@@ -219,8 +229,10 @@ func LoadAgent(path string) (*Agent, error) {
 	return a, nil
 }
 
-// Settings lists every value with its source, in the order of the documentation.
-func (s *Server) Settings() []Setting { return s.origin.settings(s) }
+// Settings lists every value that plays a part with its source, in the order of the documentation.
+func (s *Server) Settings() []Setting {
+	return slices.DeleteFunc(s.origin.settings(s), func(one Setting) bool { return !s.counts(one.Key) })
+}
 
 // Settings lists every value with its source, in the order of the documentation.
 func (a *Agent) Settings() []Setting { return a.origin.settings(a) }
@@ -257,6 +269,7 @@ func (s *Server) complete(o origin) {
 	orElse(&s.Leaf.Backdate, DefaultBackdate)
 	orElse(&s.Leaf.MinUsefulLife, defaultMinUsefulLife(s.Leaf.TTL))
 	s.Logging.complete()
+	s.completeVault()
 	s.check(o)
 }
 

@@ -85,7 +85,7 @@ func TestAServerFileIsReadWhole(t *testing.T) {
 	}
 	want := &Server{
 		TrustDomain: td, Cluster: "east", Instance: "east-7", StateDir: dir + "/st",
-		Keystore: Keystore{PassphraseFile: dir + "/east.pass", Algorithm: keystore.ECDSAP384},
+		Keystore: Keystore{PassphraseFile: dir + "/east.pass", Algorithm: keystore.ECDSAP384, ControlCA: KeysFile, Intermediates: KeysFile},
 		Listen: Listen{
 			Enrol: "0.0.0.0:7441", Agents: "[::1]:7442", HTTP: "127.0.0.1:7440",
 			AdvertiseEnrol: "ca.example.org:443", AdvertiseAgents: "[::1]:7442",
@@ -137,8 +137,8 @@ func TestWhatAFileLeavesOutHasTheDocumentedDefault(t *testing.T) {
 	want := map[string]string{
 		"trust_domain": "example.org", "cluster": "east", "instance": "east-1",
 		"state_dir": dir + "/state", "keystore.passphrase_file": "", "keystore.passphrase_credential": "",
-		"keystore.algorithm": "ecdsa-p256",
-		"listen.enrol":       "127.0.0.1:7441", "listen.agents": "127.0.0.1:7442", "listen.http": "127.0.0.1:7440",
+		"keystore.algorithm": "ecdsa-p256", "keystore.control_ca": "file", "keystore.intermediates": "file",
+		"listen.enrol": "127.0.0.1:7441", "listen.agents": "127.0.0.1:7442", "listen.http": "127.0.0.1:7440",
 		"listen.advertise_enrol": "127.0.0.1:7441", "listen.advertise_agents": "127.0.0.1:7442",
 		"admin_socket": dir + "/state/admin.sock",
 		"leaf.ttl":     "24h", "leaf.max_ttl": "24h", "leaf.min_useful_life": "15m", "leaf.backdate": "5m",
@@ -436,7 +436,7 @@ func TestKeysAreOpenedFromTheNamedSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := keys.Create(t.Context(), "ca", s.Keystore.Algorithm)
+	k, err := keys.Create(t.Context(), "ca", s.Keystore.Algorithm, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -472,6 +472,7 @@ func TestKeysAreOpenedFromTheNamedSource(t *testing.T) {
 func FuzzLoad(f *testing.F) {
 	f.Add([]byte(fullServer))
 	f.Add([]byte(fullAgent))
+	f.Add([]byte(fullVault))
 	f.Add([]byte("a: &a [*a]\n"))
 	f.Add([]byte("sockets: [{}, null, 1, [x]]\nleaf: {ttl: -5h, ttl: x}\n? [a]\n: b"))
 	f.Add([]byte("\xff\xfea\x00:\x00"))

@@ -34,6 +34,13 @@ const (
 	DefaultReportLife  = 24 * time.Hour
 	DefaultReissueRate = 200
 
+	DefaultVaultTimeout = 3 * time.Second
+	// DefaultKubernetesToken is where Kubernetes mounts a pod's own token.
+	DefaultKubernetesToken = "/var/run/secrets/kubernetes.io/serviceaccount/token" //nolint:gosec // a path
+	DefaultTransitMount    = "transit"
+	DefaultIssuer          = "default"
+	DefaultOnlineLife      = 7 * 24 * time.Hour
+
 	DefaultAlgorithm = keystore.ECDSAP256
 	DefaultValidator = ValidatorSPIFFE
 	DefaultLevel     = "info"
@@ -60,6 +67,12 @@ const (
 	MaxDelay      = 30 * 24 * time.Hour
 	// MaxPeers is as many clusters as roots may have beside this one.
 	MaxPeers = 1024
+
+	MinVaultTimeout = 100 * time.Millisecond
+	MaxVaultTimeout = 30 * time.Second
+	// maxVaultPath bounds a path in Vault, maxVaultName one name there, in bytes.
+	maxVaultPath = 255
+	maxVaultName = 128
 
 	// maxFile bounds a configuration file, in bytes.
 	maxFile = 1 << 20

@@ -29,6 +29,11 @@ var arrows = map[string]string{
 	"server":      "ca identity trust audit rotation keystore check internal/store",
 	"check":       "audit ca rotation",
 
+	"vault":         "",
+	"vault/transit": "vault keystore",
+	"vault/pki":     "vault ca keystore",
+	"vault/kv":      "vault",
+
 	"internal/durable":    "",
 	"internal/strictyaml": "",
 	"internal/bell":       "",
@@ -66,7 +71,7 @@ func packages(t *testing.T) []goPackage {
 // room is the part of the house a package belongs to.
 func room(path string) string {
 	path = strings.TrimPrefix(path, module)
-	for _, deep := range []string{"ca/ceremony", "internal/"} {
+	for _, deep := range []string{"ca/ceremony", "internal/", "vault/"} {
 		if strings.HasPrefix(path, deep) {
 			return path
 		}
@@ -94,6 +99,21 @@ func TestArrowsPointOneWay(t *testing.T) {
 				t.Errorf("%s imports %s: the plan has no such arrow", from, to)
 			}
 		}
+	}
+}
+
+func TestOnlyTheRoomsOfVaultLinkItsClient(t *testing.T) {
+	found := false
+	for _, p := range packages(t) {
+		r := room(p.ImportPath)
+		links := slices.ContainsFunc(p.Deps, func(dep string) bool { return strings.HasPrefix(dep, "github.com/hashicorp/vault/") })
+		found = found || r == "vault" && links
+		if r != "vault" && !strings.HasPrefix(r, "vault/") && r != "cmd" && r != "test" && links {
+			t.Errorf("%s links Vault's client", p.ImportPath)
+		}
+	}
+	if !found {
+		t.Error("vault does not link Vault's client")
 	}
 }
 

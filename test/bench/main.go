@@ -92,6 +92,8 @@ var rows = []struct {
 	{"spread", renewalSpread},
 	{"reissue", reissue},
 	{"lost", lost},
+	{"vault", vaultAway},
+	{"transit", vaultSignatures},
 }
 
 func main() {
@@ -104,7 +106,7 @@ func main() {
 	}
 	signet := flag.String("signet", ".tools/bin/signet", "the signet binary; it is built anew before the run unless -built")
 	built := flag.Bool("built", false, "take the signet binary as it is")
-	only := flag.String("only", "", "measure the rows whose key matches this `regexp` (leaf grpc cold memory trust agents restart spread reissue lost); nothing is written")
+	only := flag.String("only", "", "measure the rows whose key matches this `regexp` (leaf grpc cold memory trust agents restart spread reissue lost vault transit); nothing is written")
 	quick := flag.Bool("quick", false, "fewer and smaller runs, to see that all rows work; nothing is written")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,6 @@ const (
 	intruderID = "spiffe://example.org/ns/shop/sa/intruder"
 	batchID    = "spiffe://example.org/ns/shop/sa/batch"
 	probeID    = "spiffe://example.org/ns/shop/sa/probe"
-	leafTTL    = 10 * time.Second
 )
 
 // demo is one run: what stands in the lab, and what has been seen.
@@ -32,10 +32,15 @@ type demo struct {
 	// guest is a workload on a socket of its own, which has guestID; the sidecars let guests in as well.
 	guest, guestID string
 	guests         []string
+	// ttl is the life of the sidecars' leaves. delta: all sidecars are served incrementally, else west's.
+	ttl   time.Duration
+	delta bool
 
 	seen    *sightings
 	refused int
 	proven  int
+	// atEnd ends what else a story has started.
+	atEnd func()
 }
 
 // cluster is a lab's cluster with an agent and two sidecars.
@@ -43,6 +48,8 @@ type cluster struct {
 	*lab.Cluster
 	agent             *lab.Agent
 	frontend, backend *sidecar
+	// ttl is the life of its sidecars' leaves; 0 = the demo's.
+	ttl time.Duration
 }
 
 // sidecar is an Envoy beside a workload.
@@ -70,7 +77,7 @@ func newDemo(ctx context.Context, dir, signet string) (*demo, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &demo{Lab: l, whole: ctx, started: time.Now(), guest: "intruder", guestID: intruderID, seen: newSightings()}
+	d := &demo{Lab: l, whole: ctx, started: time.Now(), guest: "intruder", guestID: intruderID, ttl: 10 * time.Second, seen: newSightings(), atEnd: func() {}}
 	for name, into := range map[string]**cluster{"east": &d.east, "west": &d.west} {
 		lc, err := l.NewCluster(name, "")
 		if err != nil {
@@ -123,6 +130,7 @@ func (d *demo) stop() {
 		}
 	}
 	d.Close()
+	d.atEnd()
 }
 
 func (d *demo) makeRoot(ctx context.Context) (string, error) {
@@ -176,7 +184,7 @@ func (d *demo) register(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	regs := fmt.Sprintf(`registrations:
+	const regs = `registrations:
   - name: frontend
     spiffe_id: %s
     agents: [node-1]
@@ -196,8 +204,9 @@ func (d *demo) register(ctx context.Context) (string, error) {
     spiffe_id: %[4]s
     agents: [probe]
     selectors: ["socket:probe"]
-`, frontendID, backendID, d.guestID, probeID, os.Getuid(), hash, leafTTL, d.guest)
+`
 	for _, c := range d.clusters() {
+		regs := fmt.Sprintf(regs, frontendID, backendID, d.guestID, probeID, os.Getuid(), hash, cmp.Or(c.ttl, d.ttl), d.guest)
 		dryRun := []string{"registration", "apply", "--config", c.Config(), "-f", c.Path("registrations.yaml"), "--dry-run"}
 		if err := d.Write(c.Name+"/registrations.yaml", regs); err != nil {
 			return "", err

@@ -14,6 +14,8 @@ func TestTheDemoPasses(t *testing.T) { passes(t, story) }
 
 func TestTheRotationDemoPasses(t *testing.T) { passes(t, rotationStory) }
 
+func TestTheRootIsReplacedThreeTimesOverWithEveryEnvoyOnDelta(t *testing.T) { passes(t, rootsStory) }
+
 func passes(t *testing.T, tell teller) {
 	t.Helper()
 	runtime.LockOSThread() // which the processes die with

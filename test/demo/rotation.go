@@ -53,19 +53,23 @@ type issuer struct {
 func (i *issuer) String() string { return i.id + " under " + i.under.name }
 
 // rotationPolicy makes minutes of what is days elsewhere: a peer is believed for seconds, and clocks agree to a second.
-const rotationPolicy = `leaf: { ttl: 10s, max_ttl: 10s, backdate: 1s }
+const rotationPolicy = `leaf: { ttl: %[1]s, max_ttl: %[1]s, backdate: 1s }
 rotation:
   skew: 1s
   report_life: 5s
   peers:
-    - { cluster: %s, log_verifier_key: %q }
+    - { cluster: %[2]s, log_verifier_key: %[3]q }
 `
 
-func rotationStory(d *demo) ([]step, func(), func()) {
-	r := &rotating{demo: d, held: map[*sidecar]int64{}, issuers: map[*cluster][]*issuer{}, behind: map[string]*issuer{}}
+func newRotating(d *demo) *rotating {
 	d.guest, d.guestID, d.guests = "batch", batchID, []string{batchID}
 	// Backends hold a connection to the other cluster's frontend open all the time.
 	d.ways = append(d.ways, way{d.east.backend, d.west.frontend, 0}, way{d.west.backend, d.east.frontend, 0})
+	return &rotating{demo: d, held: map[*sidecar]int64{}, issuers: map[*cluster][]*issuer{}, behind: map[string]*issuer{}}
+}
+
+func rotationStory(d *demo) ([]step, func(), func()) {
+	r := newRotating(d)
 	return []step{
 		{"an offline root A for example.org", r.makeRootA},
 		{"clusters east and west join under A, and learn the key of each other's log", r.join},
@@ -131,7 +135,7 @@ func (r *rotating) join(ctx context.Context) (string, error) {
 	}
 	for _, c := range r.clusters() {
 		other := r.other(c)
-		if err := errors.Join(c.Configure(fmt.Sprintf(rotationPolicy, other.Name, keys[other])), c.Join(ctx)); err != nil {
+		if err := errors.Join(c.Configure(fmt.Sprintf(rotationPolicy, r.ttl, other.Name, keys[other])), c.Join(ctx)); err != nil {
 			return "", err
 		}
 	}
@@ -540,26 +544,39 @@ func (s standing) accepting() (n int) {
 
 func (r *rotating) removeA(ctx context.Context) (string, error) {
 	began := time.Now()
-	if err := r.removed(ctx, r.a, r.b); err != nil {
+	if err := r.removedAndRefused(ctx, r.a, r.b, r.underA); err != nil {
 		return "", err
 	}
-	if err := lab.Until(ctx, "certificates under A are refused", 5*time.Second, func() error { return r.everyEnvoy(ctx, r.underA, false) }); err != nil {
-		return "", err
+	return fmt.Sprintf("after %.1f s, when the last leaf under it was over; a certificate under it, accepted before, is refused by all four Envoys", time.Since(began).Seconds()), nil
+}
+
+// removedAndRefused waits until a root is gone, and what was made under it before is refused.
+func (r *rotating) removedAndRefused(ctx context.Context, old, stays *root, made stolen) error {
+	if err := r.removed(ctx, old, stays); err != nil {
+		return err
+	}
+	if err := lab.Until(ctx, "certificates under "+old.name+" are refused", 5*time.Second, func() error { return r.everyEnvoy(ctx, made, false) }); err != nil {
+		return err
 	}
 	r.refused += len(r.sidecars())
-	return fmt.Sprintf("after %.1f s, when the last leaf under it was over; a certificate under it, accepted before, is refused by all four Envoys", time.Since(began).Seconds()), nil
+	return nil
 }
 
 func (r *rotating) replaceB(ctx context.Context) (_ string, err error) {
 	if r.c, err = r.makeRoot(ctx, "C", "root-c"); err != nil {
 		return "", err
 	}
+	return r.replaceBy(ctx, r.c)
+}
+
+// replaceBy replaces the root in both clusters.
+func (r *rotating) replaceBy(ctx context.Context, next *root) (string, error) {
 	for _, c := range r.clusters() {
-		if err := r.startRoot(ctx, c, r.c); err != nil {
+		if err := r.startRoot(ctx, c, next); err != nil {
 			return "", err
 		}
 	}
-	return r.switchTo(ctx, r.c)
+	return r.switchTo(ctx, next)
 }
 
 func (r *rotating) endLoad(ctx context.Context) (string, error) {

@@ -167,7 +167,7 @@ func (r *rotating) ban(ctx context.Context) (string, error) {
 		return "", err
 	}
 	r.say("%.1f s after the ban the agent refuses %s, and has purged its certificate", time.Since(began).Seconds(), r.guest)
-	if err := lab.Until(ctx, "a copy of "+r.guest+"'s last certificate is refused", leafTTL+3*time.Second, func() error {
+	if err := lab.Until(ctx, "a copy of "+r.guest+"'s last certificate is refused", r.ttl+3*time.Second, func() error {
 		if err := ask(ctx, r.west.backend.in, copied); err == nil {
 			return errors.New("west's backend accepts it")
 		}
@@ -176,7 +176,7 @@ func (r *rotating) ban(ctx context.Context) (string, error) {
 		return "", err
 	}
 	r.refused += 2
-	if err := lab.Until(ctx, "all others are renewed after the ban", leafTTL, func() error {
+	if err := lab.Until(ctx, "all others are renewed after the ban", r.ttl, func() error {
 		for _, s := range r.sidecars() {
 			if r.seen.renewed(s) == renewed[s] {
 				return fmt.Errorf("%s is not", s)

@@ -59,7 +59,7 @@ func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 			return "", err
 		}
 		for s, socket := range map[*sidecar]string{c.frontend: c.Path("run", "frontend.sock"), c.backend: c.agent.Socket} {
-			boot := envoy.Sidecar{Node: c.Name + "-" + s.role, Delta: c == d.west, SDSSocket: socket}
+			boot := envoy.Sidecar{Node: c.Name + "-" + s.role, Delta: d.delta || c == d.west, SDSSocket: socket}
 			for _, w := range d.ways {
 				if w.from == s {
 					boot.Outbound = &envoy.Outbound{
@@ -86,7 +86,11 @@ func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 			return "", fmt.Errorf("%s: %w", s, err)
 		}
 	}
-	return "4 stock Envoys took certificate and trust over SDS, west incrementally; both sides require the other's SPIFFE ID", nil
+	incrementally := "west"
+	if d.delta {
+		incrementally = "all"
+	}
+	return "4 stock Envoys took certificate and trust over SDS, " + incrementally + " incrementally; both sides require the other's SPIFFE ID", nil
 }
 
 // startWorkload is what stands behind a backend's Envoy: it says which cluster it is of. It ends with ctx.

@@ -43,6 +43,8 @@ type Cluster struct {
 	Lab                 *Lab
 	Name                string
 	Enrol, Agents, HTTP string
+	// Keystore is what the configuration's block of that name has besides the passphrase: lines, indented by two spaces.
+	Keystore string
 }
 
 // NewCluster writes the server's configuration and passphrase. extra is appended to the configuration.
@@ -71,11 +73,11 @@ cluster: %s
 state_dir: ./state
 keystore:
   passphrase_file: ./server.pass
-listen:
+%slisten:
   enrol: %s
   agents: %s
   http: %s
-%s`, TrustDomain, c.Name, c.Enrol, c.Agents, c.HTTP, extra))
+%s`, TrustDomain, c.Name, c.Keystore, c.Enrol, c.Agents, c.HTTP, extra))
 }
 
 // Path is a path in the cluster's folder.

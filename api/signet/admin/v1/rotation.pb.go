@@ -1727,6 +1727,129 @@ func (x *PendingRequest) GetKeyFingerprint() string {
 	return ""
 }
 
+type RepublishTrustRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DryRun        bool                   `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RepublishTrustRequest) Reset() {
+	*x = RepublishTrustRequest{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RepublishTrustRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RepublishTrustRequest) ProtoMessage() {}
+
+func (x *RepublishTrustRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RepublishTrustRequest.ProtoReflect.Descriptor instead.
+func (*RepublishTrustRequest) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RepublishTrustRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type RepublishTrustResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The trust bundle's sequence before and after.
+	Before uint64 `protobuf:"varint,1,opt,name=before,proto3" json:"before,omitempty"`
+	After  uint64 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"`
+	// How many agents hold a bundle that is not known here; a bounded number of them is named.
+	Ahead  uint32   `protobuf:"varint,3,opt,name=ahead,proto3" json:"ahead,omitempty"`
+	Agents []string `protobuf:"bytes,4,rep,name=agents,proto3" json:"agents,omitempty"`
+	// IDs of the roots that the bundle holds.
+	Roots         []string `protobuf:"bytes,5,rep,name=roots,proto3" json:"roots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RepublishTrustResponse) Reset() {
+	*x = RepublishTrustResponse{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RepublishTrustResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RepublishTrustResponse) ProtoMessage() {}
+
+func (x *RepublishTrustResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RepublishTrustResponse.ProtoReflect.Descriptor instead.
+func (*RepublishTrustResponse) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *RepublishTrustResponse) GetBefore() uint64 {
+	if x != nil {
+		return x.Before
+	}
+	return 0
+}
+
+func (x *RepublishTrustResponse) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *RepublishTrustResponse) GetAhead() uint32 {
+	if x != nil {
+		return x.Ahead
+	}
+	return 0
+}
+
+func (x *RepublishTrustResponse) GetAgents() []string {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+func (x *RepublishTrustResponse) GetRoots() []string {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
 type ReportRotationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1735,7 +1858,7 @@ type ReportRotationRequest struct {
 
 func (x *ReportRotationRequest) Reset() {
 	*x = ReportRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1747,7 +1870,7 @@ func (x *ReportRotationRequest) String() string {
 func (*ReportRotationRequest) ProtoMessage() {}
 
 func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1760,7 +1883,7 @@ func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationRequest.ProtoReflect.Descriptor instead.
 func (*ReportRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
 }
 
 type ReportRotationResponse struct {
@@ -1773,7 +1896,7 @@ type ReportRotationResponse struct {
 
 func (x *ReportRotationResponse) Reset() {
 	*x = ReportRotationResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1785,7 +1908,7 @@ func (x *ReportRotationResponse) String() string {
 func (*ReportRotationResponse) ProtoMessage() {}
 
 func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1798,7 +1921,7 @@ func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationResponse.ProtoReflect.Descriptor instead.
 func (*ReportRotationResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ReportRotationResponse) GetReport() []byte {
@@ -1819,7 +1942,7 @@ type BanIdentityRequest struct {
 
 func (x *BanIdentityRequest) Reset() {
 	*x = BanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1831,7 +1954,7 @@ func (x *BanIdentityRequest) String() string {
 func (*BanIdentityRequest) ProtoMessage() {}
 
 func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1844,7 +1967,7 @@ func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*BanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *BanIdentityRequest) GetSpiffeId() string {
@@ -1880,7 +2003,7 @@ type BanIdentityResponse struct {
 
 func (x *BanIdentityResponse) Reset() {
 	*x = BanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +2015,7 @@ func (x *BanIdentityResponse) String() string {
 func (*BanIdentityResponse) ProtoMessage() {}
 
 func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +2028,7 @@ func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*BanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *BanIdentityResponse) GetChanged() bool {
@@ -1939,7 +2062,7 @@ type UnbanIdentityRequest struct {
 
 func (x *UnbanIdentityRequest) Reset() {
 	*x = UnbanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1951,7 +2074,7 @@ func (x *UnbanIdentityRequest) String() string {
 func (*UnbanIdentityRequest) ProtoMessage() {}
 
 func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1964,7 +2087,7 @@ func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UnbanIdentityRequest) GetSpiffeId() string {
@@ -1990,7 +2113,7 @@ type UnbanIdentityResponse struct {
 
 func (x *UnbanIdentityResponse) Reset() {
 	*x = UnbanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2125,7 @@ func (x *UnbanIdentityResponse) String() string {
 func (*UnbanIdentityResponse) ProtoMessage() {}
 
 func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2138,7 @@ func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UnbanIdentityResponse) GetChanged() bool {
@@ -2033,7 +2156,7 @@ type ListBannedIdentitiesRequest struct {
 
 func (x *ListBannedIdentitiesRequest) Reset() {
 	*x = ListBannedIdentitiesRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2168,7 @@ func (x *ListBannedIdentitiesRequest) String() string {
 func (*ListBannedIdentitiesRequest) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2181,7 @@ func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
 }
 
 type ListBannedIdentitiesResponse struct {
@@ -2070,7 +2193,7 @@ type ListBannedIdentitiesResponse struct {
 
 func (x *ListBannedIdentitiesResponse) Reset() {
 	*x = ListBannedIdentitiesResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2205,7 @@ func (x *ListBannedIdentitiesResponse) String() string {
 func (*ListBannedIdentitiesResponse) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2218,7 @@ func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListBannedIdentitiesResponse) GetIdentities() []*BannedIdentity {
@@ -2116,7 +2239,7 @@ type BannedIdentity struct {
 
 func (x *BannedIdentity) Reset() {
 	*x = BannedIdentity{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2128,7 +2251,7 @@ func (x *BannedIdentity) String() string {
 func (*BannedIdentity) ProtoMessage() {}
 
 func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2141,7 +2264,7 @@ func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BannedIdentity.ProtoReflect.Descriptor instead.
 func (*BannedIdentity) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *BannedIdentity) GetSpiffeId() string {
@@ -2299,7 +2422,15 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x0ePendingRequest\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12'\n" +
-	"\x0fkey_fingerprint\x18\x03 \x01(\tR\x0ekeyFingerprint\"\x17\n" +
+	"\x0fkey_fingerprint\x18\x03 \x01(\tR\x0ekeyFingerprint\"0\n" +
+	"\x15RepublishTrustRequest\x12\x17\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\"\x8a\x01\n" +
+	"\x16RepublishTrustResponse\x12\x16\n" +
+	"\x06before\x18\x01 \x01(\x04R\x06before\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\x04R\x05after\x12\x14\n" +
+	"\x05ahead\x18\x03 \x01(\rR\x05ahead\x12\x16\n" +
+	"\x06agents\x18\x04 \x03(\tR\x06agents\x12\x14\n" +
+	"\x05roots\x18\x05 \x03(\tR\x05roots\"\x17\n" +
 	"\x15ReportRotationRequest\"0\n" +
 	"\x16ReportRotationResponse\x12\x16\n" +
 	"\x06report\x18\x01 \x01(\fR\x06report\"b\n" +
@@ -2325,8 +2456,7 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x0eBannedIdentity\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x120\n" +
 	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason2\xeb\n" +
-	"\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason2\xce\v\n" +
 	"\bRotation\x12d\n" +
 	"\x0fListAuthorities\x12'.signet.admin.v1.ListAuthoritiesRequest\x1a(.signet.admin.v1.ListAuthoritiesResponse\x12a\n" +
 	"\x0eRotationStatus\x12&.signet.admin.v1.RotationStatusRequest\x1a'.signet.admin.v1.RotationStatusResponse\x12[\n" +
@@ -2338,6 +2468,7 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x12InstallAuthorities\x12*.signet.admin.v1.InstallAuthoritiesRequest\x1a'.signet.admin.v1.RotationChangeResponse\x12U\n" +
 	"\bAddTrust\x12 .signet.admin.v1.AddTrustRequest\x1a'.signet.admin.v1.RotationChangeResponse\x12[\n" +
 	"\vRemoveTrust\x12#.signet.admin.v1.RemoveTrustRequest\x1a'.signet.admin.v1.RotationChangeResponse\x12a\n" +
+	"\x0eRepublishTrust\x12&.signet.admin.v1.RepublishTrustRequest\x1a'.signet.admin.v1.RepublishTrustResponse\x12a\n" +
 	"\x0eReportRotation\x12&.signet.admin.v1.ReportRotationRequest\x1a'.signet.admin.v1.ReportRotationResponse\x12X\n" +
 	"\vBanIdentity\x12#.signet.admin.v1.BanIdentityRequest\x1a$.signet.admin.v1.BanIdentityResponse\x12^\n" +
 	"\rUnbanIdentity\x12%.signet.admin.v1.UnbanIdentityRequest\x1a&.signet.admin.v1.UnbanIdentityResponse\x12s\n" +
@@ -2355,7 +2486,7 @@ func file_api_signet_admin_v1_rotation_proto_rawDescGZIP() []byte {
 	return file_api_signet_admin_v1_rotation_proto_rawDescData
 }
 
-var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*ListAuthoritiesRequest)(nil),       // 0: signet.admin.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil),      // 1: signet.admin.v1.ListAuthoritiesResponse
@@ -2381,48 +2512,50 @@ var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*RemoveTrustRequest)(nil),           // 21: signet.admin.v1.RemoveTrustRequest
 	(*RotationChangeResponse)(nil),       // 22: signet.admin.v1.RotationChangeResponse
 	(*PendingRequest)(nil),               // 23: signet.admin.v1.PendingRequest
-	(*ReportRotationRequest)(nil),        // 24: signet.admin.v1.ReportRotationRequest
-	(*ReportRotationResponse)(nil),       // 25: signet.admin.v1.ReportRotationResponse
-	(*BanIdentityRequest)(nil),           // 26: signet.admin.v1.BanIdentityRequest
-	(*BanIdentityResponse)(nil),          // 27: signet.admin.v1.BanIdentityResponse
-	(*UnbanIdentityRequest)(nil),         // 28: signet.admin.v1.UnbanIdentityRequest
-	(*UnbanIdentityResponse)(nil),        // 29: signet.admin.v1.UnbanIdentityResponse
-	(*ListBannedIdentitiesRequest)(nil),  // 30: signet.admin.v1.ListBannedIdentitiesRequest
-	(*ListBannedIdentitiesResponse)(nil), // 31: signet.admin.v1.ListBannedIdentitiesResponse
-	(*BannedIdentity)(nil),               // 32: signet.admin.v1.BannedIdentity
-	(*timestamppb.Timestamp)(nil),        // 33: google.protobuf.Timestamp
+	(*RepublishTrustRequest)(nil),        // 24: signet.admin.v1.RepublishTrustRequest
+	(*RepublishTrustResponse)(nil),       // 25: signet.admin.v1.RepublishTrustResponse
+	(*ReportRotationRequest)(nil),        // 26: signet.admin.v1.ReportRotationRequest
+	(*ReportRotationResponse)(nil),       // 27: signet.admin.v1.ReportRotationResponse
+	(*BanIdentityRequest)(nil),           // 28: signet.admin.v1.BanIdentityRequest
+	(*BanIdentityResponse)(nil),          // 29: signet.admin.v1.BanIdentityResponse
+	(*UnbanIdentityRequest)(nil),         // 30: signet.admin.v1.UnbanIdentityRequest
+	(*UnbanIdentityResponse)(nil),        // 31: signet.admin.v1.UnbanIdentityResponse
+	(*ListBannedIdentitiesRequest)(nil),  // 32: signet.admin.v1.ListBannedIdentitiesRequest
+	(*ListBannedIdentitiesResponse)(nil), // 33: signet.admin.v1.ListBannedIdentitiesResponse
+	(*BannedIdentity)(nil),               // 34: signet.admin.v1.BannedIdentity
+	(*timestamppb.Timestamp)(nil),        // 35: google.protobuf.Timestamp
 }
 var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
-	33, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
-	33, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
-	33, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
-	33, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
-	33, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
-	33, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
+	35, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
+	35, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
+	35, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
+	35, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
+	35, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
+	35, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
 	2,  // 7: signet.admin.v1.RotationStatusResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
 	5,  // 8: signet.admin.v1.RotationStatusResponse.steps:type_name -> signet.admin.v1.RotationStep
 	7,  // 9: signet.admin.v1.RotationStatusResponse.clusters:type_name -> signet.admin.v1.ClusterTrust
 	9,  // 10: signet.admin.v1.RotationStatusResponse.tainted:type_name -> signet.admin.v1.TaintStatus
 	10, // 11: signet.admin.v1.RotationStatusResponse.reissue:type_name -> signet.admin.v1.ReissueStatus
 	6,  // 12: signet.admin.v1.RotationStep.waits:type_name -> signet.admin.v1.RotationWait
-	33, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
-	33, // 14: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	33, // 15: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
+	35, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
+	35, // 14: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	35, // 15: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
 	8,  // 16: signet.admin.v1.ClusterTrust.roots:type_name -> signet.admin.v1.RootTrust
-	33, // 17: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
-	33, // 18: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
-	33, // 19: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
-	33, // 20: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
+	35, // 17: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
+	35, // 18: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
+	35, // 19: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
+	35, // 20: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
 	5,  // 21: signet.admin.v1.PlanRotationResponse.steps:type_name -> signet.admin.v1.RotationStep
 	18, // 22: signet.admin.v1.InstallAuthoritiesRequest.trust:type_name -> signet.admin.v1.TrustSet
 	19, // 23: signet.admin.v1.TrustSet.roots:type_name -> signet.admin.v1.TrustedRoot
 	5,  // 24: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
 	5,  // 25: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
 	23, // 26: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
-	33, // 27: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
-	32, // 28: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
-	33, // 29: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
+	35, // 27: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
+	34, // 28: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
+	35, // 29: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
 	0,  // 30: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
 	3,  // 31: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
 	11, // 32: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
@@ -2433,26 +2566,28 @@ var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	17, // 37: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
 	20, // 38: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
 	21, // 39: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
-	24, // 40: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
-	26, // 41: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
-	28, // 42: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
-	30, // 43: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
-	1,  // 44: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
-	4,  // 45: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
-	12, // 46: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
-	22, // 47: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 48: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 49: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 50: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 51: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 52: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 53: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	25, // 54: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
-	27, // 55: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
-	29, // 56: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
-	31, // 57: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
-	44, // [44:58] is the sub-list for method output_type
-	30, // [30:44] is the sub-list for method input_type
+	24, // 40: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
+	26, // 41: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
+	28, // 42: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
+	30, // 43: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
+	32, // 44: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
+	1,  // 45: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	4,  // 46: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
+	12, // 47: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
+	22, // 48: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 49: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 50: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 51: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 52: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 53: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	22, // 54: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 55: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
+	27, // 56: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
+	29, // 57: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
+	31, // 58: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
+	33, // 59: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
+	45, // [45:60] is the sub-list for method output_type
+	30, // [30:45] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
 	30, // [30:30] is the sub-list for extension extendee
 	0,  // [0:30] is the sub-list for field type_name
@@ -2469,7 +2604,7 @@ func file_api_signet_admin_v1_rotation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_admin_v1_rotation_proto_rawDesc), len(file_api_signet_admin_v1_rotation_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	Rotation_InstallAuthorities_FullMethodName   = "/signet.admin.v1.Rotation/InstallAuthorities"
 	Rotation_AddTrust_FullMethodName             = "/signet.admin.v1.Rotation/AddTrust"
 	Rotation_RemoveTrust_FullMethodName          = "/signet.admin.v1.Rotation/RemoveTrust"
+	Rotation_RepublishTrust_FullMethodName       = "/signet.admin.v1.Rotation/RepublishTrust"
 	Rotation_ReportRotation_FullMethodName       = "/signet.admin.v1.Rotation/ReportRotation"
 	Rotation_BanIdentity_FullMethodName          = "/signet.admin.v1.Rotation/BanIdentity"
 	Rotation_UnbanIdentity_FullMethodName        = "/signet.admin.v1.Rotation/UnbanIdentity"
@@ -55,6 +56,9 @@ type RotationClient interface {
 	InstallAuthorities(ctx context.Context, in *InstallAuthoritiesRequest, opts ...grpc.CallOption) (*RotationChangeResponse, error)
 	AddTrust(ctx context.Context, in *AddTrustRequest, opts ...grpc.CallOption) (*RotationChangeResponse, error)
 	RemoveTrust(ctx context.Context, in *RemoveTrustRequest, opts ...grpc.CallOption) (*RotationChangeResponse, error)
+	// Publishes what is believed once more, with a sequence above every bundle that agents hold or the log knows of: for a
+	// server whose state was restored from an older copy.
+	RepublishTrust(ctx context.Context, in *RepublishTrustRequest, opts ...grpc.CallOption) (*RepublishTrustResponse, error)
 	// What this cluster tells its peers, signed with the key of its log.
 	ReportRotation(ctx context.Context, in *ReportRotationRequest, opts ...grpc.CallOption) (*ReportRotationResponse, error)
 	BanIdentity(ctx context.Context, in *BanIdentityRequest, opts ...grpc.CallOption) (*BanIdentityResponse, error)
@@ -170,6 +174,16 @@ func (c *rotationClient) RemoveTrust(ctx context.Context, in *RemoveTrustRequest
 	return out, nil
 }
 
+func (c *rotationClient) RepublishTrust(ctx context.Context, in *RepublishTrustRequest, opts ...grpc.CallOption) (*RepublishTrustResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RepublishTrustResponse)
+	err := c.cc.Invoke(ctx, Rotation_RepublishTrust_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *rotationClient) ReportRotation(ctx context.Context, in *ReportRotationRequest, opts ...grpc.CallOption) (*ReportRotationResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ReportRotationResponse)
@@ -230,6 +244,9 @@ type RotationServer interface {
 	InstallAuthorities(context.Context, *InstallAuthoritiesRequest) (*RotationChangeResponse, error)
 	AddTrust(context.Context, *AddTrustRequest) (*RotationChangeResponse, error)
 	RemoveTrust(context.Context, *RemoveTrustRequest) (*RotationChangeResponse, error)
+	// Publishes what is believed once more, with a sequence above every bundle that agents hold or the log knows of: for a
+	// server whose state was restored from an older copy.
+	RepublishTrust(context.Context, *RepublishTrustRequest) (*RepublishTrustResponse, error)
 	// What this cluster tells its peers, signed with the key of its log.
 	ReportRotation(context.Context, *ReportRotationRequest) (*ReportRotationResponse, error)
 	BanIdentity(context.Context, *BanIdentityRequest) (*BanIdentityResponse, error)
@@ -274,6 +291,9 @@ func (UnimplementedRotationServer) AddTrust(context.Context, *AddTrustRequest) (
 }
 func (UnimplementedRotationServer) RemoveTrust(context.Context, *RemoveTrustRequest) (*RotationChangeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RemoveTrust not implemented")
+}
+func (UnimplementedRotationServer) RepublishTrust(context.Context, *RepublishTrustRequest) (*RepublishTrustResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RepublishTrust not implemented")
 }
 func (UnimplementedRotationServer) ReportRotation(context.Context, *ReportRotationRequest) (*ReportRotationResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReportRotation not implemented")
@@ -488,6 +508,24 @@ func _Rotation_RemoveTrust_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Rotation_RepublishTrust_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RepublishTrustRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RotationServer).RepublishTrust(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Rotation_RepublishTrust_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RotationServer).RepublishTrust(ctx, req.(*RepublishTrustRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Rotation_ReportRotation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ReportRotationRequest)
 	if err := dec(in); err != nil {
@@ -606,6 +644,10 @@ var Rotation_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RemoveTrust",
 			Handler:    _Rotation_RemoveTrust_Handler,
+		},
+		{
+			MethodName: "RepublishTrust",
+			Handler:    _Rotation_RepublishTrust_Handler,
 		},
 		{
 			MethodName: "ReportRotation",

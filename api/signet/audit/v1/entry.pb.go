@@ -989,16 +989,18 @@ type AuthorityChanged struct {
 	// prepared, published, active, retired, removed; from is empty for a new one; equal where only a decision was taken.
 	From string `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"`
 	To   string `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`
-	// start, advance, abort, taint, add, remove, install, or schedule for what came by itself.
+	// start, advance, abort, taint, add, remove, install, republish, or schedule for what came by itself.
 	Verb   string `protobuf:"bytes,5,opt,name=verb,proto3" json:"verb,omitempty"`
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// What was overridden by force, sentences; empty where nothing was.
 	Forced []string `protobuf:"bytes,7,rep,name=forced,proto3" json:"forced,omitempty"`
 	// Counts the changes of the authorities: entries with the same revision are one change.
-	Revision      uint64    `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
-	Evidence      *Evidence `protobuf:"bytes,9,opt,name=evidence,proto3" json:"evidence,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Revision uint64    `protobuf:"varint,8,opt,name=revision,proto3" json:"revision,omitempty"`
+	Evidence *Evidence `protobuf:"bytes,9,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	// The sequence of the trust bundle from this change on; 0 while there is none.
+	BundleSequence uint64 `protobuf:"varint,10,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *AuthorityChanged) Reset() {
@@ -1092,6 +1094,13 @@ func (x *AuthorityChanged) GetEvidence() *Evidence {
 		return x.Evidence
 	}
 	return nil
+}
+
+func (x *AuthorityChanged) GetBundleSequence() uint64 {
+	if x != nil {
+		return x.BundleSequence
+	}
+	return 0
 }
 
 // From here on nobody gets a certificate for this identity.
@@ -1275,7 +1284,7 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\\\n" +
 	"\rAgentUnbanned\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x125\n" +
-	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\xff\x01\n" +
+	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\xa8\x02\n" +
 	"\x10AuthorityChanged\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -1285,7 +1294,9 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06forced\x18\a \x03(\tR\x06forced\x12\x1a\n" +
 	"\brevision\x18\b \x01(\x04R\brevision\x125\n" +
-	"\bevidence\x18\t \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"|\n" +
+	"\bevidence\x18\t \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\x12'\n" +
+	"\x0fbundle_sequence\x18\n" +
+	" \x01(\x04R\x0ebundleSequence\"|\n" +
 	"\x0eIdentityBanned\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x125\n" +

@@ -1,0 +1,187 @@
+package check
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// Vault is what is known of the Vault behind a server, as its client knows it. None of it takes a call.
+type Vault struct {
+	// Address is for people.
+	Address string
+	// Away: it can't be used, since Since, and Why says it in a sentence. Refused: it is there, and our login is not accepted.
+	Away, Refused bool
+	Since         time.Time
+	Why           string
+	// Asked is when Vault last said what the token may do; zero = never, and Unasked says why not.
+	Asked   time.Time
+	Unasked string
+	Missing []Lack
+	// Token is how the login ends, if it ends for good.
+	Token Token
+}
+
+// Lack is something that will be asked of Vault and that the token may not do.
+type Lack struct {
+	Path         string
+	Capabilities []string
+	// Why says what it is for.
+	Why string
+}
+
+// Token is a token that somebody has put into a file, and that ends without a successor unless somebody does so again.
+type Token struct {
+	File string
+	// Begins and Ends bound what is left of it; a zero end is no such token.
+	Begins, Ends time.Time
+}
+
+// Duties are what a server has its Vault for, and until when it can do without.
+type Duties struct {
+	// Leaves and Control: the keys that sign certificates of workloads, and of Signet's own parts, are in Vault.
+	Leaves, Control bool
+	// LeafSpare and ControlSpare are how long the first of these certificates lives on when none can be renewed.
+	LeafSpare, ControlSpare time.Duration
+	// Upstream: Vault signs the intermediates. The next signature is due at Due; if it does not come, nothing can be issued from
+	// Until on (zero = now).
+	Upstream   bool
+	Due, Until time.Time
+	// Volatile: the keys of the intermediates end with the process.
+	Volatile bool
+	// Shared: roots and reports are exchanged through Vault.
+	Shared bool
+}
+
+const (
+	mendPolicy = "signet config vault-policy --config FILE"
+	aboutVault = "vault"
+)
+
+// Findings says which abilities are impaired, and until when that does no harm.
+func (v Vault) Findings(d Duties, now time.Time) (found Findings) {
+	if v.Away {
+		found = append(found, v.away(d, now)...)
+	}
+	for _, l := range v.Missing {
+		found.add(CodePolicy, Error, l.Path, fmt.Sprintf("the token of Vault lacks %s on %s, which is needed to %s", strings.Join(l.Capabilities, ", "), l.Path, l.Why), mendPolicy)
+	}
+	if v.Unasked != "" && !v.Away {
+		found.add(CodePolicy, Unknown, aboutVault, fmt.Sprintf("what the token of Vault may do could not be asked: %s", v.Unasked), mendPolicy)
+	}
+	found = append(found, v.token(now)...)
+	if len(found) == 0 {
+		message := "it answers"
+		if !v.Asked.IsZero() {
+			message += ", and its token may do all that will be asked"
+		}
+		found.add(CodeVault, OK, aboutVault, message, "")
+	}
+	return found
+}
+
+// away is one finding for each ability that is impaired.
+func (v Vault) away(d Duties, now time.Time) (found Findings) {
+	mend := "VAULT_ADDR=" + v.Address + " vault status"
+	if v.Refused {
+		mend = ""
+	}
+	for _, a := range d.impaired(v.Since, now) {
+		found = append(found, Finding{
+			Code: CodeVault, Level: a.level, About: aboutVault + "-" + a.engine, Stops: a.stops, Message: a.what + " (" + v.Why + ")", Mend: mend,
+		})
+	}
+	return found
+}
+
+// ability is one that a server has through an engine of Vault.
+type ability struct {
+	engine, what string
+	level        Level
+	stops        []string
+}
+
+func (d Duties) impaired(since, now time.Time) (all []ability) {
+	if d.Leaves {
+		all = append(all, ability{
+			"transit", fmt.Sprintf("nothing can be issued: the first certificates of workloads end at %s", stamp(since.Add(d.LeafSpare))), Error, []string{Issuing},
+		})
+	}
+	if d.Control {
+		all = append(all, ability{
+			"control", fmt.Sprintf("no agent can enrol, or renew its own certificate: the first of these end at %s", stamp(since.Add(d.ControlSpare))), Error, []string{Enrolling},
+		})
+	}
+	if d.Upstream {
+		all = append(all, ability{"pki", "no intermediate can be signed: " + d.unsigned(now), d.unsignedLevel(now), []string{Rotating}})
+	}
+	if d.Shared {
+		all = append(all, ability{"kv", "roots and reports are not exchanged with other clusters: a rotation of the root waits", Warning, nil})
+	}
+	return all
+}
+
+// unsigned says until when no signature is needed.
+func (d Duties) unsigned(now time.Time) string {
+	if d.Until.IsZero() {
+		return "there is none that could issue"
+	}
+	text := fmt.Sprintf("nothing can be issued from %s on, in %s", stamp(d.Until), short(d.Until.Sub(now)))
+	if now.Before(d.Due) {
+		text = fmt.Sprintf("the next is due at %s, and %s", stamp(d.Due), text)
+	}
+	if d.Volatile {
+		text += ", nor after a restart of this server"
+	}
+	return text
+}
+
+// unsignedLevel goes by the share of the time between due and too late.
+func (d Duties) unsignedLevel(now time.Time) Level {
+	if d.Until.IsZero() || float64(d.Until.Sub(now)) < lifeWarning*float64(d.Until.Sub(d.Due)) {
+		return Error
+	}
+	return Warning
+}
+
+// token says that somebody has to bring a new one.
+func (v Vault) token(now time.Time) (found Findings) {
+	t := v.Token
+	if t.Ends.IsZero() {
+		return nil
+	}
+	level := OK
+	switch left := float64(t.Ends.Sub(now)) / float64(t.Ends.Sub(t.Begins)); {
+	case left < lifeError:
+		level = Error
+	case left < lifeWarning:
+		level = Warning
+	default:
+		return nil
+	}
+	ends := fmt.Sprintf("ends for good at %s, in %s", stamp(t.Ends), short(t.Ends.Sub(now)))
+	if !now.Before(t.Ends) {
+		ends = "has ended at " + stamp(t.Ends)
+	}
+	found.add(CodeToken, level, t.File, "the token of Vault "+ends+": put a new one into the file", "vault token create")
+	return found
+}
+
+// NextDue is when the next signature of an intermediate is due: the newest that is signed has come to the fraction of its life
+// at which its successor is made. Zero = at once, since none is signed.
+func (r Rotation) NextDue() time.Time {
+	var newest rotation.Authority
+	for _, a := range r.Authorities {
+		lasts := a.Kind == ca.KindIntermediate && signed(a) && a.Tainted.IsZero() && a.State != ca.Retired && a.State != ca.Removed
+		if lasts && a.NotAfter.After(newest.NotAfter) {
+			newest = a
+		}
+	}
+	if newest.ID == "" {
+		return time.Time{}
+	}
+	return at(newest, r.PrepareAt)
+}

@@ -1,0 +1,127 @@
+package check
+
+import (
+	"testing"
+	"time"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/rotation"
+)
+
+// gone is a Vault that is away since ten minutes.
+func gone() Vault {
+	return Vault{Address: "https://v:8200", Away: true, Since: now.Add(-10 * time.Minute), Why: "Vault at https://v:8200 is away since 2026-05-04T02:52:01Z: it is sealed"}
+}
+
+func TestWhatAVaultThatIsAwayImpairsIsSaidWithItsTime(t *testing.T) {
+	day := 24 * time.Hour
+	for what, try := range map[string]struct {
+		d     Duties
+		level Level
+		ready bool
+		words []string
+	}{
+		"keys of leaves are in it": {
+			Duties{Leaves: true, LeafSpare: time.Hour},
+			Error, false,
+			[]string{"vault-transit", "away since 2026-05-04T02:52:01Z", "nothing can be issued", "end at 2026-05-04T03:52:01Z (Vault at https://v:8200 is away", "it is sealed)", "VAULT_ADDR=https://v:8200 vault status"},
+		},
+		"the key of the control CA is": {
+			Duties{Control: true, ControlSpare: 2 * time.Hour},
+			Error, true,
+			[]string{"vault-control", "no agent can enrol", "end at 2026-05-04T04:52:01Z"},
+		},
+		"it signs, not soon": {
+			Duties{Upstream: true, Due: now.Add(day), Until: now.Add(2 * day)},
+			Warning, true,
+			[]string{"vault-pki", "the next is due at 2026-05-05T03:02:01Z", "nothing can be issued from 2026-05-06T03:02:01Z on, in 48h"},
+		},
+		"a signature is due": {
+			Duties{Upstream: true, Due: now.Add(-time.Hour), Until: now.Add(day)}, Warning, true, []string{"nothing can be issued from 2026-05-05T03:02:01Z on, in 24h"},
+		},
+		"a signature is overdue": {
+			Duties{Upstream: true, Due: now.Add(-day), Until: now.Add(time.Hour)}, Error, true, []string{"in 1h"},
+		},
+		"keys that end with the process": {
+			Duties{Upstream: true, Volatile: true, Due: now.Add(day), Until: now.Add(2 * day)}, Warning, true, []string{"nor after a restart of this server"},
+		},
+		"nobody can issue":       {Duties{Upstream: true}, Error, true, []string{"there is none that could issue"}},
+		"clusters share through": {Duties{Shared: true}, Warning, true, []string{"vault-kv", "a rotation of the root waits"}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			found := gone().Findings(try.d, now)
+			is(t, found, try.level, try.words...)
+			if len(found) != 1 || found[0].Code != CodeVault || found.Ready() != try.ready {
+				t.Errorf("ready %v: %+v", found.Ready(), found)
+			}
+		})
+	}
+	all := gone().Findings(Duties{Leaves: true, Control: true, Upstream: true, Shared: true}, now)
+	about := map[string]bool{}
+	for _, f := range all {
+		about[f.About] = true
+	}
+	if len(all) != 4 || len(about) != 4 {
+		t.Errorf("%+v", all)
+	}
+	shut := gone()
+	shut.Refused, shut.Why = true, "the login is refused"
+	for _, f := range shut.Findings(Duties{Shared: true}, now) {
+		if f.Mend != "" || f.Level != Warning {
+			t.Errorf("what would vault status say: %+v", f)
+		}
+	}
+	back := gone()
+	back.Away = false
+	is(t, back.Findings(Duties{Leaves: true}, now), OK, "it answers")
+}
+
+func TestAMissingCapabilityIsSaidBeforeItIsNeeded(t *testing.T) {
+	v := Vault{Asked: now, Missing: []Lack{{"pki/issuer/+/sign-intermediate", []string{"update"}, "sign the next intermediate"}}}
+	found := v.Findings(Duties{Upstream: true}, now)
+	is(t, found, Error, "lacks update on pki/issuer/+/sign-intermediate, which is needed to sign the next intermediate", "signet config vault-policy --config FILE")
+	if len(found) != 1 || found[0].Code != CodePolicy || !found.Ready() {
+		t.Errorf("%+v", found)
+	}
+	v.Missing = nil
+	is(t, v.Findings(Duties{}, now), OK, "its token may do all that will be asked")
+
+	v = Vault{Unasked: "permission denied"}
+	is(t, v.Findings(Duties{}, now), Unknown, "permission denied", "vault-policy")
+	v.Away, v.Since = true, now
+	for _, f := range v.Findings(Duties{Shared: true}, now) {
+		if f.Code == CodePolicy {
+			t.Errorf("that Vault is away is said already: %+v", f)
+		}
+	}
+}
+
+func TestTheEndOfATokenIsCountedInFractionsOfItsLife(t *testing.T) {
+	for left, want := range map[time.Duration]Level{50 * time.Hour: OK, 30 * time.Hour: Warning, 9 * time.Hour: Error, -time.Hour: Error} {
+		v := Vault{Token: Token{"/run/token", now.Add(left - 100*time.Hour), now.Add(left)}}
+		found := v.Findings(Duties{}, now)
+		is(t, found, want)
+		if want != OK {
+			is(t, found, want, "/run/token", map[bool]string{true: "ends for good", false: "has ended"}[left > 0], "put a new one into the file")
+		}
+	}
+}
+
+func TestTheNextSignatureIsDueByTheNewestThatIsSigned(t *testing.T) {
+	alone := cluster(0.1)
+	active := alone.Authorities[len(alone.Authorities)-1]
+	for what, try := range map[string]struct {
+		r    Rotation
+		want time.Time
+	}{
+		"alone":                     {alone, at(active, alone.PrepareAt)},
+		"its successor is asked":    {cluster(0.1, request()), at(active, alone.PrepareAt)},
+		"its successor is there":    {cluster(0.1, successor("root-1", 100*time.Hour, 2100*time.Hour)), now.Add(1100 * time.Hour)},
+		"there is none":             {Rotation{}, time.Time{}},
+		"one that is away for good": {Rotation{World: rotation.World{Authorities: []rotation.Authority{{ID: "i", Kind: ca.KindIntermediate, State: ca.Retired, NotAfter: now}}}}, time.Time{}},
+	} {
+		if got := try.r.NextDue(); !got.Equal(try.want) {
+			t.Errorf("%s: %s, want %s", what, got, try.want)
+		}
+	}
+}

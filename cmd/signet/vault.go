@@ -1,0 +1,366 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/internal/health"
+	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/server"
+	"github.com/signet-ca/signet/vault"
+	"github.com/signet-ca/signet/vault/kv"
+	"github.com/signet-ca/signet/vault/pki"
+	"github.com/signet-ca/signet/vault/transit"
+)
+
+// backing is what a cluster's process stands on beside its folder: its keys and, where the configuration names one, Vault.
+type backing struct {
+	keys keystore.Store
+	// upstream and exchange are nil where the configuration has none.
+	upstream ca.Upstream
+	exchange server.Exchange
+	// vault is nil where nothing uses one. needs is what will be asked of it until the next rotation is through.
+	vault *vault.Client
+	needs []vault.Need
+	// metrics are those of the connection, which outlive a server that could not begin.
+	metrics *prometheus.Registry
+	log     *slog.Logger
+	token   string
+
+	mu sync.Mutex
+	// asked is when Vault last said which of the needs are missing; unasked is why it could not be asked since.
+	asked   time.Time
+	unasked string
+	missing []vault.Need
+	// refused is since when Vault is there and our login is not accepted, lives when the token at hand was first seen.
+	refused, lives, ends time.Time
+}
+
+// openBacking talks to nobody. What it returns has to be closed.
+func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error) {
+	files, err := cfg.OpenKeys()
+	if err != nil {
+		return nil, err
+	}
+	backends := map[string]keystore.Store{keystore.BackendFile: files, keystore.BackendMemory: keystore.NewMemory()}
+	b := &backing{
+		keys: keystore.Join{
+			Backends: backends,
+			// Keys of CAs. The log's, which is none, is a file.
+			Homes:   map[string]string{"control-ca": cfg.Keystore.ControlCA, "intermediate": cfg.Keystore.Intermediates},
+			Default: keystore.BackendFile,
+		},
+		metrics: prometheus.NewRegistry(), log: logger, token: cfg.Vault.Login.TokenFile,
+	}
+	if !cfg.UsesVault() {
+		return b, nil
+	}
+	if b.needs, err = needsOf(cfg); err != nil {
+		return nil, err
+	}
+	if b.vault, err = vault.New(vaultConfig(cfg.Vault, logger, b.metrics)); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			b.Close()
+		}
+	}()
+	if cfg.UsesTransit() {
+		t := transitConfig(cfg)
+		t.Vault, t.Logger, t.Metrics = b.vault, logger, b.metrics
+		if backends[transit.Backend], err = transit.New(t); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Upstream.VaultPKI.Mount != "" {
+		p := pkiConfig(cfg)
+		p.Vault, p.Logger = b.vault, logger
+		if b.upstream, err = pki.New(p); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Trust.VaultKV.Mount != "" {
+		k := kvConfig(cfg)
+		k.Vault = b.vault
+		if b.exchange, err = kv.New(k); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+func transitConfig(cfg *config.Server) transit.Config {
+	t := cfg.Keystore.Transit
+	return transit.Config{Mount: t.Mount, Prefix: t.Prefix, Timeout: max(cfg.Vault.Timeout, transit.DefaultTimeout)}
+}
+
+func pkiConfig(cfg *config.Server) pki.Config {
+	return pki.Config{Mount: cfg.Upstream.VaultPKI.Mount, Issuer: cfg.Upstream.VaultPKI.Issuer}
+}
+
+func kvConfig(cfg *config.Server) kv.Config {
+	k := kv.Config{Mount: cfg.Trust.VaultKV.Mount, Path: cfg.Trust.VaultKV.Path, Cluster: cfg.Cluster}
+	for _, p := range cfg.Rotation.Peers {
+		k.Peers = append(k.Peers, p.Cluster)
+	}
+	return k
+}
+
+// needsOf is all that a server of this configuration will ask of Vault.
+func needsOf(cfg *config.Server) (needs []vault.Need, err error) {
+	needs = vault.Needs()
+	if cfg.UsesTransit() {
+		of, err := transit.Needs(transitConfig(cfg))
+		if err != nil {
+			return nil, err
+		}
+		// Ceremonies list keys. A server knows which it has.
+		needs = append(needs, slices.DeleteFunc(of, func(n vault.Need) bool { return slices.Equal(n.Capabilities, []string{"list"}) })...)
+	}
+	if cfg.Upstream.VaultPKI.Mount != "" {
+		needs = append(needs, pki.Needs(pkiConfig(cfg))...)
+	}
+	if cfg.Trust.VaultKV.Mount != "" {
+		needs = append(needs, kv.Needs(kvConfig(cfg))...)
+	}
+	return needs, nil
+}
+
+// vaultConfig is how Vault is reached.
+func vaultConfig(v config.Vault, logger *slog.Logger, metrics prometheus.Registerer) vault.Config {
+	l := v.Login
+	return vault.Config{
+		Address: v.Address, Namespace: v.Namespace, CAFile: v.CAFile, ServerName: v.ServerName, Timeout: v.Timeout,
+		Login: vault.Login{
+			Method: l.Method, Mount: l.Mount, Role: l.Role, RoleID: l.RoleID,
+			TokenFile: l.TokenFile, SecretIDFile: l.SecretIDFile, JWTFile: l.JWTFile, CertFile: l.CertFile, KeyFile: l.KeyFile,
+		},
+		Logger: logger, Metrics: metrics,
+	}
+}
+
+// supply adds what the configuration has in Vault to that of a server.
+func (b *backing) supply(full *server.Config, cfg *config.Server) {
+	full.Upstream, full.UpstreamLife, full.Exchange = b.upstream, cfg.Upstream.VaultPKI.Life, b.exchange
+	full.Metrics.MustRegister(b.metrics)
+	if b.vault != nil {
+		full.Vault = b.look
+	}
+}
+
+// Close ends the connection.
+func (b *backing) Close() {
+	if b.vault != nil {
+		b.vault.Close()
+	}
+}
+
+const (
+	// asksAgain spaces the questions what the token may do; while something is to be mended it is asked sooner.
+	asksAgain, asksSoon = time.Minute, 5 * time.Second
+	// askTimeout bounds one.
+	askTimeout = 30 * time.Second
+)
+
+// run keeps the connection, and asks at the start and then now and then whether Vault will do what is going to be asked of
+// it, until ctx ends.
+func (b *backing) run(ctx context.Context) {
+	if b.vault == nil {
+		return
+	}
+	var work sync.WaitGroup
+	defer work.Wait()
+	work.Go(func() { _ = b.vault.Run(ctx) }) // says itself what is wrong
+	for {
+		wait := asksAgain
+		if err := b.ask(ctx); err != nil || b.lacks() {
+			wait = asksSoon
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+	}
+}
+
+// ask asks Vault what the token may do, and says what is new.
+func (b *backing) ask(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	missing, err := b.vault.Missing(ctx, b.needs)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err != nil {
+		b.unasked = err.Error()
+		return err
+	}
+	same := func(x, y vault.Need) bool { return x.Path == y.Path && slices.Equal(x.Capabilities, y.Capabilities) }
+	for _, n := range missing {
+		if !slices.ContainsFunc(b.missing, func(old vault.Need) bool { return same(old, n) }) {
+			b.log.Warn("the token of Vault lacks a capability: compare its policy with what signet config vault-policy prints",
+				"path", n.Path, "lacks", strings.Join(n.Capabilities, ","), "for", n.Why)
+		}
+	}
+	if len(missing) == 0 && (b.asked.IsZero() || len(b.missing) > 0) {
+		b.log.Info("the token of Vault may do all that will be asked")
+	}
+	b.asked, b.unasked, b.missing = time.Now(), "", missing
+	return nil
+}
+
+// lacks reports whether something was missing when Vault was asked last.
+func (b *backing) lacks() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.missing) > 0
+}
+
+// look is what is known of Vault now; it takes no call.
+func (b *backing) look() check.Vault {
+	s, now := b.vault.Status(), time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	v := check.Vault{Address: s.Address, Away: s.Away, Since: s.Since, Why: s.Why, Asked: b.asked, Unasked: b.unasked}
+	if !s.Away && !s.LoggedIn && s.Why != "" {
+		if b.refused.IsZero() {
+			b.refused = now
+		}
+		v.Away, v.Refused, v.Since = true, true, b.refused
+	} else {
+		b.refused = time.Time{}
+	}
+	for _, n := range b.missing {
+		v.Missing = append(v.Missing, check.Lack{Path: n.Path, Capabilities: n.Capabilities, Why: n.Why})
+	}
+	if b.token != "" && s.LoggedIn && !s.Renewable && !s.TokenUntil.IsZero() {
+		if !b.ends.Equal(s.TokenUntil) {
+			b.lives, b.ends = now, s.TokenUntil
+		}
+		v.Token = check.Token{File: b.token, Begins: b.lives, Ends: b.ends}
+	}
+	return v
+}
+
+// check asks Vault once, for a server that does not run.
+func (b *backing) check(ctx context.Context, cfg *config.Server, shown server.Cluster, now time.Time) check.Findings {
+	if b.vault == nil {
+		return nil
+	}
+	_ = b.ask(ctx) // the findings say it
+	d := check.Duties{
+		LeafSpare: rotation.LeastLeft(cfg.Leaf.TTL), ControlSpare: rotation.LeastLeft(cfg.Control.TTL),
+		Upstream: b.upstream != nil, Shared: b.exchange != nil, Volatile: cfg.Keystore.Intermediates == config.KeysMemory,
+	}
+	for _, a := range shown.Authorities {
+		if a.State != ca.Active || a.Certificate == nil {
+			continue
+		}
+		mesh := a.Hierarchy == identity.Mesh.String()
+		if a.Ref.Backend == transit.Backend {
+			d.Leaves, d.Control = d.Leaves || mesh, d.Control || !mesh
+		}
+		if from, until := a.Certificate.NotBefore, a.Certificate.NotAfter; mesh && a.Ref.Backend != keystore.BackendMemory && now.Before(until) {
+			d.Due, d.Until = from.Add(time.Duration(cfg.Rotation.PrepareAt*float64(until.Sub(from)))), until
+		}
+	}
+	return b.look().Findings(d, now)
+}
+
+const (
+	// firstWait and mostWait space the tries of a server to begin while its keys are away.
+	firstWait, mostWait = time.Second, 15 * time.Second
+)
+
+// begin makes the server. While Vault is away and has a key that is needed to begin, it waits: to end would help nobody.
+func (b *backing) begin(ctx context.Context, cfg *config.Server, start func() (*server.Server, error)) (*server.Server, error) {
+	for wait := firstWait; ; wait = min(2*wait, mostWait) {
+		s, err := start()
+		if err == nil || !errors.Is(err, keystore.ErrAway) || ctx.Err() != nil {
+			return s, err
+		}
+		if wait == firstWait {
+			b.log.Warn("a key that the server needs to begin is away; it waits and tries again", "err", err)
+		}
+		wait := wait/2 + rand.N(wait/2+1)
+		notify(b.log, fmt.Sprintf("STATUS=waiting for Vault\nEXTEND_TIMEOUT_USEC=%d", (wait+time.Minute).Microseconds()))
+		b.hold(ctx, cfg.Listen.HTTP, err, wait)
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// hold waits. Meanwhile the HTTP door says that the process lives and why it is not ready: whoever restarted it now would gain
+// nothing.
+func (b *backing) hold(ctx context.Context, address string, why error, wait time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	if l, err := net.Listen("tcp", address); err == nil { // a server that can't listen says so itself
+		h := health.NewServer(health.Config{
+			Checks: func() []check.Part {
+				return []check.Part{{Look: func(context.Context) check.Findings {
+					return check.State(check.CodeVault, "vault", "", why, "", check.Answering, check.Issuing)
+				}}}
+			},
+			Metrics: b.metrics, Logger: b.log,
+		})
+		var serving sync.WaitGroup
+		serving.Go(func() { _ = h.Serve(l) })
+		defer serving.Wait()
+		defer h.Close()
+	}
+	<-ctx.Done()
+}
+
+func (c *cli) configVaultPolicyCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "vault-policy --config FILE",
+		Short: "Print the policy that a server needs in Vault",
+		Long: `Prints the smallest policy for Vault with which the server of this configuration can do all that it will ever ask for, the
+next rotation included, with what each line is for. It is made from the configuration alone: no Vault is asked.
+
+A running server asks Vault itself whether its token may do all of this, and says what is missing: signet check.
+Exit status 2 if the configuration uses no Vault.`,
+		Example: `  signet config vault-policy --config east.yaml
+  signet config vault-policy --config east.yaml | vault policy write signet-east -`,
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			cfg, err := config.LoadServer(file)
+			if err != nil {
+				return err
+			}
+			if !cfg.UsesVault() {
+				return fmt.Errorf("%s uses no Vault: nothing in keystore, upstream or trust names it, so no policy is needed", file)
+			}
+			needs, err := needsOf(cfg)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(c.out, "# What the server of cluster %s of %s asks of Vault.\n\n%s", cfg.Cluster, cfg.TrustDomain.Name(), vault.Policy(needs))
+			return err
+		},
+	}
+	serverConfigFlag(cmd, &file)
+	return cmd
+}

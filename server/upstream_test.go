@@ -1,0 +1,280 @@
+package server
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/keystore"
+)
+
+// atOnce is an upstream authority whose roots are at hand, as long as it is not away.
+type atOnce struct {
+	t     testing.TB
+	mu    sync.Mutex
+	roots []*root
+	away  bool
+	asked int
+	// swap makes something else of its answer.
+	swap func(*ca.Answer)
+}
+
+func (u *atOnce) Root(context.Context) (*x509.Certificate, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.away {
+		return nil, errors.New("nobody is there")
+	}
+	return u.roots[0].cert, nil
+}
+
+func (u *atOnce) Sign(_ context.Context, p ca.Plan, csr []byte) (ca.Answer, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.asked++
+	i := slices.IndexFunc(u.roots, func(r *root) bool { return p.Under != nil && r.cert.Equal(p.Under) })
+	switch {
+	case u.away:
+		return ca.Answer{}, errors.New("nobody is there")
+	case i < 0:
+		return ca.Answer{}, errors.New("I don't have that root")
+	}
+	chain, err := ca.ParseChain(u.roots[i].intermediate(u.t, csr, func(c *x509.Certificate) {
+		c.NotBefore, c.NotAfter = p.NotBefore, p.NotAfter
+	}))
+	if err != nil {
+		return ca.Answer{}, err
+	}
+	a := ca.Answer{Chain: chain[:1], Roots: chain[1:]}
+	if u.swap != nil {
+		u.swap(&a)
+	}
+	return a, nil
+}
+
+func (u *atOnce) set(change func()) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	change()
+}
+
+// newOnline is a cluster whose root is at hand.
+func newOnline(t testing.TB, name string) (*cluster, *atOnce) {
+	t.Helper()
+	u := &atOnce{t: t, roots: []*root{newRoot(t)}}
+	c := &cluster{name: name, dir: shortDir(t), root: u.roots[0], keys: keystore.NewMemory(), upstream: u}
+	r, err := Init(t.Context(), InitConfig{Folder: c.folder(), Ceremony: byX509{}, Upstream: u, Rotation: testRotation(), RootFingerprint: c.root.fingerprint()})
+	must(t, err)
+	if r.CSR != nil || !slices.Equal(r.Roots, []string{c.root.fingerprint()}) {
+		t.Fatalf("a cluster with an upstream begins with %+v", r)
+	}
+	return c, u
+}
+
+func (l *live) signing() string {
+	for _, a := range l.keeper.current.Load().rows {
+		if a.Kind == ca.KindIntermediate && a.State == ca.Active {
+			return a.ID
+		}
+	}
+	return ""
+}
+
+func (l *live) said(code string) check.Finding {
+	for _, p := range l.checks() {
+		for _, f := range p.Look(l.t.Context()) {
+			if f.Code == code {
+				return f
+			}
+		}
+	}
+	l.t.Fatalf("nothing is said about %s", code)
+	return check.Finding{}
+}
+
+func TestAClusterWithAnUpstreamBeginsWithThePinnedRootOnly(t *testing.T) {
+	u := &atOnce{t: t, roots: []*root{newRoot(t)}}
+	c := &cluster{name: "east", dir: shortDir(t), keys: keystore.NewMemory(), upstream: u}
+	conf := InitConfig{Folder: c.folder(), Ceremony: byX509{}, Upstream: u, Rotation: testRotation()}
+	_, err := Init(t.Context(), conf)
+	wantError(t, err, "--root-fingerprint")
+	conf.RootFingerprint = newRoot(t).fingerprint()
+	_, err = Init(t.Context(), conf)
+	wantError(t, err, "another one")
+	if _, err := New(t.Context(), c.config()); err == nil || !strings.Contains(err.Error(), "trusts no root yet") {
+		t.Fatalf("a server without a root: %v", err)
+	}
+	conf.RootFingerprint = u.roots[0].fingerprint()
+	r, err := Init(t.Context(), conf)
+	must(t, err)
+	if !r.Created {
+		t.Error("the root was taken, and nothing is said to be made")
+	}
+	again, err := Init(t.Context(), conf)
+	must(t, err)
+	if again.Created || again.ControlCA != r.ControlCA {
+		t.Errorf("the second time: %+v", again)
+	}
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
+	s.apply(false, registration("a", "node-1"))
+	leaf := s.leaf(s.dial(s.enrol("node-1")), "a")
+	if left := time.Until(leaf.NotAfter); left < 50*time.Minute {
+		t.Errorf("the leaf lives %s", left)
+	}
+}
+
+func TestAnIntermediateFollowsByItselfWhereTheRootIsAtHand(t *testing.T) {
+	c, u := newOnline(t, "east")
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
+	c.ahead.Store(int64(4 * 24 * time.Hour)) // of seven days
+	soon(t, "its successor stands ready", func() bool { return s.state("intermediate-2") == ca.Published })
+	if got := s.signing(); got != "intermediate-1" {
+		t.Errorf("%s signs before its time", got)
+	}
+	// The authority is away when the next would be made: what there is goes on, and status says it.
+	u.set(func() { u.away = true })
+	c.ahead.Store(int64(5 * 24 * time.Hour))
+	soon(t, "the successor takes over", func() bool { return s.signing() == "intermediate-2" })
+	c.ahead.Store(int64(8 * 24 * time.Hour))
+	soon(t, "somebody is told", func() bool { return s.said(check.CodeUpstream).Level == check.Warning })
+	if f := s.said(check.CodeUpstream); !strings.Contains(f.Message, "nobody is there") || f.Blocks() {
+		t.Errorf("the finding is %+v", f)
+	}
+	s.apply(false, registration("a", "node-1"))
+	s.leaf(s.dial(s.enrol("node-1")), "a")
+	u.set(func() { u.away = false })
+	soon(t, "it recovers by itself", func() bool { return s.state("intermediate-3") == ca.Published })
+	soon(t, "it is told", func() bool { return s.said(check.CodeUpstream).Level == check.OK })
+}
+
+func TestARootFollowsByItselfWhereBothAreAtHand(t *testing.T) {
+	c, u := newOnline(t, "east")
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() != "" })
+	s.apply(false, registration("a", "node-1"))
+	m := s.enrol("node-1")
+	conn, agent := s.dial(m), s.listen(m, false)
+	s.leaf(conn, "a")
+	b := newRoot(t)
+	u.set(func() { u.roots = append(u.roots, b) })
+	_, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	soon(t, "leaves come from the new root", func() bool { return s.leaf(conn, "a").CheckSignatureFrom(b.cert) == nil || s.signing() == "intermediate-2" })
+	soon(t, "the old root is retired", func() bool { return s.state(c.root.id()) == ca.Retired })
+	c.ahead.Store(int64(25 * time.Hour))
+	soon(t, "agents stop to believe it", func() bool { return len(agent.believes().Roots()) == 1 })
+}
+
+func TestAnAnswerThatIsNotAsPlannedIsRefused(t *testing.T) {
+	other := newRoot(t)
+	for name, c := range map[string]struct {
+		swap func(*ca.Answer)
+		says string
+	}{
+		"another key": {func(a *ca.Answer) {
+			key := must1(keystore.NewMemory().Create(t.Context(), "x", keystore.ECDSAP256, 0))
+			csr := must1(byX509{}.Request(key, must1(ca.NewIntermediatePlan(td, "east", key.Public(), time.Now(), time.Hour))))
+			a.Chain = must1(ca.ParseChain(other.intermediate(t, csr, nil)))[:1]
+		}, "another"},
+		"another root": {func(a *ca.Answer) {
+			a.Chain = []*x509.Certificate{sign(t, caTemplate(a.Chain[0].Subject.CommonName), other.cert, a.Chain[0].PublicKey, other.key)}
+		}, "root"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cl, u := newOnline(t, "east")
+			u.set(func() { u.swap = c.swap })
+			s := cl.start(t, nil)
+			soon(t, "it is refused", func() bool { return strings.Contains(s.said(check.CodeUpstream).Message, c.says) })
+			if got := s.signing(); got != "" {
+				t.Errorf("%s signs", got)
+			}
+			u.set(func() { u.swap = nil })
+			soon(t, "a good answer is taken", func() bool { return s.signing() == "intermediate-1" })
+		})
+	}
+}
+
+func TestKeysInMemoryAreReplacedAtTheStart(t *testing.T) {
+	c, u := newOnline(t, "east")
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
+	s.apply(false, registration("a", "node-1"))
+	m := s.enrol("node-1")
+	s.leaf(s.dial(m), "a")
+	must(t, s.stop())
+	c.forgetKeys(t)
+
+	// Nobody signs, but all else goes on.
+	u.set(func() { u.away = true })
+	s = c.start(t, nil)
+	soon(t, "the lost issuer is retired", func() bool { return s.state("intermediate-1") == ca.Retired })
+	soon(t, "another one is asked for", func() bool { return s.state("intermediate-2") == ca.Prepared })
+	if f := s.said(check.CodeInstalled); !f.Blocks() {
+		t.Errorf("a server that can't issue says %+v", f)
+	}
+	u.set(func() { u.away = false })
+	soon(t, "the second intermediate signs", func() bool { return s.signing() == "intermediate-2" })
+	if chain := s.keeper.current.Load().chains["intermediate-2"]; !chain[len(chain)-1].Equal(c.root.cert) {
+		t.Error("it is under another root")
+	}
+	s.leaf(s.dial(m), "a")
+	must(t, s.stop())
+
+	// However often it starts, no number comes again and the old ones are forgotten at last.
+	for range 3 {
+		c.forgetKeys(t)
+		s = c.start(t, nil)
+		before := s.signing()
+		soon(t, "the next intermediate signs", func() bool { return s.signing() != "" && s.signing() != before })
+		must(t, s.stop())
+	}
+	if got := s.signing(); got != "intermediate-5" {
+		t.Errorf("%s signs after five starts", got)
+	}
+}
+
+func must1[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// forgetKeys takes the intermediates' keys away, as the end of a process does with those in memory.
+func (c *cluster) forgetKeys(t testing.TB) {
+	t.Helper()
+	refs := must1(c.keys.List(t.Context()))
+	for _, r := range refs {
+		if r.Name == intermediateKey {
+			must(t, c.keys.Delete(t.Context(), r))
+		}
+	}
+}
+
+func TestRemovedIntermediatesAreForgottenButForTheNewest(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	set := s.keeper.current.Load()
+	for i := range 5 {
+		row := set.rows[len(set.rows)-1]
+		row.ID, row.Kind, row.State, row.Chain, row.Root = strings.Repeat("x", i+1), ca.KindIntermediate, ca.Removed, nil, ""
+		set = must1(set.edit(nil, row))
+	}
+	before := len(set.rows)
+	if dropped := set.forget(2); !slices.Equal(dropped, []string{"xxx", "xx", "x"}) || len(set.rows) != before-3 {
+		t.Errorf("dropped %v, and %d of %d are left", dropped, len(set.rows), before)
+	}
+	if dropped := set.forget(2); dropped != nil {
+		t.Errorf("then dropped %v", dropped)
+	}
+}

@@ -1,0 +1,149 @@
+package vault
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+)
+
+const (
+	// tripAfter failures in a row Vault is left alone.
+	tripAfter = 5
+	minOpen   = time.Second
+	maxOpen   = 30 * time.Second
+)
+
+// outcome is what one call says of Vault.
+type outcome int
+
+const (
+	// well: it works.
+	well outcome = iota
+	// alive: it answers, which is not enough to forget failures.
+	alive
+	// ill: it does not work.
+	ill
+	// unknown: the call was given up.
+	unknown
+)
+
+// breaker keeps calls from a Vault that is away. After tripAfter failures in a row it is open: calls fail at once. After a
+// time, which grows from 1 s to 30 s and is jittered so that many servers don't come back at once, one call may try; it
+// decides. (No library has an open time that grows: sony/gobreaker's is fixed.)
+type breaker struct {
+	now func() time.Time
+	// turned is told, without the lock, when it opens (with the reason) and closes.
+	turned func(open bool, why string)
+
+	mu sync.Mutex
+	// heard: Vault has answered since the start.
+	heard bool
+	// row counts failures since first; last is the newest of them.
+	row   int
+	first time.Time
+	last  string
+	// open until then; after it, probing tells whether somebody tries already.
+	open    bool
+	until   time.Time
+	probing bool
+	wait    *backoff.ExponentialBackOff
+	// held: Vault has asked for peace until then (Retry-After).
+	held time.Time
+}
+
+func newBreaker(now func() time.Time, turned func(bool, string)) *breaker {
+	return &breaker{now: now, turned: turned, wait: &backoff.ExponentialBackOff{
+		// A quarter less or more stays between minOpen and maxOpen.
+		InitialInterval: minOpen * 4 / 3, MaxInterval: maxOpen * 4 / 5, Multiplier: 2, RandomizationFactor: 0.25,
+	}}
+}
+
+// allow says whether a call may be made. If so, done must be told what came of it.
+func (b *breaker) allow() (done func(outcome, string), err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := b.now()
+	if now.Before(b.held) {
+		return nil, fmt.Errorf("too many requests, and Vault has asked to be left alone until %s", stamp(b.held))
+	}
+	probe := false
+	if b.open {
+		if now.Before(b.until) || b.probing {
+			return nil, fmt.Errorf("left alone until %s after %d failures in a row, the last: %s", stamp(b.until), b.row, b.last)
+		}
+		b.probing, probe = true, true
+	}
+	return func(o outcome, why string) { b.done(probe, o, why) }, nil
+}
+
+func stamp(t time.Time) string { return t.UTC().Format("15:04:05 UTC") }
+
+func (b *breaker) done(probe bool, o outcome, why string) {
+	b.mu.Lock()
+	was := b.open
+	if probe {
+		b.probing = false
+	}
+	switch o {
+	case well:
+		b.heard, b.row, b.last, b.open = true, 0, "", false
+	case alive:
+		b.heard = true
+	case ill:
+		// A call that began before it opened says nothing new.
+		if b.open && !probe {
+			break
+		}
+		if b.row == 0 {
+			b.first = b.now()
+		}
+		b.row++
+		b.last = why
+		if !b.open && b.row < tripAfter {
+			break
+		}
+		if !b.open {
+			b.wait.Reset()
+		}
+		b.open, b.until = true, b.now().Add(b.wait.NextBackOff())
+	}
+	turned := was != b.open
+	b.mu.Unlock()
+	if turned {
+		b.turned(!was, why)
+	}
+}
+
+// hold keeps all calls back for a time.
+func (b *breaker) hold(d time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if until := b.now().Add(d); until.After(b.held) {
+		b.held = until
+	}
+}
+
+// health is the breaker's view for Status and metrics.
+type health struct {
+	heard bool
+	row   int
+	first time.Time
+	last  string
+	// until is when the next call may be made, zero if now.
+	until time.Time
+}
+
+func (b *breaker) health() health {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	h := health{heard: b.heard, row: b.row, first: b.first, last: b.last}
+	if b.open {
+		h.until = b.until
+	}
+	if b.held.After(h.until) && b.now().Before(b.held) {
+		h.until = b.held
+	}
+	return h
+}

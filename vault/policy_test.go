@@ -1,0 +1,141 @@
+package vault
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/hcl"
+)
+
+func TestAPolicyIsTheSameForTheSameNeeds(t *testing.T) {
+	needs := []Need{
+		{"transit/sign/signet-*", []string{"update", "create"}, "sign with the issuer's key"},
+		{"secret/data/signet/east", []string{"update"}, "publish\nthe bundle"},
+		{"secret/data/signet/+", []string{"read"}, "read the bundle"},
+		{"transit/sign/signet-*", []string{"update"}, "sign with the log's key"},
+		{"secret/data/signet/east", []string{"create"}, "publish\nthe bundle"},
+		{"pki/issuer/\"odd\"", []string{"recover", "read"}, "odd"},
+	}
+	want := `# odd
+path "pki/issuer/\"odd\"" {
+  capabilities = ["recover", "read"]
+}
+
+# read the bundle
+path "secret/data/signet/+" {
+  capabilities = ["read"]
+}
+
+# publish the bundle
+path "secret/data/signet/east" {
+  capabilities = ["create", "read", "update"]
+}
+
+# sign with the issuer's key
+# sign with the log's key
+path "transit/sign/signet-*" {
+  capabilities = ["create", "update"]
+}
+`
+	if d := cmp.Diff(want, Policy(needs)); d != "" {
+		t.Error(d)
+	}
+	for range 20 {
+		if Policy(needs) != want {
+			t.Fatal("another policy for the same needs")
+		}
+	}
+	var parsed map[string]any
+	if err := hcl.Decode(&parsed, Policy(append(needs, Needs()...))); err != nil {
+		t.Error(err)
+	}
+	if Policy(nil) != "" {
+		t.Error("a policy for nothing")
+	}
+}
+
+func TestAWiderPathCoversANarrowerOne(t *testing.T) {
+	for _, c := range []struct {
+		pattern, path string
+		want          bool
+	}{
+		{"a/*", "a/b", true},
+		{"a/*", "a/b/c", true},
+		{"a/*", "a/*", true},
+		{"a/*", "a", false},
+		{"a/b*", "a/bc", true},
+		{"a/b*", "a/bc/d", true},
+		{"a/b*", "a/c", false},
+		{"a/+/c", "a/b/c", true},
+		{"a/+/c", "a/b/d", false},
+		{"a/+/c", "a/b/b/c", false},
+		{"a/+", "a/b", true},
+		{"+/b", "a/b", true},
+		{"a", "a", true},
+		{"a", "a/b", false},
+		{"*", "a/b", true},
+	} {
+		if got := covers(c.pattern, c.path); got != c.want {
+			t.Errorf("%s covers %s: %v", c.pattern, c.path, got)
+		}
+	}
+}
+
+func TestMissingNamesWhatIsLacking(t *testing.T) {
+	f := newFakeVault()
+	has := map[string][]string{"a": {"read"}, "b/*": {"create", "update"}, "c": {"deny"}, "d": {"root"}}
+	var needs []Need
+	for _, p := range []string{"d", "c", "b/*", "a"} {
+		needs = append(needs, Need{p, []string{"read", "update"}, "why " + p})
+	}
+	for i := range 250 {
+		p := fmt.Sprintf("many/%03d", i)
+		has[p] = []string{"read"}
+		needs = append(needs, Need{p, []string{"read"}, "many"})
+	}
+	calls := 0
+	f.on("PUT "+capabilitiesPath, func(w http.ResponseWriter, r *http.Request) {
+		calls++
+		var body struct{ Paths []string }
+		_ = json.Unmarshal(f.last(), &body)
+		d := map[string]any{}
+		for _, p := range body.Paths {
+			d[p] = has[p]
+		}
+		if len(body.Paths) == 1 {
+			d["capabilities"] = has[body.Paths[0]]
+		}
+		answer(w, 200, map[string]any{"data": d})
+	})
+	cl := connect(t, appRole(t), f)
+	missing, err := cl.Missing(t.Context(), needs)
+	want := []Need{{"a", []string{"update"}, "why a"}, {"b/*", []string{"read"}, "why b/*"}, {"c", []string{"read", "update"}, "why c"}}
+	if d := cmp.Diff(want, missing); err != nil || d != "" || calls != 3 {
+		t.Errorf("%v, %d calls: %s", err, calls, d)
+	}
+	if missing, err := cl.Missing(t.Context(), nil); err != nil || missing != nil {
+		t.Error(missing, err)
+	}
+	f.on("PUT "+capabilitiesPath, data(map[string]any{"other": []string{"read"}}))
+	if _, err := cl.Missing(t.Context(), needs[:1]); err == nil || !strings.Contains(err.Error(), "does not answer for d") {
+		t.Error(err)
+	}
+	f.on("PUT "+capabilitiesPath, refuse(403, "permission denied"))
+	if _, err := cl.Missing(t.Context(), needs[:1]); !errors.Is(err, ErrDenied) {
+		t.Error(err)
+	}
+}
+
+func TestNeedsAreInOrder(t *testing.T) {
+	for _, n := range Needs() {
+		if n.Why == "" || strings.ContainsRune(n.Why, '\n') || !slices.Equal(n.Capabilities, inOrder(slices.Clone(n.Capabilities))) {
+			t.Errorf("%+v", n)
+		}
+	}
+}

@@ -1,0 +1,288 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/hashicorp/vault/api"
+)
+
+const (
+	// pulse is how often Run looks whether Vault is there, so that its absence shows before it is needed.
+	pulse = 10 * time.Second
+	// shortLived is what a session must live longer than for the next login to follow at once.
+	shortLived = 5 * time.Second
+	// renewGap is the least time between a renewal that failed and the next.
+	renewGap = 10 * time.Second
+)
+
+// Run keeps the token alive, logs in again when it ends, and watches whether Vault is there, until ctx ends; then it
+// returns nil. Calls work without it, but each session's end then costs the call that meets it a login.
+func (c *Client) Run(ctx context.Context) error {
+	if !c.running.CompareAndSwap(false, true) {
+		return errors.New("the connection to Vault is kept by another Run: call it once")
+	}
+	defer c.running.Store(false)
+	var g sync.WaitGroup
+	g.Go(func() { c.watch(ctx) })
+	c.keep(ctx)
+	g.Wait()
+	return nil
+}
+
+// keep tends one session after the other.
+func (c *Client) keep(ctx context.Context) {
+	wait := &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxOpen}
+	wait.Reset()
+	// spent is the session whose renewal is at its end, though its token may still live.
+	var spent *session
+	failing := false
+	for ctx.Err() == nil {
+		c.mu.Lock()
+		changed := c.changed
+		c.mu.Unlock()
+		s, err := c.other(ctx, spent)
+		if err != nil {
+			if ctx.Err() == nil && !failing {
+				failing = true
+				c.log.Warn("no login to Vault, trying on", "vault", c.address, "err", err)
+			}
+			pause(ctx, wait.NextBackOff(), changed)
+			continue
+		}
+		failing = false
+		began := c.now()
+		c.log.Info("logged in to Vault", "vault", c.address, "method", c.login.Method, "until", c.endOf(s))
+		if !c.tend(ctx, s) {
+			continue
+		}
+		spent = s
+		if c.now().Sub(began) < shortLived {
+			// A token that is at its end already when we get it, or can't be renewed: no login after the other.
+			c.mu.Lock()
+			changed = c.changed
+			c.mu.Unlock()
+			pause(ctx, wait.NextBackOff(), changed)
+		} else {
+			wait.Reset()
+		}
+	}
+}
+
+// pause ends early when somebody else has logged in.
+func pause(ctx context.Context, d time.Duration, changed <-chan struct{}) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-changed:
+	case <-t.C:
+	}
+}
+
+func (c *Client) endOf(s *session) any {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.until.IsZero() {
+		return "it is revoked"
+	}
+	return s.until
+}
+
+// tend renews a session's token. It returns true when that is at its end, and a new login due; false when there is another
+// session or ctx has ended.
+func (c *Client) tend(ctx context.Context, s *session) bool {
+	auth := s.auth()
+	if auth.LeaseDuration == 0 {
+		// A token without end: the watcher would take it for one that has ended.
+		select {
+		case <-ctx.Done():
+		case <-s.gone:
+		}
+		return false
+	}
+	w, err := s.renewals().NewLifetimeWatcher(&api.LifetimeWatcherInput{
+		Secret: &api.Secret{Auth: auth}, RenewBehavior: api.RenewBehaviorIgnoreErrors,
+	})
+	if err != nil {
+		c.log.Error("the token can't be renewed", "err", err)
+		return true
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		w.Start()
+	}()
+	// It is gone before the next begins; a renewal under way ends within the timeout of a call.
+	defer func() {
+		w.Stop()
+		<-ended
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-s.gone:
+			return false
+		case r := <-w.RenewCh():
+			c.renewed(s, r)
+		case <-ended:
+			select {
+			case r := <-w.RenewCh():
+				c.renewed(s, r)
+			default:
+			}
+			return true
+		}
+	}
+}
+
+func (c *Client) renewed(s *session, r *api.RenewOutput) {
+	seconds := max(0, min(r.Secret.Auth.LeaseDuration, int(maxLife/time.Second)))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if seconds > 0 {
+		s.until = endOf(c.now(), seconds)
+	}
+}
+
+// renewals carries what the watcher sends: not too often, past the breaker, and counted.
+type renewals struct{ c *Client }
+
+func (r renewals) RoundTrip(q *http.Request) (*http.Response, error) {
+	c := r.c
+	// The watcher does not know that Close ends it.
+	ctx, cancel := context.WithCancel(q.Context())
+	defer context.AfterFunc(c.root, cancel)()
+	defer cancel()
+	// After some failures the watcher tries without any pause (its backoff ends in 0, which it takes for a time to wait).
+	c.mu.Lock()
+	pause := time.Until(c.renewAfter)
+	c.mu.Unlock()
+	if err := sleep(ctx, pause); err != nil {
+		return nil, err
+	}
+	resp, err := r.once(q.WithContext(ctx))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.renewAfter = time.Now().Add(jitter(renewGap)); err == nil && resp.StatusCode < 300 {
+		c.renewAfter = time.Time{}
+	}
+	return resp, err
+}
+
+func (r renewals) once(q *http.Request) (*http.Response, error) {
+	c := r.c
+	done, err := c.breaker.allow()
+	if err != nil {
+		c.metrics.observe(opRenew, ErrAway, 0)
+		return nil, err
+	}
+	ctx := q.Context()
+	began := time.Now()
+	resp, err := c.wire.RoundTrip(q)
+	e := &Error{Op: opRenew, Path: strings.TrimPrefix(q.URL.Path, "/v1/"), vault: c.address}
+	switch {
+	case err != nil:
+		e = c.unanswered(ctx, e, err, time.Since(began), c.secrets(q.Header.Get(api.AuthHeaderName)))
+	case resp.StatusCode >= 300:
+		e.Status = resp.StatusCode
+		e.away = resp.StatusCode >= 500 || resp.StatusCode < 400 || resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusPreconditionFailed
+		if wait := retryAfter(resp.Header.Get("Retry-After"), c.now()); e.away && wait > 0 {
+			c.breaker.hold(wait)
+		}
+		if resp.StatusCode == http.StatusForbidden {
+			c.log.Warn("Vault denies the renewal of our token: it is revoked, or its policy lacks auth/token/renew-self", "vault", c.address)
+		}
+	default:
+		e = nil
+	}
+	done(e.outcome(request{op: opRenew}))
+	c.metrics.observe(opRenew, e.orNil(), time.Since(began))
+	return resp, err
+}
+
+// watch looks after Vault when nobody calls it.
+func (c *Client) watch(ctx context.Context) {
+	for {
+		h := c.breaker.health()
+		d := jitter(pulse)
+		if h.row > 0 {
+			d = max(jitter(time.Second), h.until.Sub(c.now())+jitter(100*time.Millisecond))
+		}
+		if sleep(ctx, d) != nil {
+			return
+		}
+		if h.row > 0 {
+			// That it answers is not enough now: it has to work, with a token.
+			_, _ = c.call(ctx, request{op: opRead, path: lookupPath})
+			continue
+		}
+		_, _ = c.health(ctx)
+	}
+}
+
+// jitter is d, a quarter more or less.
+func jitter(d time.Duration) time.Duration {
+	return d*3/4 + rand.N(d/2)
+}
+
+// health asks whether the node is there; it needs no token.
+func (c *Client) health(ctx context.Context) (*api.Secret, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	began := time.Now()
+	secret, err := c.send(ctx, c.calls, request{op: opHealth, path: healthPath})
+	c.metrics.observe(opHealth, err.orNil(), time.Since(began))
+	return secret, err.orNil()
+}
+
+// turned is told when the breaker opens and closes.
+func (c *Client) turned(open bool, why string) {
+	if open {
+		c.log.Warn("Vault is away, it is left alone for a while", "vault", c.address, "why", why)
+		return
+	}
+	c.log.Info("Vault is back", "vault", c.address)
+}
+
+// Status is how the connection is, for checks; asking costs no call.
+type Status struct {
+	Address, Method string
+	// Away: Vault can't be used now, since then.
+	Away  bool
+	Since time.Time
+	// Why says in a sentence what is wrong, also where Vault is there but refuses our login; "" if nothing is known to be.
+	Why string
+	// LoggedIn: there is a token, that lives until TokenUntil (zero: without end) unless it is renewed.
+	LoggedIn   bool
+	TokenUntil time.Time
+	Renewable  bool
+}
+
+// Status says how the connection is.
+func (c *Client) Status() Status {
+	h := c.breaker.health()
+	st := Status{Address: c.address, Method: c.login.Method, Away: h.row > 0, Since: h.first, Why: h.last}
+	if !st.Away {
+		st.Since = time.Time{}
+	} else {
+		st.Why = fmt.Sprintf("Vault at %s is away since %s: %s", c.address, h.first.UTC().Format(time.RFC3339), h.last)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.living(); s != nil {
+		st.LoggedIn, st.TokenUntil, st.Renewable = true, s.until, s.renewable
+	}
+	if st.Why == "" && c.refused.err != nil {
+		st.Why = c.refused.err.Error()
+	}
+	return st
+}

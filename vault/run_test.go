@@ -1,0 +1,266 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// keepFor runs it for a simulated time.
+func keepFor(t *testing.T, cl *Client, d time.Duration, meanwhile func()) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- cl.Run(ctx) }()
+	if meanwhile != nil {
+		meanwhile()
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRunKeepsATokenAliveByRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.life = 60
+		cl := connect(t, appRole(t), f)
+		keepFor(t, cl, time.Hour, func() {
+			for range 3590 {
+				time.Sleep(time.Second)
+				if st := cl.Status(); !st.LoggedIn || !st.Renewable || st.Away || st.TokenUntil.Sub(time.Now()) > time.Minute {
+					t.Fatalf("status is %+v", st)
+				}
+			}
+			if err := cl.Run(t.Context()); err == nil {
+				t.Error("it runs twice")
+			}
+		})
+		if n, renewals := f.loginCount(), f.count("PUT auth/token/renew-self"); n != 1 || renewals < 60 || renewals > 120 {
+			t.Errorf("%d logins and %d renewals in an hour with a token of a minute", n, renewals)
+		}
+		if n := f.count("GET " + healthPath); n < 250 || n > 500 {
+			t.Errorf("%d times asked whether it is there", n)
+		}
+	})
+}
+
+func TestRunLogsInAgainWhenRenewalEnds(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		life   int
+		renew  http.HandlerFunc
+		logins [2]int
+	}{
+		{"a batch token", 60, nil, [2]int{60, 90}},
+		{"a renewal that is denied", 60, refuse(403, "permission denied"), [2]int{60, 90}},
+		{"a renewal that fails", 60, refuse(500, "no"), [2]int{40, 400}},
+		{"a renewal that never ends", 60, hang, [2]int{40, 400}},
+		// Bounded by the backoff, not by the life: no hot loop.
+		{"a token of a second", 1, nil, [2]int{100, 700}},
+		{"a token without end", 0, nil, [2]int{1, 1}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFakeVault()
+				f.life, f.renewable = c.life, c.renew != nil
+				if c.renew != nil {
+					f.on("PUT auth/token/renew-self", c.renew)
+				}
+				cl := connect(t, appRole(t), f)
+				keepFor(t, cl, time.Hour, nil)
+				if n := f.loginCount(); n < c.logins[0] || n > c.logins[1] {
+					t.Errorf("%d logins in an hour, want %d to %d", n, c.logins[0], c.logins[1])
+				}
+			})
+		})
+	}
+}
+
+func TestATokenThatStopsGrowingIsReplacedBeforeItEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.life = 10
+		f.on("GET a", data(map[string]any{"a": "b"}))
+		born := map[string]time.Time{}
+		// As a max_ttl of 30 s does.
+		f.on("PUT auth/token/renew-self", func(w http.ResponseWriter, r *http.Request) {
+			token := r.Header.Get("X-Vault-Token")
+			if born[token].IsZero() {
+				born[token] = time.Now()
+			}
+			left := max(1, min(10, int((30*time.Second-time.Since(born[token])).Seconds())))
+			answer(w, 200, map[string]any{"auth": map[string]any{"client_token": token, "lease_duration": left, "renewable": true}})
+		})
+		cl := connect(t, appRole(t), f)
+		keepFor(t, cl, 10*time.Minute, func() {
+			for range 5900 {
+				time.Sleep(100 * time.Millisecond)
+				if st := cl.Status(); !st.LoggedIn {
+					t.Fatalf("no token after %d logins: %+v", f.loginCount(), st)
+				}
+			}
+		})
+		if n := f.loginCount(); n < 20 || n > 40 {
+			t.Errorf("%d logins in ten minutes with tokens of at most 30 s", n)
+		}
+	})
+}
+
+func TestRunWaitsForAVaultThatIsAwayAndNoticesItsReturn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("GET a", data(map[string]any{"a": "b"}))
+		var sealed, asked atomic.Int64
+		h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			asked.Add(1)
+			if sealed.Load() == 1 {
+				refuse(503, "Vault is sealed")(w, r)
+				return
+			}
+			f.ServeHTTP(w, r)
+		})
+		cl := connect(t, appRole(t), h)
+		sealed.Store(1)
+		keepFor(t, cl, time.Hour, func() {
+			time.Sleep(5 * time.Minute)
+			st := cl.Status()
+			if !st.Away || st.LoggedIn || !strings.Contains(st.Why, "unseal it") || time.Since(st.Since) < 4*time.Minute {
+				t.Errorf("status is %+v", st)
+			}
+			if n := asked.Load(); n > 40 {
+				t.Errorf("asked %d times in five minutes", n)
+			}
+			if _, err := cl.Read(t.Context(), "a"); !errors.Is(err, ErrAway) || !strings.Contains(err.Error(), "left alone") {
+				t.Error(err)
+			}
+			sealed.Store(0)
+			time.Sleep(2 * maxOpen)
+			if st := cl.Status(); st.Away || !st.LoggedIn || st.Why != "" || !st.Since.IsZero() {
+				t.Errorf("status after unsealing is %+v", st)
+			}
+			if _, err := cl.Read(t.Context(), "a"); err != nil {
+				t.Error(err)
+			}
+			// It goes away while nobody calls.
+			sealed.Store(1)
+			time.Sleep(2 * pulse)
+			if st := cl.Status(); !st.Away {
+				t.Errorf("not noticed within %s: %+v", 2*pulse, st)
+			}
+			sealed.Store(0)
+			time.Sleep(2 * maxOpen)
+			if st := cl.Status(); st.Away || f.loginCount() != 1 {
+				t.Errorf("%d logins, status %+v", f.loginCount(), st)
+			}
+		})
+	})
+}
+
+func TestAStandbyIsNoFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for status, away := range map[int]bool{200: false, 429: false, 472: false, 473: false, 474: true, 500: true, 501: true, 503: true} {
+			f := newFakeVault()
+			f.on("GET "+healthPath, func(w http.ResponseWriter, _ *http.Request) {
+				answer(w, status, map[string]any{"initialized": true, "standby": true})
+			})
+			cl := connect(t, appRole(t), f)
+			if _, err := cl.health(t.Context()); errors.Is(err, ErrAway) != away {
+				t.Errorf("%d: %v", status, err)
+			}
+			if cl.Status().Away != away {
+				t.Errorf("%d: %+v", status, cl.Status())
+			}
+		}
+	})
+}
+
+func TestThatANodeIsThereDoesNotMeanThatItWorks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		cl := connect(t, appRole(t), f)
+		_, _ = cl.Read(t.Context(), "a")
+		// A standby without a leader is well by its own account.
+		f.on("GET a", refuse(500, "local node not active but active cluster node not found"))
+		f.on("GET "+lookupPath, refuse(500, "local node not active but active cluster node not found"))
+		keepFor(t, cl, 10*time.Minute, func() {
+			for range 5 {
+				_, _ = cl.Read(t.Context(), "a")
+			}
+			for range 500 {
+				time.Sleep(time.Second)
+				if !cl.Status().Away {
+					t.Fatal("it is taken to work")
+				}
+			}
+		})
+	})
+}
+
+func TestATokenFileIsReadAnewWhenItsTokenEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("GET a", data(map[string]any{"a": "b"}))
+		f.life, f.renewable = 60, false
+		f.tokens["hvs.first"] = true
+		path := secretFile(t, "token", "hvs.first\n")
+		cl := connect(t, Config{Address: "http://127.0.0.1:1", Login: Login{Method: "token", TokenFile: path}}, f)
+		keepFor(t, cl, time.Hour, func() {
+			if _, err := cl.Read(t.Context(), "a"); err != nil {
+				t.Fatal(err)
+			}
+			// As a Vault Agent does: it writes a new one, and the old one ends.
+			f.mu.Lock()
+			f.tokens["hvs.second"] = true
+			f.mu.Unlock()
+			write(t, path, "hvs.second")
+			time.Sleep(time.Minute)
+			f.mu.Lock()
+			delete(f.tokens, "hvs.first")
+			f.mu.Unlock()
+			if _, err := cl.Read(t.Context(), "a"); err != nil {
+				t.Fatal(err)
+			}
+			// Nobody replaces it: calls say so, and Vault is not asked all the time.
+			f.revokeAll()
+			before := f.count("GET " + lookupPath)
+			time.Sleep(10 * time.Minute)
+			for range 100 {
+				if _, err := cl.Read(t.Context(), "a"); !errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), path) {
+					t.Fatal(err)
+				}
+			}
+			if n := f.count("GET "+lookupPath) - before; n > 60 {
+				t.Errorf("asked %d times in ten minutes", n)
+			}
+			if st := cl.Status(); st.LoggedIn || !strings.Contains(st.Why, "does not accept the token in "+path) {
+				t.Errorf("status is %+v", st)
+			}
+			f.mu.Lock()
+			f.tokens["hvs.third"] = true
+			f.mu.Unlock()
+			write(t, path, "hvs.third")
+			if _, err := cl.Read(t.Context(), "a"); err != nil {
+				t.Error(err)
+			}
+		})
+		if f.loginCount() != 0 {
+			t.Error("it logs in by itself")
+		}
+	})
+}
+
+func TestAfterCloseNothingGoesOut(t *testing.T) {
+	f := newFakeVault()
+	cl := connect(t, appRole(t), f)
+	cl.Close()
+	if _, err := cl.Read(t.Context(), "a"); err == nil || len(f.seen) != 0 {
+		t.Errorf("%v, and Vault saw %v", err, f.seen)
+	}
+}

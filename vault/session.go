@@ -1,0 +1,210 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/hashicorp/vault/api"
+)
+
+// session is one token, from its login to the next.
+type session struct {
+	// calls and renewals make requests with the token, auth is what the login gave; behind functions as all secrets.
+	calls, renewals func() *api.Client
+	auth            func() *api.SecretAuth
+	renewable       bool
+	born            time.Time
+	// gone is closed when another has taken its place.
+	gone chan struct{}
+	// until is when the token ends unless it is renewed, zero for never. Guarded by Client.mu.
+	until time.Time
+}
+
+func (c *Client) newSession(auth *api.SecretAuth) *session {
+	auth.LeaseDuration = max(0, min(auth.LeaseDuration, int(maxLife/time.Second)))
+	calls, renewals := c.as(auth.ClientToken, c.calls), c.as(auth.ClientToken, c.renewals)
+	s := &session{
+		calls: func() *api.Client { return calls }, renewals: func() *api.Client { return renewals },
+		auth: func() *api.SecretAuth { return auth }, renewable: auth.Renewable,
+		born: c.now(), gone: make(chan struct{}),
+	}
+	s.until = endOf(s.born, auth.LeaseDuration)
+	return s
+}
+
+// endOf a token: a lease of 0 has no end.
+func endOf(from time.Time, seconds int) time.Time {
+	if seconds == 0 {
+		return time.Time{}
+	}
+	return from.Add(time.Duration(seconds) * time.Second)
+}
+
+// flight is a login that is under way, for all who wait for it.
+type flight struct {
+	done chan struct{}
+	s    *session
+	err  error
+}
+
+// refusal keeps a login that Vault has refused from being tried at once again, unless with another secret.
+type refusal struct {
+	err    error
+	digest [32]byte
+	until  time.Time
+	wait   *backoff.ExponentialBackOff
+}
+
+var errClosed = errors.New("the connection is closed")
+
+// session is the one to make calls with; it logs in if there is none.
+func (c *Client) session(ctx context.Context) (*session, error) {
+	return c.other(ctx, nil)
+}
+
+// other is a session other than that one (which may be nil): the one that has taken its place, or of a new login.
+func (c *Client) other(ctx context.Context, than *session) (*session, error) {
+	c.mu.Lock()
+	if s := c.living(); s != nil && s != than {
+		c.mu.Unlock()
+		return s, nil
+	}
+	f := c.join()
+	c.mu.Unlock()
+	return c.await(ctx, f)
+}
+
+// living is the current session unless its token has ended. The caller holds mu.
+func (c *Client) living() *session {
+	if s := c.cur; s != nil && (s.until.IsZero() || c.now().Before(s.until)) {
+		return s
+	}
+	return nil
+}
+
+// await gives up with the caller's deadline; the login goes on for the others.
+func (c *Client) await(ctx context.Context, f *flight) (*session, error) {
+	select {
+	case <-f.done:
+		return f.s, f.err
+	case <-ctx.Done():
+		e := &Error{Op: opLogin, Path: "auth/" + c.login.Method, vault: c.address, cause: ctx.Err(), neutral: true}
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			e.away, e.why = true, "the login takes too long"
+		}
+		return nil, e
+	}
+}
+
+// join is the login under way, or one that begins now. The caller holds mu.
+func (c *Client) join() *flight {
+	if c.flight != nil {
+		return c.flight
+	}
+	f := &flight{done: make(chan struct{})}
+	if c.closed {
+		f.err = errClosed
+		close(f.done)
+		return f
+	}
+	c.flight = f
+	c.wg.Go(func() { c.fly(f) })
+	return f
+}
+
+// fly logs in with a time of its own, not that of the caller who happened to be the first.
+func (c *Client) fly(f *flight) {
+	ctx, cancel := context.WithTimeout(c.root, c.timeout)
+	defer cancel()
+	began := time.Now()
+	s, err, asked := c.tryLogin(ctx)
+	if asked {
+		c.metrics.observe(opLogin, err, time.Since(began))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil {
+		if c.cur != nil {
+			close(c.cur.gone)
+		}
+		c.cur = s
+		close(c.changed)
+		c.changed = make(chan struct{})
+	}
+	f.s, f.err = s, err
+	c.flight = nil
+	close(f.done)
+}
+
+// tryLogin is one login, unless it is known to be in vain; asked tells whether Vault was.
+func (c *Client) tryLogin(ctx context.Context) (_ *session, err error, asked bool) {
+	with, err := c.credential()
+	if err != nil {
+		c.mu.Lock()
+		c.refused.err, c.refused.digest = err, [32]byte{}
+		c.mu.Unlock()
+		return nil, err, false
+	}
+	c.mu.Lock()
+	known := c.refused
+	c.mu.Unlock()
+	if known.err != nil && known.digest == with.digest && c.now().Before(known.until) {
+		return nil, known.err, false
+	}
+	s, err := c.enter(ctx, with)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		c.refused = refusal{}
+	case errors.Is(err, ErrAway), ctx.Err() != nil:
+		// The breaker sees to that.
+	default:
+		wait := c.refused.wait
+		if wait == nil {
+			wait = &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.25, Multiplier: 2, MaxInterval: 24 * time.Second}
+			wait.Reset()
+		}
+		c.refused = refusal{err: err, digest: with.digest, until: c.now().Add(wait.NextBackOff()), wait: wait}
+	}
+	return s, err, true
+}
+
+// young is the age up to which a session's permissions are taken to be those that a new login would give.
+const young = time.Minute
+
+// instead is the session to try once more with what Vault has denied; nil if a new login would change nothing.
+func (c *Client) instead(ctx context.Context, denied *session) (*session, error) {
+	c.mu.Lock()
+	replaced, now := c.cur != denied, c.now()
+	c.mu.Unlock()
+	if !replaced && now.Sub(denied.born) < young {
+		// A path that the policy denies must not cost a login, which is a token kept in Vault, each time.
+		_, err := c.send(ctx, denied.calls(), request{op: opRead, path: lookupPath})
+		if err == nil || err.Status != http.StatusForbidden {
+			return nil, nil
+		}
+		// Either the token is dead, or the policy does not let it look itself up either: then one login in a while.
+		c.mu.Lock()
+		again := c.cur == denied && now.Sub(c.forced) < shortLived
+		c.mu.Unlock()
+		if again {
+			return nil, nil
+		}
+	}
+	s, err := c.other(ctx, denied)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		c.forced = c.now()
+	case c.cur == denied && errors.Is(err, ErrDenied):
+		// Calls need not ask Vault with this token any more to learn that there is no other.
+		close(denied.gone)
+		c.cur = nil
+	}
+	return s, err
+}

@@ -1,0 +1,245 @@
+package transit
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/vault"
+)
+
+// maxMessage bounds what an Ed25519 key signs, in bytes: such a key is sent the whole message.
+const maxMessage = 16 << 10
+
+// Key is one version of a key in Transit. Vault signs; the public key is the one that was there when the key was opened, and
+// no signature that it does not verify is ever returned.
+type Key struct {
+	store  *Store
+	ref    keystore.Ref
+	public crypto.PublicKey
+
+	mu sync.Mutex
+	// batchers by scheme: a request to Vault names one for all its inputs.
+	batchers map[scheme]*batcher
+}
+
+var _ keystore.Key = (*Key)(nil)
+
+// Ref names the key and its version.
+func (k *Key) Ref() keystore.Ref { return k.ref }
+
+// Remote is always true.
+func (k *Key) Remote() bool { return true }
+
+// Public is the public key as it was when the key was opened.
+func (k *Key) Public() crypto.PublicKey { return k.public }
+
+func (k *Key) String() string             { return "key " + k.ref.String() }
+func (k *Key) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, k.String()) }
+func (k *Key) LogValue() slog.Value       { return slog.StringValue(k.String()) }
+
+// Sign has Vault sign a digest (SHA-256, SHA-384 or SHA-512), or a message with an Ed25519 key. For RSA, opts chooses
+// PKCS #1 v1.5, or PSS with a salt as long as the hash. It takes at most Config.Timeout. The error wraps keystore.ErrAway and
+// vault.ErrAway where another try may succeed, and keystore.ErrNotFound where the key is gone.
+func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	signature, err := k.sign(digest, opts)
+	k.store.metrics.signed(err)
+	if err != nil {
+		return nil, fmt.Errorf("sign with key %s: %w", k.ref, away(err))
+	}
+	return signature, nil
+}
+
+func (k *Key) sign(digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	s, err := schemeOf(k.public, digest, opts)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), k.store.timeout)
+	defer cancel()
+	signature, err := k.batcher(s).do(ctx, digest)
+	if errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, vault.ErrAway) {
+		return nil, fmt.Errorf("no signature came within %s: %w", k.store.timeout, vault.ErrAway)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !s.verify(k.public, digest, signature) {
+		return nil, errWrong
+	}
+	return signature, nil
+}
+
+// errWrong is a signature that must not be used.
+var errWrong = errors.New("the signature that came is not by the key that was opened: the key in Vault was deleted and made anew, or the answer was changed on its way; restore the key from Vault's backup, or rotate to a new one")
+
+func (k *Key) batcher(s scheme) *batcher {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	b := k.batchers[s]
+	if b == nil {
+		b = &batcher{send: func(ctx context.Context, inputs [][]byte) ([]answer, error) { return k.send(ctx, s, inputs) }}
+		k.batchers[s] = b
+	}
+	return b
+}
+
+// send is one request to Vault.
+func (k *Key) send(ctx context.Context, s scheme, inputs [][]byte) ([]answer, error) {
+	k.store.metrics.batch.Observe(float64(len(inputs)))
+	items := make([]map[string]string, len(inputs))
+	for i, in := range inputs {
+		items[i] = map[string]string{"input": base64.StdEncoding.EncodeToString(in)}
+	}
+	path := k.store.path("sign", k.ref.Name)
+	body := map[string]any{"batch_input": items, "key_version": k.ref.Version, "marshaling_algorithm": "asn1"}
+	if s.hash != 0 {
+		path += "/" + hashNames[s.hash]
+		body["prehashed"] = true
+	}
+	if s.rsa != "" {
+		body["signature_algorithm"], body["salt_length"] = s.rsa, "hash"
+	}
+	data, err := k.store.write(ctx, path, body)
+	if errors.Is(err, vault.ErrRefused) || errors.Is(err, vault.ErrNotFound) {
+		err = k.why(ctx, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	results, _ := data["batch_results"].([]any)
+	if len(results) != len(inputs) {
+		return nil, fmt.Errorf("the answer has %d results for %d inputs", len(results), len(inputs))
+	}
+	answers := make([]answer, len(inputs))
+	var reason error // looked up once for all items
+	for i, r := range results {
+		item, _ := r.(map[string]any)
+		text, _ := item["signature"].(string)
+		said, _ := item["error"].(string)
+		switch {
+		case said != "" && reason == nil:
+			reason = k.why(ctx, fmt.Errorf("refused by Vault: %s", bounded(said)))
+			fallthrough
+		case said != "":
+			answers[i].err = reason
+		default:
+			answers[i].signature, answers[i].err = parseSignature(text, k.ref.Version)
+		}
+	}
+	return answers, nil
+}
+
+// why looks at the key for the reason of a refusal. Vault's own words are of its insides; they stand where nothing better is
+// found.
+func (k *Key) why(ctx context.Context, said error) error {
+	info, err := k.store.read(ctx, k.ref.Name)
+	switch {
+	case errors.Is(err, vault.ErrDenied) || errors.Is(err, vault.ErrAway):
+		return said
+	case err != nil:
+		return err
+	}
+	public, err := info.public(k.ref.Version)
+	if err != nil {
+		return err
+	}
+	if !samePublic(k.public, public) {
+		return errWrong
+	}
+	return said
+}
+
+func samePublic(a, b crypto.PublicKey) bool {
+	equal, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && equal.Equal(b)
+}
+
+// scheme is how a key signs.
+type scheme struct {
+	hash crypto.Hash // 0 = the message itself
+	rsa  string      // Vault's signature_algorithm; "" for other keys
+}
+
+// hashNames are Vault's names of the hashes that we sign.
+var hashNames = map[crypto.Hash]string{crypto.SHA256: "sha2-256", crypto.SHA384: "sha2-384", crypto.SHA512: "sha2-512"}
+
+func schemeOf(public crypto.PublicKey, digest []byte, opts crypto.SignerOpts) (scheme, error) {
+	if opts == nil {
+		return scheme{}, errors.New("the hash of what is to be signed is not given")
+	}
+	s := scheme{hash: opts.HashFunc()}
+	if _, ok := public.(ed25519.PublicKey); ok {
+		o, isEd := opts.(*ed25519.Options)
+		switch {
+		case s.hash != 0 || isEd && o.Context != "":
+			return scheme{}, errors.New("an Ed25519 key signs the message itself, without a context")
+		case len(digest) > maxMessage:
+			return scheme{}, fmt.Errorf("a message of %d bytes is too long, at most %d are sent to Vault", len(digest), maxMessage)
+		}
+		return s, nil
+	}
+	if hashNames[s.hash] == "" || len(digest) != s.hash.Size() {
+		return scheme{}, fmt.Errorf("it signs digests of SHA-256, SHA-384 and SHA-512 only, not %d bytes of %s", len(digest), s.hash)
+	}
+	if _, ok := public.(*rsa.PublicKey); ok {
+		s.rsa = "pkcs1v15"
+		if pss, ok := opts.(*rsa.PSSOptions); ok {
+			// With a salt of any other length crypto/x509 would not verify it (RFC 4055 §3.1).
+			if pss.SaltLength != rsa.PSSSaltLengthEqualsHash && pss.SaltLength != s.hash.Size() {
+				return scheme{}, errors.New("it signs RSA-PSS with a salt as long as the hash only")
+			}
+			s.rsa = "pss"
+		}
+	}
+	return s, nil
+}
+
+func (s scheme) verify(public crypto.PublicKey, digest, signature []byte) bool {
+	switch p := public.(type) {
+	case *ecdsa.PublicKey:
+		return ecdsa.VerifyASN1(p, digest, signature)
+	case *rsa.PublicKey:
+		if s.rsa == "pss" {
+			return rsa.VerifyPSS(p, s.hash, digest, signature, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil
+		}
+		return rsa.VerifyPKCS1v15(p, s.hash, digest, signature) == nil
+	case ed25519.PublicKey:
+		return ed25519.Verify(p, digest, signature)
+	}
+	return false
+}
+
+// maxSignature bounds the text of a signature. An RSA-4096 one takes 700 bytes.
+const maxSignature = 1024
+
+// parseSignature reads "vault:v12:<base64>" and wants the version that was asked for.
+func parseSignature(text string, version int) ([]byte, error) {
+	if len(text) > maxSignature {
+		return nil, fmt.Errorf("the answer holds a signature of %d bytes", len(text))
+	}
+	rest, ok := strings.CutPrefix(text, "vault:v")
+	number, encoded, ok2 := strings.Cut(rest, ":")
+	if !ok || !ok2 {
+		return nil, fmt.Errorf("the answer is no signature: %s", bounded(text))
+	}
+	if number != strconv.Itoa(version) {
+		return nil, fmt.Errorf("it was signed with version %s of the key instead of %d", bounded(number), version)
+	}
+	signature, err := base64.StdEncoding.Strict().DecodeString(encoded)
+	if err != nil || len(signature) == 0 {
+		return nil, errors.New("the answer holds a signature that is not base64")
+	}
+	return signature, nil
+}

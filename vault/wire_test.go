@@ -1,0 +1,229 @@
+package vault
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// authority is a throw-away CA.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t testing.TB) authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA " + rand.Text()}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return authority{cert, key}
+}
+
+func (a authority) pem() string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}))
+}
+
+// keyPair is a certificate with its key, in PEM.
+type keyPair struct{ cert, key string }
+
+func (p keyPair) parsed(t testing.TB) *tls.Certificate {
+	t.Helper()
+	c, err := tls.X509KeyPair([]byte(p.cert), []byte(p.key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &c
+}
+
+// issue makes a certificate for 127.0.0.1 and vault.test.
+func (a authority) issue(t testing.TB, name string) keyPair {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"vault.test"},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, k.Public(), a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keyPair{
+		string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
+		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})),
+	}
+}
+
+// secure serves a handler by TLS, with whatever certificate current holds.
+func secure(t *testing.T, h http.Handler, current *atomic.Pointer[tls.Certificate], clients tls.ClientAuthType, maxVersion uint16) string {
+	t.Helper()
+	s := httptest.NewUnstartedServer(h)
+	s.TLS = &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		return &tls.Config{Certificates: []tls.Certificate{*current.Load()}, ClientAuth: clients, MinVersion: tls.VersionTLS10, MaxVersion: maxVersion}, nil
+	}}
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func TestVaultMustBeTheOneThatIsMeant(t *testing.T) {
+	f := newFakeVault()
+	f.on("GET a", data(map[string]any{"a": "b"}))
+	ca, other := newAuthority(t), newAuthority(t)
+	var current atomic.Pointer[tls.Certificate]
+	current.Store(ca.issue(t, "server").parsed(t))
+	address := secure(t, f, &current, tls.NoClientCert, 0)
+	old := secure(t, f, &current, tls.NoClientCert, tls.VersionTLS11)
+	for _, c := range []struct {
+		address, ca, name, says string
+	}{
+		{address, ca.pem(), "", ""},
+		{address, ca.pem(), "vault.test", ""},
+		{address, other.pem() + ca.pem(), "", ""},
+		{address, ca.pem(), "other.test", "check vault.ca_file and vault.server_name"},
+		{address, other.pem(), "", "check vault.ca_file and vault.server_name"},
+		{address, "", "", "check vault.ca_file and vault.server_name"},
+		{old, ca.pem(), "", "protocol version"},
+		{strings.Replace(address, "https", "http", 1), "", "", "400"},
+	} {
+		config := appRole(t)
+		config.Address, config.ServerName = c.address, c.name
+		if c.ca != "" {
+			config.CAFile = secretFile(t, "ca.pem", c.ca)
+		}
+		before := f.loginCount()
+		_, err := dial(t, config).Read(t.Context(), "a")
+		switch {
+		case c.says == "" && err != nil:
+			t.Errorf("name %q: %v", c.name, err)
+		case c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says) || f.loginCount() != before):
+			t.Errorf("name %q at %s: %v, want %q", c.name, c.address, err, c.says)
+		}
+	}
+}
+
+func TestANewCAFileIsUsedForTheNextConnection(t *testing.T) {
+	f := newFakeVault()
+	f.on("GET a", data(map[string]any{"a": "b"}))
+	first, second := newAuthority(t), newAuthority(t)
+	var current atomic.Pointer[tls.Certificate]
+	current.Store(first.issue(t, "server").parsed(t))
+	config := appRole(t)
+	config.Address = secure(t, f, &current, tls.NoClientCert, 0)
+	config.CAFile = secretFile(t, "ca.pem", first.pem())
+	cl := dial(t, config)
+	read := func() error {
+		cl.wire.CloseIdleConnections()
+		_, err := cl.Read(t.Context(), "a")
+		return err
+	}
+	if err := read(); err != nil {
+		t.Fatal(err)
+	}
+	current.Store(second.issue(t, "server").parsed(t))
+	if err := read(); !errors.Is(err, ErrAway) {
+		t.Fatalf("another CA: %v", err)
+	}
+	// What can't be used leaves the old one in use.
+	write(t, config.CAFile, "no certificate")
+	current.Store(first.issue(t, "server").parsed(t))
+	if err := read(); err != nil {
+		t.Fatal(err)
+	}
+	write(t, config.CAFile, second.pem())
+	current.Store(second.issue(t, "server").parsed(t))
+	if err := read(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestTheCertLoginShowsTheNewestCertificate(t *testing.T) {
+	f := newFakeVault()
+	f.on("GET a", data(map[string]any{"a": "b"}))
+	ca := newAuthority(t)
+	var shown atomic.Pointer[string]
+	f.on("PUT auth/mesh/login", func(w http.ResponseWriter, r *http.Request) {
+		name := "nobody"
+		if len(r.TLS.PeerCertificates) > 0 {
+			name = r.TLS.PeerCertificates[0].Subject.CommonName
+		}
+		shown.Store(&name)
+		f.mu.Lock()
+		f.tokens["hvs."+name] = true
+		f.mu.Unlock()
+		answer(w, 200, map[string]any{"auth": map[string]any{"client_token": "hvs." + name, "lease_duration": 3600, "renewable": true}})
+	})
+	var current atomic.Pointer[tls.Certificate]
+	current.Store(ca.issue(t, "server").parsed(t))
+	address := secure(t, f, &current, tls.RequestClientCert, 0)
+	dir := t.TempDir()
+	certFile, keyFile := filepath.Join(dir, "c.pem"), filepath.Join(dir, "c.key")
+	put := func(p keyPair) {
+		write(t, certFile, p.cert)
+		write(t, keyFile, p.key)
+	}
+	put(ca.issue(t, "first"))
+	now := &clock{at: time.Now()}
+	cl := dial(t, Config{
+		Now: now.now, Address: address, CAFile: secretFile(t, "ca.pem", ca.pem()),
+		Login: Login{Method: "cert", Mount: "mesh", Role: "east", CertFile: certFile, KeyFile: keyFile},
+	})
+	if _, err := cl.Read(t.Context(), "a"); err != nil || *shown.Load() != "first" || f.logins[0]["name"] != "east" {
+		t.Fatal(err, *shown.Load(), f.logins)
+	}
+	put(ca.issue(t, "second"))
+	f.revokeAll()
+	// An open connection, which shows the old certificate, is there to be used.
+	if _, err := cl.Read(t.Context(), "a"); err != nil || *shown.Load() != "second" {
+		t.Fatal(err, *shown.Load())
+	}
+	// Half of the pair is replaced: a moment in which it can't be used.
+	write(t, certFile, ca.issue(t, "third").cert)
+	f.revokeAll()
+	now.add(young)
+	if _, err := cl.Read(t.Context(), "a"); err == nil || !strings.Contains(err.Error(), "cert_file") {
+		t.Fatal(err)
+	}
+	put(ca.issue(t, "fourth"))
+	if _, err := cl.Read(t.Context(), "a"); err != nil || *shown.Load() != "fourth" {
+		t.Fatal(err, *shown.Load())
+	}
+}
