@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
 )
 
 // DefaultBackdate is how far NotBefore lies in the past, for the sake of slow clocks.
@@ -147,9 +149,11 @@ func (a *Authority) Issue(ctx context.Context, grants []*identity.Grant) []Resul
 		entries = append(entries, d.entry(now))
 	}
 	if len(entries) == 0 {
+		a.report(results)
 		return results
 	}
 	receipts, logErr := a.append(ctx, entries)
+	var remote sync.WaitGroup
 	logged := 0
 	for n := range drafts {
 		d := &drafts[n]
@@ -160,16 +164,15 @@ func (a *Authority) Issue(ctx context.Context, grants []*identity.Grant) []Resul
 			results[n].Err = &Error{logErr.Reason, fmt.Errorf("cannot sign for %s: %w", d.terms.ID, logErr.err)}
 			continue
 		}
-		chain, err := a.sign(d)
-		if err != nil {
-			a.metrics.loggedNotReleased.Inc()
-			results[n].Err = err
-		} else {
-			results[n].Leaf = &Leaf{Chain: chain, Serial: d.serial, NotBefore: d.notBefore, NotAfter: d.notAfter, Receipt: receipts[logged]}
-			a.metrics.issued.WithLabelValues(d.issuer.name, d.terms.Evidence.Door).Inc()
-		}
+		receipt := receipts[logged]
 		logged++
+		if d.issuer.key.Remote() {
+			remote.Go(func() { results[n] = a.release(d, receipt) }) // what is asked for at once goes over the wire together
+		} else {
+			results[n] = a.release(d, receipt)
+		}
 	}
+	remote.Wait()
 	a.report(results)
 	a.metrics.observe(drafts, time.Since(start))
 	return results
@@ -190,6 +193,10 @@ func (a *Authority) build(s *Snapshot, now time.Time, g *identity.Grant) (draft,
 	}
 	if err := issuer.mayName(terms); err != nil {
 		return fail(ReasonBadGrant, err)
+	}
+	// Else the log would fill with what nobody gets, each time somebody asks again.
+	if err := keystore.Ready(issuer.key); err != nil {
+		return fail(ReasonSign, fmt.Errorf("key %s of issuer %s can't sign now: %w", issuer.key.Ref(), issuer.name, err))
 	}
 	d := draft{terms: terms, issuer: issuer, serial: make([]byte, serialLength)}
 	if d.notBefore, d.notAfter, err = a.validity(issuer, now, terms.TTL); err != nil {
@@ -289,6 +296,17 @@ func (a *Authority) append(ctx context.Context, entries []*auditv1.Entry) (_ []a
 		return nil, &Error{ReasonCanceled, fmt.Errorf("given up while it was being logged: %w", err)}
 	}
 	return nil, &Error{ReasonLog, fmt.Errorf("issuing is stopped because the audit log can't be written: %w; see to the log's disk, what is already issued is still served", err)}
+}
+
+// release signs what the log has.
+func (a *Authority) release(d *draft, receipt audit.Receipt) Result {
+	chain, err := a.sign(d)
+	if err != nil {
+		a.metrics.loggedNotReleased.Inc()
+		return Result{Err: err}
+	}
+	a.metrics.issued.WithLabelValues(d.issuer.name, d.terms.Evidence.Door).Inc()
+	return Result{Leaf: &Leaf{Chain: chain, Serial: d.serial, NotBefore: d.notBefore, NotAfter: d.notAfter, Receipt: receipt}}
 }
 
 // sign makes the certificate of a draft that the log has, and returns it with its chain.

@@ -393,6 +393,41 @@ func TestAWrongSignatureOfARemoteKeyIsNeverReleased(t *testing.T) {
 	w.issue(w.grant("web"))
 }
 
+func TestNothingIsLoggedForAKeyThatIsAway(t *testing.T) {
+	w := newWorld(t, func(o *worldOptions) { o.remote = true })
+	w.meshKey.away = errors.New("nobody is there")
+	for range 20 {
+		if got := w.refused(w.grant("web"), ReasonSign); !strings.Contains(got, "can't sign now: nobody is there") {
+			t.Fatal(got)
+		}
+	}
+	if n := len(w.log.entries); n != 0 {
+		t.Errorf("the log has %d entries of what nobody got", n)
+	}
+	w.issue(w.serverGrant()) // another key
+	w.meshKey.away = nil
+	w.issue(w.grant("web"))
+}
+
+func TestARemoteKeyIsAskedForAllOfACallAtOnce(t *testing.T) {
+	const n = 50
+	w := newWorld(t, func(o *worldOptions) { o.remote = true })
+	w.meshKey.gate = &sync.WaitGroup{}
+	w.meshKey.gate.Add(n)
+	grants := make([]*identity.Grant, n)
+	for i := range grants {
+		grants[i] = w.grant("web")
+	}
+	for i, r := range w.authority.Issue(t.Context(), grants) {
+		if r.Err != nil {
+			t.Fatalf("item %d: %v", i, r.Err)
+		}
+		if leaf, err := x509.ParseCertificate(r.Leaf.Chain[0]); err != nil || !bytes.Equal(leaf.RawTBSCertificate, w.log.entries[i].GetCertificateIssued().Tbs) {
+			t.Errorf("item %d is not what stands in its entry (%v)", i, err)
+		}
+	}
+}
+
 func TestAWrongSignatureOfAnOwnKeyIsFoundBySample(t *testing.T) {
 	w := newWorld(t)
 	w.meshKey.flip = true

@@ -41,7 +41,13 @@ type signerKey struct {
 	fail   error
 	// flip spoils each signature.
 	flip bool
+	// away is why it can't sign, as far as that is known.
+	away error
+	// gate, if there is one, holds each signature until so many wait.
+	gate *sync.WaitGroup
 }
+
+func (k *signerKey) Ready() error { return k.away }
 
 func (k *signerKey) Ref() keystore.Ref {
 	return keystore.Ref{Backend: "memory", Name: k.name, Version: 1}
@@ -50,6 +56,10 @@ func (k *signerKey) Remote() bool { return k.remote }
 
 func (k *signerKey) Sign(r io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	k.signs.Add(1)
+	if k.gate != nil {
+		k.gate.Done()
+		k.gate.Wait()
+	}
 	if k.fail != nil {
 		return nil, k.fail
 	}

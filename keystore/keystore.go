@@ -59,6 +59,14 @@ type Key interface {
 	Remote() bool
 }
 
+// Ready says why a key can't sign now, as far as that is known without asking it.
+func Ready(k Key) error {
+	if r, ok := k.(interface{ Ready() error }); ok {
+		return r.Ready()
+	}
+	return nil
+}
+
 // Store is a backend.
 type Store interface {
 	// Create returns the first version of the named key above after: one that an earlier try has left, if it is of the

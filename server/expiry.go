@@ -50,6 +50,7 @@ var (
 	descNewest    = lifeDesc("bundle_validators_acked", "Of signet_bundle_validators, those that have acknowledged the newest trust bundle.")
 	descHolding   = lifeDesc("reissue_holding", "Agents that use, or may use, leaves that are to be replaced ahead of time.")
 	descAccepted  = lifeDesc("tainted_accepted", "1 while a validator accepts, or may accept, what is forged with a lost key.")
+	descUpstream  = lifeDesc("upstream_failing_seconds", "How long the upstream authority has signed no request that it was asked to sign; 0 = it signs.")
 	descReport    = lifeDesc("rotation_report_age_seconds", "Age of the newest report of another cluster; +Inf = it has never reported.", "cluster")
 	descSkew      = lifeDesc("clock_skew_seconds", "How far the clock is off: elapsed = ahead of the time that has passed since the last look, log = behind the latest time that is known.", "source")
 )
@@ -58,7 +59,7 @@ var (
 func (lifeCollector) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descCAs, descEarliest, descTaintedCA, descBundleEnd, descOwnEnd, descIssuable, descBlocked, descReady, descAgents, descNewest,
-		descHolding, descAccepted, descReport, descSkew,
+		descHolding, descAccepted, descReport, descSkew, descUpstream,
 	} {
 		out <- d
 	}
@@ -94,6 +95,13 @@ func (c lifeCollector) Collect(out chan<- prometheus.Metric) {
 		own = l.notAfter
 	}
 	gauge(descOwnEnd, unixSeconds(own))
+	if s.config.Upstream != nil {
+		failing := 0.0
+		if since, why := k.upstreamState.get(); why != nil {
+			failing = max(now.Sub(since).Seconds(), 0)
+		}
+		gauge(descUpstream, failing)
+	}
 
 	look := s.lookAtRotation(set, now)
 	gauge(descIssuable, left(look.IssuableUntil(now), now), ca.KindIntermediate)
@@ -225,7 +233,7 @@ func (s *Server) controlUntil(now time.Time) time.Time {
 // lookAtRotation is what there is to look at.
 func (s *Server) lookAtRotation(set *authorities, now time.Time) check.Rotation {
 	k := s.keeper
-	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, LeastLife: s.leastLife(s.config.TTL)}
+	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, Online: s.config.Upstream != nil, LeastLife: s.leastLife(s.config.TTL)}
 	for _, t := range k.tainted(set, look.World, now) {
 		look.Forged = append(look.Forged, check.Forged{
 			ID: t.Id, Cluster: t.Cluster, Accepting: int(t.Accepting), Until: t.AcceptedUntil.AsTime(), Advice: t.Advice,

@@ -54,7 +54,8 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 		r.Next = append(r.Next, stepMessage(step, now))
 	}
 	for _, a := range o.set.rows {
-		if a.Kind != ca.KindIntermediate || a.State != ca.Prepared || len(a.Chain) > 0 {
+		// What an upstream at hand signs nobody has to carry anywhere.
+		if s.config.Upstream != nil || a.Kind != ca.KindIntermediate || a.State != ca.Prepared || len(a.Chain) > 0 {
 			continue
 		}
 		if csr, err := x509.ParseCertificateRequest(a.CSR); err == nil {

@@ -24,8 +24,10 @@ import (
 const (
 	// signTimeout bounds one ask of the upstream authority.
 	signTimeout = 15 * time.Second
-	// signAgain spaces the looks for requests that wait; failures are repeated sooner, see signEvery.
-	signAgain = time.Minute
+	// signAgain spaces the looks for requests that wait; failures are repeated sooner. refusedAgain is the most between two
+	// asks when what is answered can't be used: the authority keeps a certificate for each.
+	signAgain    = time.Minute
+	refusedAgain = 10 * time.Minute
 	// byUpstream is the door of evidence that an upstream authority has signed without a person.
 	byUpstream = "upstream"
 )
@@ -76,6 +78,10 @@ func (k *keeper) sign(ctx context.Context) {
 			}
 		}
 		if err != nil {
+			again.MaxInterval = signAgain
+			if errors.As(err, &unusable{}) {
+				again.MaxInterval = refusedAgain
+			}
 			wait, bell = again.NextBackOff(), nil // a change of ours makes it no better
 		} else {
 			again.Reset()
@@ -129,6 +135,9 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
 	if answer.Pending != "" {
 		return nil
 	}
+	if err := plan.Check(answer.Chain, []*x509.Certificate{root}); err != nil {
+		return unusable{err}
+	}
 	pinned, err := ca.ParseFingerprint(ca.CertificateFingerprint(root.Raw))
 	if err != nil {
 		return err
@@ -137,10 +146,19 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
 	chain := ca.EncodeChain(append(slices.Clone(answer.Chain), root)...)
 	_, err = k.do(ctx, decision{verb: "install", reason: "the upstream authority has signed it", by: by},
 		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-			return k.install(set, w, now, installation{chains: chain, pinned: pinned, by: by})
+			next, entries, err := k.install(set, w, now, installation{chains: chain, pinned: pinned, by: by})
+			if err != nil {
+				err = unusable{err}
+			}
+			return next, entries, err
 		})
 	return err
 }
+
+// unusable is why an answer of the upstream authority is not taken.
+type unusable struct{ error }
+
+func (u unusable) Unwrap() error { return u.error }
 
 // loseKeys takes in which keys are gone with the process that held them.
 func (k *keeper) loseKeys(ctx context.Context) error {

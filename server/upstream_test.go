@@ -150,6 +150,9 @@ func TestAnIntermediateFollowsByItselfWhereTheRootIsAtHand(t *testing.T) {
 	if f := s.said(check.CodeUpstream); !strings.Contains(f.Message, "nobody is there") || f.Blocks() {
 		t.Errorf("the finding is %+v", f)
 	}
+	if f := gauged(t, s, "signet_upstream_failing_seconds"); f <= 0 {
+		t.Errorf("the metric says it fails since %v s", f)
+	}
 	s.apply(false, registration("a", "node-1"))
 	s.leaf(s.dial(s.enrol("node-1")), "a")
 	u.set(func() { u.away = false })
@@ -167,8 +170,11 @@ func TestARootFollowsByItselfWhereBothAreAtHand(t *testing.T) {
 	s.leaf(conn, "a")
 	b := newRoot(t)
 	u.set(func() { u.roots = append(u.roots, b) })
-	_, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
 	must(t, err)
+	if len(started.Requests) > 0 {
+		t.Errorf("somebody is to carry %v", started.Requests)
+	}
 	soon(t, "leaves come from the new root", func() bool { return s.leaf(conn, "a").CheckSignatureFrom(b.cert) == nil || s.signing() == "intermediate-2" })
 	soon(t, "the old root is retired", func() bool { return s.state(c.root.id()) == ca.Retired })
 	c.ahead.Store(int64(25 * time.Hour))

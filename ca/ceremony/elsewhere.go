@@ -284,7 +284,7 @@ func (p *Prepared) signWith(ctx context.Context, log ca.Log, engine Engine, by *
 	}
 	cert := answer.Chain[0]
 	plan.NotBefore = time.Time{} // The engine's clock is its own; how far it may be off was its upstream's to check.
-	if err := error(nil); err != nil {
+	if err := plan.Check(answer.Chain, []*x509.Certificate{p.issuer}); err != nil {
 		return fail(err)
 	}
 	if err := lintCertificate(cert.Raw); err != nil {
