@@ -852,7 +852,10 @@ func (c *modelCluster) join() {
 		}
 	}
 	if c.online && len(trusted) > 1 {
-		return // when that rotation is over
+		for _, o := range c.clusters { // when that rotation is over, for which nobody waits for it
+			c.peers[o.index], o.peers[c.index] = false, false
+		}
+		return
 	}
 	w, now := World{}, c.clock()
 	for _, id := range trusted {

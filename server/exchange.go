@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
@@ -43,9 +44,12 @@ const (
 	trustDocument = "trust"
 	reportsFolder = "reports/"
 
-	// exchangeEvery spaces the looks at what others have written, give or take exchangeJitter of it.
-	exchangeEvery  = 5 * time.Second
-	exchangeJitter = 0.2
+	// exchangeEvery spaces the looks at what others have written, give or take exchangeJitter of it; less where reports hold
+	// for less than roundsPerReport of it.
+	exchangeEvery   = 5 * time.Second
+	leastExchange   = 100 * time.Millisecond
+	exchangeJitter  = 0.2
+	roundsPerReport = 20
 	// A round is bounded in time, in the reports that it reads, and in tries to write upon what others write.
 	roundTimeout = 30 * time.Second
 	roundReports = 16
@@ -54,8 +58,8 @@ const (
 	slowly = 12
 	// settling lets what comes together be told together.
 	settling = 100 * time.Millisecond
-	// Parts of rotation.report_life after which a report is renewed: while a root leaves, peers wait for one that was made
-	// after what was promised before has run out.
+	// Parts of the time for which peers rely on a report after which it is renewed: while a root leaves, peers wait for one
+	// that was made after what was promised before has run out.
 	reportRenewals, reportRenewalsLeaving = 2, 24
 )
 
@@ -84,7 +88,8 @@ type exchange struct {
 	// told is the report that the others have, of version told.
 	told        rotation.Report
 	toldVersion uint64
-	looked      time.Time
+	// looked is when our report was last read, reported when one was last made.
+	looked, reported time.Time
 
 	mu sync.Mutex
 	// own is what is known of the shared document; nil before it was loaded.
@@ -122,9 +127,31 @@ type refusedRoot struct {
 
 func newExchange(k *keeper, place Exchange, verifierKey string) *exchange {
 	return &exchange{
-		keeper: k, place: place, self: Peer{Cluster: k.folder.Cluster, VerifierKey: verifierKey}, every: exchangeEvery, log: k.log,
+		keeper: k, place: place, self: Peer{Cluster: k.folder.Cluster, VerifierKey: verifierKey}, log: k.log,
+		every: max(leastExchange, min(exchangeEvery, k.policy.ReportLife/roundsPerReport)),
 		heard: map[string][]byte{}, troubles: map[string]trouble{},
 	}
+}
+
+// register registers the metrics.
+func (e *exchange) register(r prometheus.Registerer) error {
+	return errors.Join(r.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "signet_exchange_impaired", Help: "Documents that can't be exchanged with the other clusters, and roots about which their decisions can't be followed.",
+	}, func() float64 {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		n := len(e.troubles) + len(e.refused)
+		if e.away.err != nil {
+			n++
+		}
+		return float64(n)
+	})), r.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "signet_exchange_read_timestamp_seconds", Help: "When the shared trust was last read; NaN = not since the start.",
+	}, func() float64 {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return unixSeconds(e.read)
+	})))
 }
 
 // run exchanges for as long as ctx lives: every few seconds, and when something has changed here.
@@ -220,7 +247,7 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 		again := len(e.refused) == 0 && e.troubles[trustDocument].err == nil
 		e.mu.Unlock()
 		seen := met{version, text, e.keeper.current.Load(), e.reportsSeen(), now}
-		if last := e.met; again && last.set == seen.set && last.version == version && last.reports == seen.reports && bytes.Equal(last.text, text) && now.Sub(last.at) < slowly*e.every {
+		if last := e.met; again && last.set == seen.set && last.version == version && last.reports == seen.reports && bytes.Equal(last.text, text) && now.Sub(last.at) < slowly*e.every && !now.Before(last.at) {
 			return trustDocument, nil
 		}
 		var theirs sharedTrust
@@ -326,13 +353,7 @@ func (e *exchange) follow(ctx context.Context, theirs sharedTrust, version uint6
 	if err != nil {
 		e.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
 	}
-	// How the roots stand now is of our own doing.
-	settled := slices.Clone(own)
-	for _, l := range o.set.shares(k.folder.Now()) {
-		if i := slices.IndexFunc(settled, func(r replicaRoot) bool { return r.Fingerprint == l.Fingerprint }); i >= 0 {
-			settled[i].Here = l.stands
-		}
-	}
+	settled := own.settle(o.set.shares(k.folder.Now()))
 	return settled, err == nil, e.keep(ctx, own, settled)
 }
 
@@ -526,13 +547,17 @@ func (e *exchange) tell(ctx context.Context) (string, error) {
 	for range roundTries {
 		now := k.folder.Now()
 		// It may have been deleted.
-		if e.looked.IsZero() || now.Sub(e.looked) >= slowly*e.every {
+		if since := now.Sub(e.looked); since < 0 || since >= slowly*e.every {
 			if err := e.look(ctx, name, now); err != nil {
 				return name, err
 			}
 		}
+		if since := now.Sub(e.reported); since >= 0 && since < time.Duration(validators(e.told))*perValidator {
+			return name, nil
+		}
 		r := k.report(k.current.Load(), now)
-		if !due(e.told, r, k.policy.ReportLife) {
+		e.reported = now
+		if !due(e.told, r, k.policy.ReportLife-k.policy.Skew) {
 			return name, nil
 		}
 		signed, err := k.signed(ctx, r)
@@ -548,7 +573,7 @@ func (e *exchange) tell(ctx context.Context) (string, error) {
 			e.say(r)
 			return name, nil
 		}
-		e.looked = time.Time{}
+		e.looked, e.reported = time.Time{}, time.Time{}
 	}
 	return name, fmt.Errorf("the report of cluster %s could not be written: somebody else writes it too; each cluster has a name of its own", e.self.Cluster)
 }
@@ -581,7 +606,7 @@ func (e *exchange) say(r rotation.Report) {
 	}
 }
 
-// due reports whether the others are to get another report than the one they have.
+// due reports whether the others are to get another report than the one they have, on which they rely for life.
 func due(told, now rotation.Report, life time.Duration) bool {
 	if !now.At.After(told.At) {
 		return false // peers take newer ones only

@@ -603,6 +603,36 @@ func TestReportsAreKeptFresh(t *testing.T) {
 	w.well()
 }
 
+func TestManyPeersTakeTurns(t *testing.T) {
+	east := newCluster(t, "east")
+	for i := range roundReports + 5 {
+		east.peers = append(east.peers, Peer{Cluster: fmt.Sprintf("west-%d", i), VerifierKey: "none"})
+	}
+	s := east.start(t, nil)
+	place := newSharedPlace()
+	e := newExchange(s.keeper, place, s.audit.VerifierKey())
+	for _, p := range east.peers {
+		place.denied[reportDocument(p.Cluster)] = errors.New("denied")
+	}
+	for round := range 2 {
+		place.reads = 0
+		e.round(t.Context())
+		// The document, once more after it was written, our report, and those of peers.
+		if place.reads > roundReports+3 {
+			t.Errorf("%d reads in a round", place.reads)
+		}
+		if want := min(len(east.peers), (round+1)*roundReports); len(e.troubles) != want {
+			t.Errorf("after %d rounds %d peers were asked", round+1, len(e.troubles))
+		}
+	}
+	// Where nothing can be read, nobody is asked in vain.
+	place.fail, place.reads = errAway("sealed"), 0
+	e.round(t.Context())
+	if place.reads != 1 || e.away.err == nil {
+		t.Errorf("%d reads of a place that is away", place.reads)
+	}
+}
+
 func TestAReportIsDueWhenItSaysSomethingNew(t *testing.T) {
 	now := time.Now()
 	base := func() rotation.Report {

@@ -252,6 +252,17 @@ func (r replica) meet(theirs []sharedRoot, here []localRoot, cluster string, gon
 	return next
 }
 
+// settle remembers that the roots stand as was followed. What stands otherwise is for the next look: it may be a decision.
+func (r replica) settle(here []localRoot) replica {
+	r = slices.Clone(r)
+	for _, l := range here {
+		if i := slices.IndexFunc(r, func(x replicaRoot) bool { return x.Fingerprint == l.Fingerprint }); i >= 0 && l.stands.decided() == r[i].standing().decided() {
+			r[i].Here = l.stands
+		}
+	}
+	return r
+}
+
 // shares are the roots of a cluster as the document names them. Those that were never published count as believed: somebody
 // has decided so.
 func (s *authorities) shares(now time.Time) []localRoot {

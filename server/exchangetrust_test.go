@@ -15,6 +15,7 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/trust"
 )
 
 // sharedOf is a root as the document has it.
@@ -203,19 +204,12 @@ func (c *modelCluster) round(doc []sharedRoot, gone func(string) bool, crash int
 		return nil, false
 	}
 	c.set, _ = c.follow(c.set, rotation.World{Authorities: c.set.lives()}, next, now)
+	c.step()
 	if crash == 3 {
 		return nil, false
 	}
-	settled := slices.Clone(next)
-	for _, l := range c.set.shares(now) {
-		for i := range settled {
-			if settled[i].Fingerprint == l.Fingerprint {
-				settled[i].Here = l.stands
-			}
-		}
-	}
-	c.kept = settled
-	return settled.roots(), crash != 4
+	c.kept = next.settle(c.set.shares(now))
+	return c.kept.roots(), crash != 4
 }
 
 func (c *modelCluster) stands(id string) standing {
@@ -225,6 +219,29 @@ func (c *modelCluster) stands(id string) standing {
 		}
 	}
 	return rootUnknown
+}
+
+// step takes roots to where they are signed under.
+func (c *modelCluster) step() {
+	lives := c.set.lives()
+	for i, a := range lives {
+		if a.Leaving.IsZero() && (a.State == ca.Prepared || a.State == ca.Published) {
+			lives[i].State = ca.Active
+		}
+	}
+	if next, err := c.set.edit(lives); err == nil {
+		c.set = next
+	}
+}
+
+// taint is an admin's word about a key; it reports whether it was taken.
+func (c *modelCluster) taint(r *root) bool {
+	lives, err := rotation.Taint(rotation.World{Authorities: c.set.lives()}, r.id(), time.Now())
+	if err != nil {
+		return false
+	}
+	c.set, err = c.set.edit(lives)
+	return err == nil
 }
 
 // decide is an admin's word; it reports whether it was taken.
@@ -245,6 +262,7 @@ func (c *modelCluster) decide(r *root, leave bool) bool {
 		return false
 	}
 	c.set = next
+	c.step()
 	return c.stands(r.id()).decided() != before.decided()
 }
 
@@ -291,7 +309,7 @@ func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
 		for range rapid.IntRange(1, 60).Draw(t, "steps") {
 			c := rapid.SampledFrom(clusters).Draw(t, "cluster")
 			r := rapid.SampledFrom(roots).Draw(t, "root")
-			switch rapid.SampledFrom([]string{"round", "round", "round", "crash", "add", "leave", "remove", "lost", "old"}).Draw(t, "what") {
+			switch rapid.SampledFrom([]string{"round", "round", "round", "crash", "add", "leave", "remove", "lost", "old", "taint"}).Draw(t, "what") {
 			case "round":
 				if next, ok := c.round(doc, drawn, 0); ok {
 					doc = next
@@ -306,6 +324,12 @@ func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
 			case "leave":
 				if c.decide(r, true) {
 					decisions[r.id()]++
+					everLeft[r.id()] = true
+				}
+			case "taint":
+				// Each cluster lets it go as soon as it has another one.
+				if c.stands(r.id()) != rootUnknown && !rapid.Bool().Draw(t, "spared") && c.taint(r) {
+					decisions[r.id()] += uint64(len(clusters))
 					everLeft[r.id()] = true
 				}
 			case "remove":
@@ -379,6 +403,61 @@ func TestAClusterWithoutAMemoryRevivesNothing(t *testing.T) {
 	east.round(doc, none, 0)
 	if west.stands(a.id()) != rootLeaving || west.stands(b.id()) != rootBelieved || east.stands(a.id()) != rootRemoved {
 		t.Errorf("west has %s, %s; east %s", west.stands(a.id()), west.stands(b.id()), east.stands(a.id()))
+	}
+}
+
+func TestAWordThatFollowsAtOnceIsHeard(t *testing.T) {
+	a, b := newRoot(t), newRoot(t)
+	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
+	none := func(string) bool { return false }
+	doc, _ := east.round(nil, none, 0)
+	doc, _ = west.round(doc, none, 0)
+	east.decide(b, false)
+	east.decide(a, true)
+	doc, _ = east.round(doc, none, 0)
+	doc, _ = west.round(doc, none, 0)
+	if west.stands(a.id()) != rootLeaving {
+		t.Fatal("west does not follow")
+	}
+	west.decide(a, false) // before it has looked again
+	doc, _ = west.round(doc, none, 0)
+	east.round(doc, none, 0)
+	if west.stands(a.id()) != rootBelieved || east.stands(a.id()) != rootBelieved {
+		t.Errorf("taken back in west, it is %s there and %s in east", west.stands(a.id()), east.stands(a.id()))
+	}
+}
+
+func TestWhatFollowsFromATaintElsewhereIsTold(t *testing.T) {
+	a, b := newRoot(t), newRoot(t)
+	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
+	none := func(string) bool { return false }
+	doc, _ := east.round(nil, none, 0)
+	doc, _ = west.round(doc, none, 0)
+	east.taint(a) // its only root, so it stays
+	west.decide(b, false)
+	doc, _ = east.round(doc, none, 0)
+	for range 2 {
+		doc, _ = west.round(doc, none, 0) // has another one, so this one leaves
+	}
+	east.round(doc, none, 0)
+	if west.stands(a.id()) != rootLeaving || east.stands(a.id()) != rootLeaving || east.stands(b.id()) != rootBelieved {
+		t.Errorf("the tainted root is %s in west and %s in east", west.stands(a.id()), east.stands(a.id()))
+	}
+}
+
+func TestNoMoreRootsAreTakenThanABundleHolds(t *testing.T) {
+	east := newModelCluster(t, "east", newRoot(t))
+	var doc []sharedRoot
+	for i := range trust.MaxRoots + 5 {
+		doc = append(doc, sharedOf(newRoot(t), []standing{rootBelieved, rootLeaving}[i%2], 1, "west"))
+	}
+	doc = joinAll(doc)
+	all, _ := east.round(doc, func(string) bool { return false }, 0)
+	if n := len(east.set.bundle.Roots()); n != trust.MaxRoots {
+		t.Errorf("%d roots are believed", n)
+	}
+	if len(all) != len(doc)+1 {
+		t.Errorf("of %d roots %d are told", len(doc)+1, len(all))
 	}
 }
 

@@ -420,6 +420,7 @@ func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation
 		if err != nil {
 			return nil, err
 		}
+		step.Authority = row.ID
 	} else if next, err = o.set.edit(rotation.Apply(k.policy.Policy, o.set.lives(), step, now)); err != nil {
 		return nil, err
 	}

@@ -259,6 +259,9 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	}
 	if c.Exchange != nil {
 		s.exchange = newExchange(s.keeper, c.Exchange, s.audit.VerifierKey())
+		if err := s.exchange.register(c.Metrics); err != nil {
+			return nil, err
+		}
 	}
 	s.own = &ownCertificate{issue: s.issueOwn, now: c.Now, failed: func(err error) {
 		s.log.Error("could not renew the server's own certificate", "err", err)

@@ -47,9 +47,9 @@ type Error struct {
 	why   string
 	cause error
 	away  bool
-	// passing: another try may well go better. blocked: the call was not made. neutral: it says nothing of Vault.
-	passing, blocked, neutral bool
-	retryAfter                time.Duration
+	// passing: another try may well go better. neutral: it says nothing of Vault.
+	passing, neutral bool
+	retryAfter       time.Duration
 }
 
 // orNil keeps a nil *Error from becoming an error that is not nil.
@@ -72,9 +72,9 @@ func (e *Error) Is(target error) bool {
 	case ErrAway:
 		return e.away
 	case ErrNotFound:
-		return e.Status == http.StatusNotFound
+		return e.Status == http.StatusNotFound && !e.away
 	case ErrDenied:
-		return e.Status == http.StatusForbidden
+		return e.denied()
 	case ErrConflict:
 		return e.conflict()
 	case ErrRefused:
@@ -82,6 +82,8 @@ func (e *Error) Is(target error) bool {
 	}
 	return false
 }
+
+func (e *Error) denied() bool { return e.Status == http.StatusForbidden && !e.away }
 
 // conflict: KV v2 answers 400 with "check-and-set parameter did not match the current version".
 func (e *Error) conflict() bool {
@@ -101,6 +103,9 @@ func (e *Error) what() string {
 	case e.why != "":
 		return e.why
 	case e.cause != nil:
+		if inner, ok := errors.AsType[*Error](e.cause); ok {
+			return inner.Op + " " + inner.Path + ": " + inner.what()
+		}
 		return e.cause.Error()
 	case e.Op == opLogin && e.Status >= 400 && !e.away:
 		return "the login is refused (" + said + "): check vault.login, and in Vault the role and what it is bound to"
@@ -148,7 +153,7 @@ func (c *Client) judge(ctx context.Context, r request, resp *api.Response, err e
 	case r.path == healthPath && (e.Status == http.StatusTooManyRequests || e.Status == 472 || e.Status == 473):
 		// Standby, disaster recovery secondary, performance standby: each is well.
 	case e.Status >= 300 && e.Status < 400:
-		return nil, c.redirected(e, resp)
+		return nil, c.redirected(e, resp, hide)
 	case said != nil && said.RawError && e.Status < 500:
 		// Not even its 404 means that something is not there.
 		e.away = true
@@ -213,15 +218,15 @@ func (c *Client) unanswered(ctx context.Context, e *Error, err error, took time.
 		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 			e.why += ": check vault.ca_file and vault.server_name"
 		}
-		e.cause, e.away, e.passing = err, true, true
+		e.away, e.passing = true, true
 	}
 	return e
 }
 
-func (c *Client) redirected(e *Error, resp *api.Response) *Error {
+func (c *Client) redirected(e *Error, resp *api.Response, hide []string) *Error {
 	to := "elsewhere"
 	if u, err := resp.Location(); err == nil && u.Host != "" {
-		to = "to " + clean(u.Scheme+"://"+u.Host)
+		to = "to " + strings.Join(cleanAll([]string{u.Scheme + "://" + u.Host}, hide), "")
 	}
 	e.away = true
 	e.why = fmt.Sprintf("it sends us %s (%d), and redirects are not followed, for they would carry the token along: set vault.address to the active node or to a load balancer in front of all", to, e.Status)

@@ -188,7 +188,7 @@ func (c *Client) adopt(ctx context.Context, with credential) (*session, error) {
 	secret, verr := c.patiently(ctx, c.as(auth.ClientToken, c.calls), request{op: opRead, path: lookupPath})
 	if verr != nil {
 		verr.Op = opLogin
-		if verr.Status == http.StatusForbidden {
+		if verr.denied() {
 			verr.why = fmt.Sprintf("Vault does not accept the token in %s, or it may not look itself up (403): put a living token there, whose policy lets it read %s", c.login.TokenFile, lookupPath)
 		}
 		return nil, verr

@@ -3,7 +3,6 @@ package vault
 import (
 	"context"
 	"errors"
-	"net/http"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -176,35 +175,42 @@ func (c *Client) tryLogin(ctx context.Context) (_ *session, err error, asked boo
 // young is the age up to which a session's permissions are taken to be those that a new login would give.
 const young = time.Minute
 
-// instead is the session to try once more with what Vault has denied; nil if a new login would change nothing.
+// instead is the session to try once more with what Vault has denied; nil if there is none that could do more.
 func (c *Client) instead(ctx context.Context, denied *session) (*session, error) {
+	if s := c.replaced(denied); s != nil {
+		return s, nil
+	}
+	// A path that the policy denies must not cost a login, which is a token kept in Vault, each time.
+	_, lerr := c.send(ctx, denied.calls(), request{op: opRead, path: lookupPath})
+	dead := lerr != nil && lerr.denied()
 	c.mu.Lock()
-	replaced, now := c.cur != denied, c.now()
+	now := c.now()
+	// A policy may also deny that the token looks itself up.
+	vain := c.cur == denied && (!dead && now.Sub(denied.born) < young || dead && now.Sub(c.forced) < shortLived)
 	c.mu.Unlock()
-	if !replaced && now.Sub(denied.born) < young {
-		// A path that the policy denies must not cost a login, which is a token kept in Vault, each time.
-		_, err := c.send(ctx, denied.calls(), request{op: opRead, path: lookupPath})
-		if err == nil || err.Status != http.StatusForbidden {
-			return nil, nil
-		}
-		// Either the token is dead, or the policy does not let it look itself up either: then one login in a while.
-		c.mu.Lock()
-		again := c.cur == denied && now.Sub(c.forced) < shortLived
-		c.mu.Unlock()
-		if again {
-			return nil, nil
-		}
+	if vain {
+		return nil, nil
 	}
 	s, err := c.other(ctx, denied)
+	if err != nil {
+		if !dead {
+			// The token works, for other paths.
+			return nil, nil
+		}
+		return nil, err
+	}
+	c.mu.Lock()
+	c.forced = now
+	c.mu.Unlock()
+	return s, nil
+}
+
+// replaced is the session that has taken another's place, if one has.
+func (c *Client) replaced(s *session) *session {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case err == nil:
-		c.forced = c.now()
-	case c.cur == denied && errors.Is(err, ErrDenied):
-		// Calls need not ask Vault with this token any more to learn that there is no other.
-		close(denied.gone)
-		c.cur = nil
+	if living := c.living(); living != s {
+		return living
 	}
-	return s, err
+	return nil
 }

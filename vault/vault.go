@@ -309,7 +309,7 @@ func (c *Client) callWithin(ctx context.Context, r request) (*api.Secret, error)
 		return nil, c.failed(r, err)
 	}
 	secret, verr := c.patiently(ctx, s.calls(), r)
-	if verr == nil || verr.Status != http.StatusForbidden {
+	if verr == nil || !verr.denied() {
 		return secret, verr.orNil()
 	}
 	// Denied by the policy, or the token is dead: Vault says the same of both. One new login, one more try.
@@ -408,7 +408,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 func (c *Client) send(ctx context.Context, a *api.Client, r request) (*api.Secret, *Error) {
 	done, err := c.breaker.allow()
 	if err != nil {
-		return nil, &Error{Op: r.op, Path: r.path, vault: c.address, away: true, blocked: true, cause: err}
+		return nil, &Error{Op: r.op, Path: r.path, vault: c.address, away: true, cause: err}
 	}
 	began := time.Now()
 	resp, err := c.transmit(ctx, a, r)

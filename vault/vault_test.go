@@ -207,7 +207,7 @@ func TestABrokenAnswerEndsACallInTime(t *testing.T) {
 				_, rerr := cl.Read(t.Context(), "a")
 				_, werr := cl.Write(t.Context(), "a", map[string]any{"a": "b"})
 				for _, err := range []error{rerr, werr} {
-					if err == nil || errors.Is(err, ErrAway) != c.away || !strings.Contains(err.Error(), c.says) {
+					if err == nil || errors.Is(err, ErrNotFound) || errors.Is(err, ErrAway) != c.away || !strings.Contains(err.Error(), c.says) {
 						t.Errorf("away: %v, want %v: %v", errors.Is(err, ErrAway), c.away, err)
 					}
 					if err != nil && (strings.Contains(err.Error(), "html") || len(err.Error()) > 600) {
@@ -385,6 +385,28 @@ func TestWhatThePolicyDeniesIsNoReasonToLogInAgainAndAgain(t *testing.T) {
 	})
 }
 
+func TestATokenThatWorksIsKeptWhenANewLoginIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("GET a", data(map[string]any{"a": "b"}))
+		f.on("GET denied", refuse(403, "permission denied"))
+		cl := connect(t, appRole(t), f)
+		if _, err := cl.Read(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		f.on("PUT auth/approle/login", refuse(400, "invalid role or secret ID"))
+		for range 10 {
+			time.Sleep(2 * young)
+			if _, err := cl.Read(t.Context(), "denied"); !errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), "permission denied") {
+				t.Fatal(err)
+			}
+			if _, err := cl.Read(t.Context(), "a"); err != nil {
+				t.Fatalf("the token was given up: %v", err)
+			}
+		}
+	})
+}
+
 func TestARefusedLoginIsNotTriedAgainAtOnceUnlessWithAnotherSecret(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, status := range []int{400, 403, 404} {
@@ -557,7 +579,7 @@ func (e echo) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		answer(w, 200, map[string]any{"auth": map[string]any{"client_token": "hvs.given-and-secret", "lease_duration": 60}})
 	case "/v1/redirect":
-		http.Redirect(w, r, "https://"+r.Header.Get("X-Vault-Token")+"@elsewhere/"+r.Header.Get("X-Vault-Token"), 307)
+		http.Redirect(w, r, "https://"+r.Header.Get("X-Vault-Token")+"@"+r.Header.Get("X-Vault-Token")+".elsewhere/"+r.Header.Get("X-Vault-Token"), http.StatusTemporaryRedirect)
 	default:
 		refuse(500, said...)(w, r)
 	}

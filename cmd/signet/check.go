@@ -215,6 +215,7 @@ func checkAuthorities(ctx context.Context, keys keystore.Store, shown server.Clu
 		installed = installed || a.Hierarchy == identity.Mesh.String()
 		found = append(found, check.Expiry(a.ID, a.Certificate, now, show)...)
 		if running && a.Ref.Backend != keystore.BackendFile || a.Ref.Backend == keystore.BackendMemory {
+			found = append(found, check.Finding{Code: check.CodeKey, Level: check.OK, About: a.ID, Message: "its key is " + a.Ref.String() + ", which is left to the server"})
 			continue
 		}
 		found = append(found, check.Key(a.ID, a.Certificate, func() (crypto.PublicKey, error) {

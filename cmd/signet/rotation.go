@@ -416,12 +416,16 @@ Starting again what has been started changes nothing and prints the same request
 			if err != nil {
 				return err
 			}
+			signs := cfg.Upstream.VaultPKI.Mount != "" // by itself
+			if signs && out != "" {
+				return errors.New("--csr-out: there is nothing to carry, because upstream.vault_pki signs by itself")
+			}
 			return c.rotationOf(cmd.Context(), cfg, file, func(ctx context.Context, r adminv1.RotationClient) error {
 				answer, err := r.StartRotation(ctx, request)
 				if err != nil {
 					return err
 				}
-				if dryRun || len(answer.Requests) == 0 {
+				if dryRun || signs || len(answer.Requests) == 0 {
 					return c.printChange(answer, dryRun)
 				}
 				root := "the root"

@@ -355,7 +355,7 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 		return fail(err)
 	}
 	if end := own.NotAfter; end.Before(asked.NotAfter) && end.Sub(now) < least(p, now) {
-		return fail(fmt.Errorf("Vault signed it only until %s, and %s was asked for: look at leaf_not_after_behavior and at what is above that issuer", stamp(end), stamp(asked.NotAfter)))
+		return fail(fmt.Errorf("it is signed only until %s, and %s was asked for: look at leaf_not_after_behavior and at what is above that issuer", stamp(end), stamp(asked.NotAfter)))
 	}
 	if err := verify(path, now); err != nil {
 		return fail(fmt.Errorf("validators would refuse %s: %w", nameOf(own), err))

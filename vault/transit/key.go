@@ -237,8 +237,8 @@ func parseSignature(text string, version int) ([]byte, error) {
 	if number != strconv.Itoa(version) {
 		return nil, fmt.Errorf("it was signed with version %s of the key instead of %d", bounded(number), version)
 	}
-	signature, err := base64.StdEncoding.Strict().DecodeString(encoded)
-	if err != nil || len(signature) == 0 {
+	signature, err := base64.StdEncoding.DecodeString(encoded)
+	if err != nil || len(signature) == 0 || base64.StdEncoding.EncodeToString(signature) != encoded { // which ignores newlines and loose bits
 		return nil, errors.New("the answer holds a signature that is not base64")
 	}
 	return signature, nil

@@ -274,11 +274,8 @@ func (s *Store) list(ctx context.Context) ([]keystore.Ref, error) {
 	return refs, nil
 }
 
-// ErrNotYet is a version that can't be destroyed as long as others are there.
-var ErrNotYet = errors.New("it can't be destroyed yet")
-
 // Delete destroys a version for good. Transit destroys from the oldest on and never the newest: for all others the error is
-// ErrNotYet. One that was interrupted is taken up by the next.
+// keystore.ErrKept. One that was interrupted is taken up by the next.
 func (s *Store) Delete(ctx context.Context, ref keystore.Ref) error {
 	if ref.Backend != Backend || !validRef(ref) {
 		return fmt.Errorf("delete key %s: not a reference to a key in Vault's Transit engine", ref)
@@ -299,9 +296,9 @@ func (s *Store) destroy(ctx context.Context, ref keystore.Ref) error {
 	case ref.Version < info.oldest() || ref.Version > info.Latest:
 		return nil
 	case ref.Version > info.oldest():
-		return fmt.Errorf("%w: Vault destroys the oldest version first, and %s still has version %d", ErrNotYet, info.where, info.oldest())
+		return fmt.Errorf("%w: Vault destroys the oldest version first, and %s still has version %d", keystore.ErrKept, info.where, info.oldest())
 	case ref.Version == info.Latest:
-		return fmt.Errorf("%w: it is the newest version of %s, which Vault keeps until there is a newer one", ErrNotYet, info.where)
+		return fmt.Errorf("%w: it is the newest version of %s, which Vault keeps until there is a newer one", keystore.ErrKept, info.where)
 	}
 	// What is below both of these can no longer be used, and only that can be trimmed.
 	next := ref.Version + 1

@@ -499,7 +499,7 @@ func TestRealVersionsAreDestroyedFromTheOldestOn(t *testing.T) {
 	newest := create(t, s, "ca", keystore.ECDSAP256, 2)
 	ref := func(v int) keystore.Ref { return keystore.Ref{Backend: Backend, Name: "ca", Version: v} }
 	for _, v := range []int{2, 3} {
-		if err := s.Delete(t.Context(), ref(v)); !errors.Is(err, ErrNotYet) {
+		if err := s.Delete(t.Context(), ref(v)); !errors.Is(err, keystore.ErrKept) {
 			t.Errorf("version %d: %v", v, err)
 		}
 	}
@@ -516,7 +516,7 @@ func TestRealVersionsAreDestroyedFromTheOldestOn(t *testing.T) {
 			t.Errorf("%v, %v", refs, err)
 		}
 	}
-	if err := s.Delete(t.Context(), ref(3)); !errors.Is(err, ErrNotYet) {
+	if err := s.Delete(t.Context(), ref(3)); !errors.Is(err, keystore.ErrKept) {
 		t.Errorf("the newest: %v", err)
 	}
 	if err := certifies(newest, 0); err != nil {

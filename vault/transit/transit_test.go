@@ -188,6 +188,8 @@ func TestNoBadSignatureIsReturned(t *testing.T) {
 		"other prefix":      {signature("vault:3:MEUCIQ=="), "no signature"},
 		"not base64":        {signature("vault:v3:%%%"), "not base64"},
 		"url base64":        {signature("vault:v3:_-_-"), "not base64"},
+		"loose bits":        {signature("vault:v3:QR=="), "not base64"},
+		"newlines":          {signature("vault:v3:Q\nQ=="), "not base64"},
 		"empty signature":   {signature("vault:v3:"), "not base64"},
 		"too long":          {signature("vault:v3:" + strings.Repeat("A", 2000)), "2009 bytes"},
 		"not ASN.1":         {signature("vault:v3:AAAA"), "not by the key that was opened"},
@@ -434,6 +436,18 @@ func TestALostAnswerLeavesOneVersionThatIsFound(t *testing.T) {
 func TestClientsThatCreateAtOnceGetVersionsOfTheirOwn(t *testing.T) {
 	f := newFakeTransit(t)
 	const clients = 8
+	// None makes the key before all have seen that there is none.
+	var looked sync.WaitGroup
+	looked.Add(clients)
+	f.before = func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet && f.keys["signet-east-ca"] == nil {
+			f.mu.Unlock()
+			defer f.mu.Lock()
+			looked.Done()
+			looked.Wait()
+		}
+		return false
+	}
 	var all sync.WaitGroup
 	refs := make([]int, clients)
 	for i := range clients {
@@ -453,6 +467,9 @@ func TestClientsThatCreateAtOnceGetVersionsOfTheirOwn(t *testing.T) {
 		if v != i+1 {
 			t.Fatalf("versions %v", refs)
 		}
+	}
+	if p := f.keys["signet-east-ca"].autoRotate; p != 0 {
+		t.Errorf("the key is left with a rotation every %d s", p)
 	}
 }
 
@@ -492,7 +509,7 @@ func TestVersionsAreDestroyedFromTheOldestOn(t *testing.T) {
 	create(t, s, "ca", keystore.ECDSAP256, 2)
 	ref := func(v int) keystore.Ref { return keystore.Ref{Backend: Backend, Name: "ca", Version: v} }
 	for v, want := range map[int]string{2: "still has version 1", 3: "still has version 1"} {
-		if err := s.Delete(t.Context(), ref(v)); !errors.Is(err, ErrNotYet) || !strings.Contains(err.Error(), want) {
+		if err := s.Delete(t.Context(), ref(v)); !errors.Is(err, keystore.ErrKept) || !strings.Contains(err.Error(), want) {
 			t.Errorf("version %d: %v", v, err)
 		}
 	}
@@ -531,7 +548,7 @@ func TestVersionsAreDestroyedFromTheOldestOn(t *testing.T) {
 	if err := signs(k); err != nil {
 		t.Error(err)
 	}
-	if err := s.Delete(t.Context(), ref(3)); !errors.Is(err, ErrNotYet) || !strings.Contains(err.Error(), "newest") {
+	if err := s.Delete(t.Context(), ref(3)); !errors.Is(err, keystore.ErrKept) || !strings.Contains(err.Error(), "newest") {
 		t.Errorf("the newest: %v", err)
 	}
 	for _, gone := range []keystore.Ref{ref(9), {Backend: Backend, Name: "none", Version: 1}} {
@@ -640,6 +657,32 @@ func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 	})
 	check("hung", 2*time.Second)
 	close(hang)
+}
+
+// TestCallersWhoseTurnDoesNotComeAreToldThatVaultIsAway: more than fit into the batches that hang.
+func TestCallersWhoseTurnDoesNotComeAreToldThatVaultIsAway(t *testing.T) {
+	f := newFakeTransit(t)
+	s := f.store(t, func(c *Config) { c.Timeout = 500 * time.Millisecond })
+	k := create(t, s, "ca", keystore.ECDSAP256, 0)
+	f.before = func(_ http.ResponseWriter, r *http.Request) bool {
+		f.mu.Unlock()
+		defer f.mu.Lock()
+		<-r.Context().Done()
+		return true
+	}
+	start := time.Now()
+	var all sync.WaitGroup
+	for range 2 * mostInBatch * mostFlying {
+		all.Go(func() {
+			if err := signs(k); !errors.Is(err, keystore.ErrAway) || !errors.Is(err, vault.ErrAway) {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("took %s", took)
+	}
 }
 
 func TestNothingShowsTheToken(t *testing.T) {

@@ -1,0 +1,287 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/internal/config"
+	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/server"
+)
+
+// fakeVault answers what a connection asks about itself. What a real one does is tested in test/e2e.
+type fakeVault struct {
+	*httptest.Server
+	mu sync.Mutex
+	// status of every answer; 0 = 200.
+	status int
+	// token is what lookup-self says of it; denied are paths that it may not use.
+	token  map[string]any
+	denied map[string]bool
+}
+
+func newFakeVault(t *testing.T) *fakeVault {
+	v := &fakeVault{token: map[string]any{"ttl": 3600, "renewable": true}, denied: map[string]bool{}}
+	v.Server = httptest.NewServer(v)
+	t.Cleanup(v.Close)
+	return v
+}
+
+func (v *fakeVault) set(change func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	change()
+}
+
+func (v *fakeVault) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.status != 0 {
+		w.WriteHeader(v.status)
+		fmt.Fprint(w, `{"errors":["permission denied"]}`)
+		return
+	}
+	data := map[string]any{}
+	switch r.URL.Path {
+	case "/v1/auth/token/lookup-self":
+		data = v.token
+	case "/v1/sys/capabilities-self":
+		var asked struct{ Paths []string }
+		_ = json.NewDecoder(r.Body).Decode(&asked)
+		for _, p := range asked.Paths {
+			if data[p] = []string{"create", "read", "update", "list"}; v.denied[p] {
+				data[p] = []string{"deny"}
+			}
+		}
+	}
+	_ = json.NewEncoder(w).Encode(map[string]any{"data": data})
+}
+
+// vaultYAML has everything in Vault.
+func (h here) vaultYAML(address string) string {
+	h.write("token", "hvs.secret\n")
+	h.write("pass", "correct horse battery staple\n")
+	return h.write("east.yaml", fmt.Sprintf(`trust_domain: example.org
+cluster: east
+keystore: { passphrase_file: ./pass, control_ca: vault-transit, intermediates: memory }
+vault: { address: %q, login: { method: token, token_file: ./token } }
+upstream: { vault_pki: { mount: pki } }
+trust: { vault_kv: { mount: secret } }
+`, address))
+}
+
+func (h here) backing(address string, log io.Writer) *backing {
+	h.t.Helper()
+	cfg, err := config.LoadServer(h.vaultYAML(address))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	b, err := openBacking(cfg, slog.New(slog.NewTextHandler(log, nil)))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(b.Close)
+	return b
+}
+
+func TestThePolicyIsMadeOfTheConfiguration(t *testing.T) {
+	h := shortFolder(t)
+	file := h.vaultYAML("https://vault.example.org:8200")
+	out, errs := h.must(exitYes, "config", "vault-policy", "--config", file)
+	if errs != "" {
+		t.Errorf("it says %q", errs)
+	}
+	contains(t, out, "# What the server of cluster east of example.org asks of Vault.",
+		`path "auth/token/renew-self"`, `path "sys/capabilities-self"`, `path "pki/issuer/+/sign-intermediate"`,
+		`path "transit/keys/signet-east-`, `path "transit/sign/signet-east-`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
+	again, _ := h.must(exitYes, "config", "vault-policy", "--config", file)
+	if again != out {
+		t.Error("it is another one the second time")
+	}
+
+	plain := h.write("plain.yaml", rightConfig)
+	_, errs = h.must(exitCouldNotSay, "config", "vault-policy", "--config", plain)
+	contains(t, errs, plain+" uses no Vault")
+}
+
+func TestWhatTheTokenLacksIsSaidOnceAndFound(t *testing.T) {
+	v, log := newFakeVault(t), &bytes.Buffer{}
+	const path = "pki/issuer/+/sign-intermediate"
+	v.set(func() { v.denied[path] = true })
+	b := shortFolder(t).backing(v.URL, log)
+	for range 2 {
+		if err := b.ask(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := strings.Count(log.String(), "lacks a capability"); n != 1 || !strings.Contains(log.String(), path) {
+		t.Errorf("said %d times:\n%s", n, log)
+	}
+	found := b.look().Findings(check.Duties{}, time.Now())
+	if len(found) != 1 || found[0].Code != check.CodePolicy || found[0].About != path {
+		t.Errorf("%+v", found)
+	}
+	v.set(func() { v.denied[path] = false })
+	if err := b.ask(t.Context()); err != nil || b.look().Findings(check.Duties{}, time.Now()).Worst() != check.OK {
+		t.Errorf("mended: %v, %+v", err, b.look())
+	}
+	contains(t, log.String(), "may do all that will be asked")
+	if strings.Contains(log.String(), "hvs.secret") {
+		t.Error("the token is in the log")
+	}
+}
+
+func TestARefusedLoginImpairsAsMuchAsAVaultThatIsAway(t *testing.T) {
+	v := newFakeVault(t)
+	v.set(func() { v.status = http.StatusForbidden })
+	b := shortFolder(t).backing(v.URL, io.Discard)
+	if b.ask(t.Context()) == nil {
+		t.Fatal("it has answered")
+	}
+	first := b.look()
+	if !first.Away || !first.Refused || first.Why == "" || first.Since.IsZero() || b.look().Since != first.Since {
+		t.Errorf("%+v, then %+v", first, b.look())
+	}
+	found := first.Findings(check.Duties{Upstream: true, Due: time.Now(), Until: time.Now().Add(time.Hour)}, time.Now())
+	if len(found) != 1 || found[0].Code != check.CodeVault || !found.Ready() {
+		t.Errorf("%+v", found)
+	}
+
+	v.set(func() { v.status = http.StatusServiceUnavailable })
+	b = shortFolder(t).backing(v.URL, io.Discard)
+	_ = b.ask(t.Context())
+	if got := b.look(); !got.Away || got.Refused {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestATokenThatEndsForGoodIsSaidInTime(t *testing.T) {
+	for what, c := range map[string]struct {
+		token map[string]any
+		ends  bool
+	}{
+		"renewable":   {map[string]any{"ttl": 3600, "renewable": true}, false},
+		"for good":    {map[string]any{"ttl": 3600, "renewable": false}, true},
+		"without end": {map[string]any{"ttl": 0, "renewable": false}, false},
+	} {
+		v := newFakeVault(t)
+		v.set(func() { v.token = c.token })
+		b := shortFolder(t).backing(v.URL, io.Discard)
+		if err := b.ask(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		got := b.look().Token
+		if got.Ends.IsZero() == c.ends || c.ends && (!strings.HasSuffix(got.File, "/token") || !got.Begins.Before(got.Ends) || b.look().Token != got) {
+			t.Errorf("%s: %+v, then %+v", what, got, b.look().Token)
+		}
+	}
+}
+
+func TestWithoutVaultNothingOfItIsThere(t *testing.T) {
+	h := shortFolder(t)
+	cfg, err := config.LoadServer(h.write("plain.yaml", rightConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := openBacking(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	var full server.Config
+	full.Metrics = prometheus.NewRegistry()
+	b.supply(&full, cfg)
+	if b.vault != nil || full.Upstream != nil || full.Exchange != nil || full.Vault != nil {
+		t.Errorf("there is one: %+v", full)
+	}
+	b.run(t.Context()) // ends at once
+	if _, err := b.keys.Open(t.Context(), keystore.Ref{Backend: "vault-transit", Name: "intermediate", Version: 1}); err == nil || !strings.Contains(err.Error(), "put its block back") {
+		t.Errorf("a key in Vault: %v", err)
+	}
+}
+
+func TestAServerWaitsForTheKeysThatItBeginsWith(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		b := &backing{log: slog.New(slog.NewTextHandler(&log, nil)), metrics: prometheus.NewRegistry()}
+		cfg := &config.Server{Listen: config.Listen{HTTP: "127.0.0.1:-1"}} // nothing of the network in this bubble
+		begun, tries := time.Now(), 0
+		s, err := b.begin(t.Context(), cfg, func() (*server.Server, error) {
+			if tries++; tries < 8 {
+				return nil, fmt.Errorf("open the control CA: %w", keystore.ErrAway)
+			}
+			return &server.Server{}, nil
+		})
+		if err != nil || s == nil || tries != 8 {
+			t.Fatalf("after %d tries: %v", tries, err)
+		}
+		if took := time.Since(begun); took < 10*time.Second || took > 2*time.Minute {
+			t.Errorf("8 tries in %s", took)
+		}
+		if n := strings.Count(log.String(), "waits and tries again"); n != 1 {
+			t.Errorf("said %d times:\n%s", n, log.String())
+		}
+		// Whatever else keeps it from beginning will not pass by itself.
+		other := errors.New("wrong passphrase")
+		if _, err := b.begin(t.Context(), cfg, func() (*server.Server, error) { return nil, other }); !errors.Is(err, other) {
+			t.Errorf("got %v", err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		begun = time.Now()
+		if _, err := b.begin(ctx, cfg, func() (*server.Server, error) { return nil, keystore.ErrAway }); err == nil || time.Since(begun) != 3*time.Second {
+			t.Errorf("told to stop: %v after %s", err, time.Since(begun))
+		}
+	})
+}
+
+func TestAServerThatWaitsIsAliveAndNotReady(t *testing.T) {
+	address, err := freePort("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &backing{log: slog.New(slog.DiscardHandler), metrics: prometheus.NewRegistry()}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		b.hold(ctx, address, errors.New("Vault is sealed"), time.Hour)
+	}()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for path, want := range map[string]int{"/livez": http.StatusOK, "/readyz": http.StatusServiceUnavailable, "/metrics": http.StatusOK} {
+		var answer *http.Response
+		for deadline := time.Now().Add(5 * time.Second); ; {
+			if answer, err = client.Get("http://" + address + path); err == nil || time.Now().After(deadline) {
+				break
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ := io.ReadAll(answer.Body)
+		answer.Body.Close()
+		if answer.StatusCode != want || path == "/readyz" && !strings.Contains(string(text), "SGN1026: Vault is sealed") {
+			t.Errorf("%s answers %d %s", path, answer.StatusCode, text)
+		}
+	}
+	stop()
+	<-ended
+	if again, err := freePort(address); err != nil || again != address {
+		t.Errorf("the door is still taken: %v", err)
+	}
+}

@@ -1,0 +1,211 @@
+//go:build real
+
+package lab
+
+import (
+	"crypto/tls"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func startVault(t *testing.T, c VaultConfig) *Vault {
+	t.Helper()
+	c.Dir = t.TempDir()
+	began := time.Now()
+	v, err := StartVault(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(v.Stop)
+	t.Logf("started in %s", time.Since(began))
+	return v
+}
+
+func TestAVaultKeepsWhatItHasOverASealARestartAndAPowerCut(t *testing.T) {
+	v, ctx := startVault(t, VaultConfig{}), t.Context()
+	must(t, v.Mount(ctx, "secret", "kv"))
+	if _, err := v.Root().Write(ctx, "secret/data/a", map[string]any{"data": map[string]any{"colour": "green"}}); err != nil {
+		t.Fatal(err)
+	}
+	readBack := func() {
+		t.Helper()
+		a, err := v.Root().Read(ctx, "secret/data/a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if inner, _ := a.Data["data"].(map[string]any); inner["colour"] != "green" {
+			t.Errorf("got %v", a.Data)
+		}
+	}
+	readBack()
+
+	must(t, v.Seal(ctx))
+	if _, err := v.Root().Read(ctx, "secret/data/a"); VaultStatus(err) != http.StatusServiceUnavailable {
+		t.Errorf("a sealed Vault answers %v, want 503", err)
+	}
+	must(t, v.Unseal(ctx))
+	readBack()
+
+	began := time.Now()
+	must(t, v.Restart(ctx))
+	t.Logf("restarted in %s", time.Since(began))
+	readBack()
+
+	v.Kill()
+	if _, err := v.Root().Read(ctx, "secret/data/a"); err == nil || VaultStatus(err) != 0 {
+		t.Errorf("a dead Vault answers: %v", err)
+	}
+	must(t, v.Start(ctx))
+	must(t, v.Unseal(ctx))
+	readBack()
+
+	keys, err := v.Root().List(ctx, "secret/metadata")
+	if err != nil || !slices.Equal(keys, []string{"a"}) {
+		t.Errorf("the list is %v, %v", keys, err)
+	}
+	must(t, v.Root().Delete(ctx, "secret/metadata/a"))
+	if _, err := v.Root().Read(ctx, "secret/data/a"); VaultStatus(err) != http.StatusNotFound {
+		t.Errorf("what was deleted answers %v, want 404", err)
+	}
+	v.Stop()
+	v.Stop()
+}
+
+func TestEachLoginOfTheLabGivesATokenWithItsPolicy(t *testing.T) {
+	v, ctx := startVault(t, VaultConfig{}), t.Context()
+	must(t, v.Mount(ctx, "transit", "transit"))
+	must(t, v.Policy(ctx, "keys", `path "transit/keys/*" { capabilities = ["read", "create", "update"] }`))
+	life := VaultLife{Policies: []string{"keys"}, TTL: time.Minute, MaxTTL: time.Hour}
+	holds := func(how, token string) {
+		t.Helper()
+		if _, err := v.As(token).Write(ctx, "transit/keys/"+how, map[string]any{"type": "ecdsa-p256"}); err != nil {
+			t.Errorf("%s: %v", how, err)
+		}
+		if _, err := v.As(token).Read(ctx, "sys/mounts"); VaultStatus(err) != http.StatusForbidden {
+			t.Errorf("%s may more than its policy: %v", how, err)
+		}
+	}
+	login := func(how string, body map[string]any) {
+		t.Helper()
+		a, err := v.As("").Write(ctx, how, body)
+		if err != nil {
+			t.Errorf("%s: %v", how, err)
+			return
+		}
+		if a.Auth.Seconds != 60 || !a.Auth.Renewable {
+			t.Errorf("%s gives a token for %d s, renewable %v", how, a.Auth.Seconds, a.Auth.Renewable)
+		}
+		holds(how[:4], a.Auth.Token)
+	}
+
+	token, err := v.MakeToken(ctx, life)
+	must(t, err)
+	holds("token", token)
+	must(t, v.RevokeToken(ctx, token))
+	if _, err := v.As(token).Read(ctx, "transit/keys/token"); VaultStatus(err) != http.StatusForbidden {
+		t.Errorf("a revoked token answers %v, want 403", err)
+	}
+
+	roleID, err := v.AppRole(ctx, "r", life)
+	must(t, err)
+	secretID, err := v.SecretID(ctx, "r", 1, time.Minute)
+	must(t, err)
+	login("auth/approle/login", map[string]any{"role_id": roleID, "secret_id": secretID})
+	if _, err := v.As("").Write(ctx, "auth/approle/login", map[string]any{"role_id": roleID, "secret_id": secretID}); err == nil {
+		t.Error("a secret-id for one login gave two")
+	}
+
+	must(t, v.Userpass(ctx, "u", "p", life))
+	login("auth/userpass/login/u", map[string]any{"password": "p"})
+
+	tokens, err := v.Tokens(ctx, "auth/userpass/login/u")
+	must(t, err)
+	if len(tokens) != 1 || time.Since(tokens[0].Made).Abs() > 5*time.Second || tokens[0].Expires.Sub(tokens[0].Made).Round(10*time.Second) != time.Minute {
+		t.Errorf("the tokens of one login: %+v", tokens)
+	}
+
+	j, err := v.JWT(ctx, "j", life)
+	must(t, err)
+	good, err := j.Token(time.Minute)
+	must(t, err)
+	login("auth/jwt/login", map[string]any{"role": "j", "jwt": good})
+	ended, err := j.Token(-10 * time.Minute)
+	must(t, err)
+	if _, err := v.As("").Write(ctx, "auth/jwt/login", map[string]any{"role": "j", "jwt": ended}); VaultStatus(err) != http.StatusBadRequest {
+		t.Errorf("a JWT that has ended answers %v, want 400", err)
+	}
+
+	c, err := v.Cert(ctx, "c", life)
+	must(t, err)
+	certFile, keyFile, err := c.Write(t.TempDir(), "client")
+	must(t, err)
+	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
+	must(t, err)
+	transport := v.client.Transport.(*http.Transport).Clone()
+	transport.TLSClientConfig.Certificates = []tls.Certificate{pair}
+	defer transport.CloseIdleConnections()
+	a, err := VaultClient{"", v.Address, &http.Client{Transport: transport}}.Write(ctx, "auth/cert/login", map[string]any{"name": "c"})
+	must(t, err)
+	holds("cert", a.Auth.Token)
+}
+
+func TestAPlainVaultMakesARootWhoseKeyStaysInIt(t *testing.T) {
+	v, ctx := startVault(t, VaultConfig{Plain: true}), t.Context()
+	must(t, v.Mount(ctx, "pki", "pki"))
+	a, err := v.PKIRoot(ctx, "pki", "a", TrustDomain, 10*365*24*time.Hour)
+	must(t, err)
+	b, err := v.PKIRoot(ctx, "pki", "b", TrustDomain, time.Hour)
+	must(t, err)
+	must(t, v.PKIDefault(ctx, "pki", "b"))
+	def, err := v.Root().Read(ctx, "pki/cert/ca")
+	must(t, err)
+	if def.String("certificate") != b.PEM {
+		t.Error("the default issuer is not the one that was made it")
+	}
+	if len(a.Certificate.URIs) != 1 || a.Certificate.URIs[0].String() != "spiffe://"+TrustDomain {
+		t.Errorf("the root's names: %v", a.Certificate.URIs)
+	}
+	if left := time.Until(a.Certificate.NotAfter); left < 9*365*24*time.Hour {
+		t.Errorf("the root lives %s", left)
+	}
+}
+
+func TestAProxyOutlivesTheVaultBehindIt(t *testing.T) {
+	v, ctx := startVault(t, VaultConfig{}), t.Context()
+	p, err := v.Proxy()
+	must(t, err)
+	defer p.Close()
+	through := VaultClient{v.RootToken, p.Address, v.client}
+	if _, err := through.Read(ctx, "sys/mounts"); err != nil {
+		t.Error(err)
+	}
+	v.Stop()
+	if _, err := through.Read(ctx, "sys/mounts"); err == nil || VaultStatus(err) != 0 {
+		t.Errorf("without a Vault it answers: %v", err)
+	}
+	must(t, v.Restart(ctx))
+	if _, err := through.Read(ctx, "sys/mounts"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAMissingVaultSaysHowToGetIt(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(dir, "go.mod"), nil, 0o600))
+	t.Chdir(dir)
+	if _, err := StartVault(t.Context(), VaultConfig{Dir: dir}); err == nil || !strings.Contains(err.Error(), "make tools") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
