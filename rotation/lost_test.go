@@ -55,6 +55,7 @@ func TestAnUpstreamSignsUnderTheRootThatMayBeSignedUnder(t *testing.T) {
 		"the one that replaces it":                    {[]Authority{leaving(rootA(ca.Active)), b(ca.Published), under("a", "i", ca.Active)}, trusting, "b"},
 		"lost, and the next is not trusted yet":       {[]Authority{leaving(rootA(ca.Active)), b(ca.Active), lost(under("a", "i", ca.Active))}, deaf, "a"},
 		"lost, and the next is trusted":               {[]Authority{leaving(rootA(ca.Active)), b(ca.Active), lost(under("a", "i", ca.Active))}, trusting, "b"},
+		"a lost key, and no other root":               {[]Authority{rootA(ca.Active), func() Authority { i := under("a", "i", ca.Active); i.Tainted = noon; return i }()}, trusting, "a"},
 		"a cluster that begins":                       {[]Authority{rootA(ca.Active)}, trusting, "a"},
 		"a cluster that begins with several":          {[]Authority{rootA(ca.Active), b(ca.Active)}, trusting, ""},
 		"none":                                        {nil, trusting, ""},

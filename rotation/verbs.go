@@ -284,7 +284,7 @@ func Under(p Policy, w World, id string, now time.Time) string {
 		return best.ID
 	}
 	lost := signing.State != ca.Active
-	if lost && (best.ID == "" || len(d.mayBegin(best.ID)) > 0) || !lost && w.bridges(p, id, best.ID, now) {
+	if best.ID == "" || lost && len(d.mayBegin(best.ID)) > 0 || !lost && w.bridges(p, id, best.ID, now) {
 		return above.ID
 	}
 	return best.ID
