@@ -12,7 +12,9 @@ const (
 	// tripAfter failures in a row Vault is left alone.
 	tripAfter = 5
 	minOpen   = time.Second
-	maxOpen   = 30 * time.Second
+	// maxOpen is short beside the least life that is left to leaves when Vault goes away: what waits for it must not wait
+	// for long when it is back.
+	maxOpen = 5 * time.Second
 )
 
 // outcome is what one call says of Vault.
@@ -30,7 +32,7 @@ const (
 )
 
 // breaker keeps calls from a Vault that is away. After tripAfter failures in a row it is open: calls fail at once. After a
-// time, which grows from 1 s to 30 s and is jittered so that many servers don't come back at once, one call may try; it
+// time, which grows from 1 s to 5 s and is jittered so that many servers don't come back at once, one call may try; it
 // decides. (No library has an open time that grows: sony/gobreaker's is fixed.)
 type breaker struct {
 	now func() time.Time

@@ -200,10 +200,10 @@ func (c *Client) adopt(ctx context.Context, with credential) (*session, error) {
 	if err != nil {
 		return nil, &Error{Op: opLogin, Path: lookupPath, Status: http.StatusOK, vault: c.address, why: "its answer does not tell the token's life"}
 	}
-	auth.LeaseDuration = int(max(0, min(life, maxLife)) / time.Second)
-	if life > 0 {
-		// Less than a second is not for ever.
-		auth.LeaseDuration = max(auth.LeaseDuration, 1)
+	auth.LeaseDuration = int(max(0, life) / time.Second)
+	if auth.LeaseDuration == 0 && secret.Data["expire_time"] != nil {
+		// Its last second, not a token without end.
+		auth.LeaseDuration = 1
 	}
 	return c.newSession(auth), nil
 }

@@ -275,6 +275,36 @@ func TestRealASecretIDOfOneUseIsReplacedInItsFile(t *testing.T) {
 	}
 }
 
+func TestRealAJWTIsReadAnewAtEachLogin(t *testing.T) {
+	v, name := realVault(t)
+	l := logins["jwt"](t, v, name, lab.VaultLife{Policies: []string{name}, TTL: time.Second, MaxTTL: time.Second})
+	cl := dial(t, realConfig(v, l))
+	readUntil(t, cl, "secret/data/"+name+"/a", 0)
+	// Another key, which is the one that Vault believes from now on.
+	j, err := v.JWT(t.Context(), name, lab.VaultLife{Policies: []string{name}, TTL: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, life := range []time.Duration{-10 * time.Minute, time.Hour} {
+		token, err := j.Token(life)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, l.JWTFile, token)
+		if life > 0 {
+			readUntil(t, cl, "secret/data/"+name+"/a", 0)
+			continue
+		}
+		if err := v.RevokeToken(t.Context(), cl.cur.auth().ClientToken); err != nil {
+			t.Fatal(err)
+		}
+		_, err = cl.Read(t.Context(), "secret/data/"+name+"/a")
+		if !errors.Is(err, ErrDenied) || strings.Contains(err.Error(), token) {
+			t.Errorf("a JWT that has ended: %v", err)
+		}
+	}
+}
+
 func TestRealAReplacedCertificateLogsIn(t *testing.T) {
 	v, name := realVault(t)
 	c, err := v.Cert(t.Context(), name, lab.VaultLife{Policies: []string{name}, TTL: time.Hour})

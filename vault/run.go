@@ -23,13 +23,19 @@ const (
 	renewGap = 10 * time.Second
 )
 
-// Run keeps the token alive, logs in again when it ends, and watches whether Vault is there, until ctx ends; then it
-// returns nil. Calls work without it, but each session's end then costs the call that meets it a login.
+// Run keeps the token alive, logs in again when it ends, and watches whether Vault is there, until ctx ends or Close; then
+// it returns nil. Calls work without it, but each session's end then costs the call that meets it a login.
 func (c *Client) Run(ctx context.Context) error {
 	if !c.running.CompareAndSwap(false, true) {
 		return errors.New("the connection to Vault is kept by another Run: call it once")
 	}
 	defer c.running.Store(false)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.root, cancel)()
+	c.mu.Lock()
+	c.run = ctx
+	c.mu.Unlock()
 	var g sync.WaitGroup
 	g.Go(func() { c.watch(ctx) })
 	c.keep(ctx)
@@ -37,9 +43,12 @@ func (c *Client) Run(ctx context.Context) error {
 	return nil
 }
 
+// maxLoginWait is the most between two tries to log in that nobody waits for.
+const maxLoginWait = 30 * time.Second
+
 // keep tends one session after the other.
 func (c *Client) keep(ctx context.Context) {
-	wait := &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxOpen}
+	wait := &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxLoginWait}
 	wait.Reset()
 	// spent is the session whose renewal is at its end, though its token may still live.
 	var spent *session
@@ -120,7 +129,7 @@ func (c *Client) tend(ctx context.Context, s *session) bool {
 		defer close(ended)
 		w.Start()
 	}()
-	// It is gone before the next begins; a renewal under way ends within the timeout of a call.
+	// It is gone before the next begins; a renewal under way ends with Run, or within the timeout of a call.
 	defer func() {
 		w.Stop()
 		<-ended
@@ -158,14 +167,14 @@ type renewals struct{ c *Client }
 
 func (r renewals) RoundTrip(q *http.Request) (*http.Response, error) {
 	c := r.c
-	// The watcher does not know that Close ends it.
-	ctx, cancel := context.WithCancel(q.Context())
-	defer context.AfterFunc(c.root, cancel)()
-	defer cancel()
-	// After some failures the watcher tries without any pause (its backoff ends in 0, which it takes for a time to wait).
 	c.mu.Lock()
-	pause := time.Until(c.renewAfter)
+	run, pause := c.run, time.Until(c.renewAfter)
 	c.mu.Unlock()
+	ctx, cancel := context.WithCancel(q.Context())
+	defer cancel()
+	defer context.AfterFunc(run, cancel)()
+	// After some failures the watcher of api v1.23.0 tries without any pause: its backoff ends in 0, which it takes for a
+	// time to wait (hashicorp/vault#26382 by another way).
 	if err := sleep(ctx, pause); err != nil {
 		return nil, err
 	}
@@ -265,6 +274,14 @@ type Status struct {
 	LoggedIn   bool
 	TokenUntil time.Time
 	Renewable  bool
+}
+
+// Ready says, in ErrAway, why a call would not even be tried now.
+func (c *Client) Ready() error {
+	if h := c.breaker.health(); c.now().Before(h.until) {
+		return fmt.Errorf("Vault at %s is away and left alone until %s, the last failure: %s: %w", c.address, stamp(h.until), h.last, ErrAway)
+	}
+	return nil
 }
 
 // Status says how the connection is.

@@ -4,7 +4,7 @@
 // It promises:
 //   - A call ends within Config.Timeout, its login and its retries included; answers over 1 MiB are refused unread.
 //   - Whatever passes with time (unreachable, sealed, no leader, too many requests) is ErrAway, and after a few failures in a
-//     row Vault is left alone for 1 s to 30 s (breaker.go). The caller goes on with what it has.
+//     row Vault is left alone for 1 s to 5 s (breaker.go). The caller goes on with what it has.
 //   - There is at most one login at a time, however many calls wait for it (session.go).
 //   - Tokens, secret-ids and JWTs are in no error, log line or dump, not even where Vault's answer repeats them.
 //   - No environment variable decides anything.
@@ -76,7 +76,7 @@ type Client struct {
 	running         atomic.Bool
 	// shown is the secret of the last login.
 	shown atomic.Pointer[func() string]
-	// root ends with Close, and with it a login that nobody waits for.
+	// root ends with Close, and with it a login, which has no one caller.
 	root context.Context
 	end  context.CancelFunc
 	wg   sync.WaitGroup
@@ -89,6 +89,8 @@ type Client struct {
 	refused refusal
 	// forced is when a young session was last given up because Vault denied all that it asked.
 	forced time.Time
+	// run is Run's, which ends the renewals that its watcher sends without a context.
+	run context.Context
 	// renewAfter is when a token may be renewed, after a renewal that failed.
 	renewAfter time.Time
 	// changed is closed, and another put in its place, when cur is replaced.
@@ -185,7 +187,7 @@ func newAPI(c Config, timeout time.Duration, by http.RoundTripper) (*api.Client,
 	return client, nil
 }
 
-// Close ends a login that is under way and closes the connections. Calls fail after it.
+// Close ends Run and a login that is under way, and closes the connections. Calls fail after it.
 func (c *Client) Close() {
 	c.mu.Lock()
 	c.closed = true

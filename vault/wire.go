@@ -50,7 +50,7 @@ func newWire(c Config) (*wire, error) {
 		MaxConnsPerHost: maxConns, MaxIdleConnsPerHost: maxConns, IdleConnTimeout: 90 * time.Second,
 	}
 	if u.Scheme == "https" {
-		trust, err := newTrust(c, u.Hostname(), w.CloseIdleConnections)
+		trust, err := newTrust(c, u.Hostname())
 		if err != nil {
 			return nil, err
 		}
@@ -115,20 +115,20 @@ type serverTrust struct {
 	own   *reloaded[*tls.Certificate]
 }
 
-func newTrust(c Config, host string, changed func()) (*serverTrust, error) {
+func newTrust(c Config, host string) (*serverTrust, error) {
 	t := &serverTrust{name: c.ServerName}
 	if t.name == "" {
 		t.name = host
 	}
 	var err error
 	if c.CAFile != "" {
-		t.roots, err = newReloaded(c.Logger, changed, func() (*x509.CertPool, error) { return readRoots(c.CAFile) }, c.CAFile)
+		t.roots, err = newReloaded(c.Logger, func() (*x509.CertPool, error) { return readRoots(c.CAFile) }, c.CAFile)
 		if err != nil {
 			return nil, err
 		}
 	}
 	if c.Login.CertFile != "" {
-		t.own, err = newReloaded(c.Logger, changed, func() (*tls.Certificate, error) { return readCertificate(c.Login) }, c.Login.CertFile, c.Login.KeyFile)
+		t.own, err = newReloaded(c.Logger, func() (*tls.Certificate, error) { return readCertificate(c.Login) }, c.Login.CertFile, c.Login.KeyFile)
 		if err != nil {
 			return nil, err
 		}
@@ -178,18 +178,17 @@ func readCertificate(l Login) (*tls.Certificate, error) {
 
 // reloaded is what a file held when it could last be read. A file that is being replaced, or broken, leaves the old value.
 type reloaded[T any] struct {
-	paths   []string
-	load    func() (T, error)
-	log     *slog.Logger
-	changed func()
+	paths []string
+	load  func() (T, error)
+	log   *slog.Logger
 
 	mu    sync.Mutex
 	stamp string
 	value T
 }
 
-func newReloaded[T any](log *slog.Logger, changed func(), load func() (T, error), paths ...string) (*reloaded[T], error) {
-	r := &reloaded[T]{paths: paths, load: load, log: log, changed: changed, stamp: stampOf(paths)}
+func newReloaded[T any](log *slog.Logger, load func() (T, error), paths ...string) (*reloaded[T], error) {
+	r := &reloaded[T]{paths: paths, load: load, log: log, stamp: stampOf(paths)}
 	var err error
 	r.value, err = load()
 	return r, err
@@ -210,8 +209,6 @@ func (r *reloaded[T]) get() T {
 		return r.value
 	}
 	r.stamp, r.value = now, value
-	// What is open was opened by the old contents.
-	r.changed()
 	return value
 }
 

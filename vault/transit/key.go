@@ -45,6 +45,9 @@ func (k *Key) Remote() bool { return true }
 // Public is the public key as it was when the key was opened.
 func (k *Key) Public() crypto.PublicKey { return k.public }
 
+// Ready says why Vault would not even be asked for a signature now.
+func (k *Key) Ready() error { return away(k.store.vault.Ready()) }
+
 func (k *Key) String() string             { return "key " + k.ref.String() }
 func (k *Key) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, k.String()) }
 func (k *Key) LogValue() slog.Value       { return slog.StringValue(k.String()) }

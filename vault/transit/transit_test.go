@@ -627,6 +627,9 @@ func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 		}
 		all.Wait()
 	}
+	if err := keystore.Ready(k); err != nil {
+		t.Errorf("a key whose Vault answers: %v", err)
+	}
 	f.set(func() {
 		f.before = func(w http.ResponseWriter, _ *http.Request) bool {
 			refuse(w, http.StatusServiceUnavailable, "Vault is sealed")
@@ -634,6 +637,10 @@ func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 		}
 	})
 	check("sealed", 2*time.Second)
+	check("sealed for longer", 2*time.Second)
+	if err := keystore.Ready(k); !errors.Is(err, keystore.ErrAway) || !errors.Is(err, vault.ErrAway) {
+		t.Errorf("a key that would not even be asked: %v", err)
+	}
 	if n := testutil.ToFloat64(s.metrics.signatures.WithLabelValues(resultAway)); n < 1 {
 		t.Errorf("the metric counts %g signatures that found Vault away", n)
 	}
@@ -664,10 +671,11 @@ func TestCallersWhoseTurnDoesNotComeAreToldThatVaultIsAway(t *testing.T) {
 	f := newFakeTransit(t)
 	s := f.store(t, func(c *Config) { c.Timeout = 500 * time.Millisecond })
 	k := create(t, s, "ca", keystore.ECDSAP256, 0)
-	f.before = func(_ http.ResponseWriter, r *http.Request) bool {
+	hang := make(chan struct{})
+	f.before = func(http.ResponseWriter, *http.Request) bool {
 		f.mu.Unlock()
 		defer f.mu.Lock()
-		<-r.Context().Done()
+		<-hang
 		return true
 	}
 	start := time.Now()
@@ -680,6 +688,7 @@ func TestCallersWhoseTurnDoesNotComeAreToldThatVaultIsAway(t *testing.T) {
 		})
 	}
 	all.Wait()
+	close(hang)
 	if took := time.Since(start); took > 5*time.Second {
 		t.Errorf("took %s", took)
 	}
@@ -766,7 +775,7 @@ func FuzzKeyInfo(f *testing.F) {
 		f.Fatal(err)
 	}
 	for _, seed := range []string{
-		string(good), `{}`, `{"type":"ecdsa-p256","latest_version":1,"keys":{"1":1700000000}}`,
+		string(good), strings.Replace(string(good), "ecdsa-p256", "ecdsa-p384", 1), strings.Replace(string(good), "ecdsa-p256", "ed25519", 1), `{}`, `{"type":"ecdsa-p256","latest_version":1,"keys":{"1":1700000000}}`,
 		`{"type":"ed25519","latest_version":1,"keys":{"1":{"public_key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}}}`,
 		`{"type":"rsa-2048","latest_version":1,"keys":{"1":{"public_key":"x"}}}`, `{"type":"ecdsa-p256","latest_version":99999999}`,
 		`{"type":"ecdsa-p256","latest_version":-1}`, `{"latest_version":"x"}`,
