@@ -77,7 +77,8 @@ func TestEachDoorHasTheseMethodsAndNoMore(t *testing.T) {
 			"signet.admin.v1.Rotation/AbortRotation", "signet.admin.v1.Rotation/AddTrust", "signet.admin.v1.Rotation/AdvanceRotation",
 			"signet.admin.v1.Rotation/BanIdentity", "signet.admin.v1.Rotation/InstallAuthorities", "signet.admin.v1.Rotation/ListAuthorities",
 			"signet.admin.v1.Rotation/ListBannedIdentities", "signet.admin.v1.Rotation/PlanRotation", "signet.admin.v1.Rotation/RemoveTrust",
-			"signet.admin.v1.Rotation/ReportRotation", "signet.admin.v1.Rotation/RotationStatus", "signet.admin.v1.Rotation/StartRotation",
+			"signet.admin.v1.Rotation/ReportRotation", "signet.admin.v1.Rotation/RepublishTrust", "signet.admin.v1.Rotation/RotationStatus",
+			"signet.admin.v1.Rotation/StartRotation",
 			"signet.admin.v1.Rotation/TaintAuthority", "signet.admin.v1.Rotation/UnbanIdentity",
 		},
 	}

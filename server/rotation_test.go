@@ -45,12 +45,12 @@ func (l *live) rotations() adminv1.RotationClient {
 
 // listener is an agent's Sync stream that acknowledges what it is told, unless it is deaf.
 type listener struct {
-	mu      sync.Mutex
-	deaf    bool
-	held    [][]byte
-	bundle  trust.Bundle
+	mu     sync.Mutex
+	deaf   bool
+	held   [][]byte
+	bundle trust.Bundle
 	// claim is the bundle that it says it has, if it has not what it was told.
-	claim trust.Version
+	claim   trust.Version
 	reissue *signetv1.Reissue
 	stream  grpc.BidiStreamingClient[signetv1.SyncRequest, signetv1.SyncResponse]
 }
