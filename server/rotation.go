@@ -68,8 +68,8 @@ type keeper struct {
 	upstream      ca.Upstream
 	life          time.Duration
 	upstreamState upstreamState
-	store     *store.Store
-	log       *slog.Logger
+	store         *store.Store
+	log           *slog.Logger
 	// change makes a change durable and logged, then calls effect (outbox).
 	change func(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error
 	// validators says what is known of those who validate.

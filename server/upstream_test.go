@@ -175,7 +175,9 @@ func TestARootFollowsByItselfWhereBothAreAtHand(t *testing.T) {
 	if len(started.Requests) > 0 {
 		t.Errorf("somebody is to carry %v", started.Requests)
 	}
-	soon(t, "leaves come from the new root", func() bool { return s.leaf(conn, "a").CheckSignatureFrom(b.cert) == nil || s.signing() == "intermediate-2" })
+	soon(t, "leaves come from the new root", func() bool {
+		return s.leaf(conn, "a").CheckSignatureFrom(b.cert) == nil || s.signing() == "intermediate-2"
+	})
 	soon(t, "the old root is retired", func() bool { return s.state(c.root.id()) == ca.Retired })
 	c.ahead.Store(int64(25 * time.Hour))
 	soon(t, "agents stop to believe it", func() bool { return len(agent.believes().Roots()) == 1 })
