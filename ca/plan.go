@@ -80,9 +80,14 @@ type Upstream interface {
 	// Root is the root under which it would sign now.
 	Root(ctx context.Context) (*x509.Certificate, error)
 	// Sign asks for a certificate as planned for the key of the request (PEM). Asking again with the same plan and request
-	// is how the answer is fetched later. An Answer that isn't pending has passed Plan.Check.
+	// is how the answer is fetched later. An Answer that isn't pending has passed Plan.Check; one that has not is
+	// ErrUnusable.
 	Sign(ctx context.Context, p Plan, csr []byte) (Answer, error)
 }
+
+// ErrUnusable is in the error of an upstream that has signed something else than was asked for. It keeps a certificate for
+// each time that it is asked.
+var ErrUnusable = errors.New("what was signed can't be used")
 
 // Answer is pending, or a chain and what it leads to.
 type Answer struct {

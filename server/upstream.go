@@ -79,7 +79,7 @@ func (k *keeper) sign(ctx context.Context) {
 		}
 		if err != nil {
 			again.MaxInterval = signAgain
-			if errors.As(err, &unusable{}) {
+			if errors.Is(err, ca.ErrUnusable) {
 				again.MaxInterval = refusedAgain
 			}
 			wait, bell = again.NextBackOff(), nil // a change of ours makes it no better
@@ -112,6 +112,9 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
 		return nil
 	}
 	set, now := k.current.Load(), k.folder.Now()
+	if slices.ContainsFunc(set.rows, func(a store.Authority) bool { return a.Kind == ca.KindRoot && a.State == ca.Prepared && a.Leaving.IsZero() }) {
+		return nil // in a moment it is published, and may be the one
+	}
 	under := rotation.Under(k.policy.Policy, k.world(set, now), row.ID, now)
 	if under == "" {
 		return fmt.Errorf("%s can't be signed now: there is not one root that is trusted, lives long enough and stays; see signet trust list", row.ID)
@@ -136,7 +139,7 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
 		return nil
 	}
 	if err := plan.Check(answer.Chain, []*x509.Certificate{root}); err != nil {
-		return unusable{err}
+		return fmt.Errorf("%w: %w", ca.ErrUnusable, err)
 	}
 	pinned, err := ca.ParseFingerprint(ca.CertificateFingerprint(root.Raw))
 	if err != nil {
@@ -148,17 +151,12 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
 		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
 			next, entries, err := k.install(set, w, now, installation{chains: chain, pinned: pinned, by: by})
 			if err != nil {
-				err = unusable{err}
+				err = fmt.Errorf("%w: %w", ca.ErrUnusable, err)
 			}
 			return next, entries, err
 		})
 	return err
 }
-
-// unusable is why an answer of the upstream authority is not taken.
-type unusable struct{ error }
-
-func (u unusable) Unwrap() error { return u.error }
 
 // loseKeys takes in which keys are gone with the process that held them.
 func (k *keeper) loseKeys(ctx context.Context) error {
@@ -220,13 +218,14 @@ func (s *Server) checkUpstream(context.Context) check.Findings {
 	f := check.Finding{Code: check.CodeUpstream, Level: check.OK, About: "upstream", Message: "the upstream authority signs what it is asked"}
 	if since, why := s.keeper.upstreamState.get(); why != nil {
 		f.Level, f.Stops = check.Error, []string{check.Rotating}
-		f.Message = fmt.Sprintf("since %s the upstream authority has signed no request: %v", stamp(since), why)
+		f.Message = fmt.Sprintf("since %s the upstream authority has signed no request", stamp(since))
 		if issuer, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
-			f.Message += fmt.Sprintf("; the intermediate that signs now lasts until %s", stamp(issuer.NotAfter()))
+			f.Message += fmt.Sprintf(", and the intermediate that signs now lasts until %s", stamp(issuer.NotAfter()))
 			if left := issuer.NotAfter().Sub(s.now()); left > issuer.NotAfter().Sub(issuer.Certificate().NotBefore)/10 {
 				f.Level = check.Warning
 			}
 		}
+		f.Message += ": " + why.Error() // last, for it may be long and is cut then
 	}
 	return check.Findings{f}
 }

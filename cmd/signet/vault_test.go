@@ -108,7 +108,7 @@ func TestThePolicyIsMadeOfTheConfiguration(t *testing.T) {
 	}
 	contains(t, out, "# What the server of cluster east of example.org asks of Vault.",
 		`path "auth/token/renew-self"`, `path "sys/capabilities-self"`, `path "pki/issuer/+/sign-intermediate"`,
-		`path "transit/keys/signet-east-`, `path "transit/sign/signet-east-`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
+		`path "transit/keys/signet-east_*"`, `path "transit/sign/signet-east_*"`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
 	again, _ := h.must(exitYes, "config", "vault-policy", "--config", file)
 	if again != out {
 		t.Error("it is another one the second time")

@@ -169,7 +169,8 @@ func (s *Server) completeVault() {
 	orElse(&s.Keystore.Intermediates, KeysFile)
 	if s.UsesTransit() {
 		orElse(&s.Keystore.Transit.Mount, DefaultTransitMount)
-		orElse(&s.Keystore.Transit.Prefix, "signet-"+s.Cluster+"-")
+		// No cluster's name has a '_', so a policy for all that begins with this is none for the keys of another cluster.
+		orElse(&s.Keystore.Transit.Prefix, "signet-"+s.Cluster+"_")
 	}
 	if s.Upstream.VaultPKI.Mount != "" {
 		orElse(&s.Upstream.VaultPKI.Issuer, DefaultIssuer)

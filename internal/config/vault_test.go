@@ -82,7 +82,7 @@ func TestOnlyWhatPlaysAPartIsShown(t *testing.T) {
 		},
 		"vault: { address: \"https://v:8200\", login: { method: cert, cert_file: c, key_file: k } }\nkeystore: { intermediates: memory, control_ca: vault-transit }\n" + pkiMount: {
 			"keystore.control_ca": "vault-transit", "keystore.intermediates": "memory",
-			"keystore.transit.mount": "transit", "keystore.transit.prefix": "signet-east-",
+			"keystore.transit.mount": "transit", "keystore.transit.prefix": "signet-east_",
 			"vault.address": "https://v:8200", "vault.namespace": "", "vault.ca_file": "", "vault.server_name": "", "vault.timeout": "3s",
 			"vault.login.method": "cert", "vault.login.mount": "cert", "vault.login.role": "", "vault.login.cert_file": "/d/c", "vault.login.key_file": "/d/k",
 			"upstream.vault_pki.mount": "pki", "upstream.vault_pki.issuer": "default", "upstream.vault_pki.life": "168h",

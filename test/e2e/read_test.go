@@ -38,7 +38,7 @@ func readWorld(t *testing.T) *world {
 // reads is every command that takes -o, and the keys of its JSON: scripts hang on them, so one more is fine to add here,
 // and one less is a break.
 var reads = map[string]string{
-	"root show --dir root": `.fingerprint .key_fingerprint .log .log.origin .log.size .log.verifier_key .not_after .not_before .path_length .serial .signed
+	"root show --dir root": `.fingerprint .key_fingerprint .key_in .log .log.origin .log.size .log.verifier_key .not_after .not_before .path_length .serial .signed
 		.signed[].by .signed[].key_fingerprint .signed[].kind .signed[].log_index .signed[].not_after .signed[].not_before .signed[].serial .signed[].subject
 		.signed[].time .subject .trust_domain`,
 	"cluster show --config east/server.yaml": `.authorities .authorities[].fingerprint .authorities[].hierarchy .authorities[].id .authorities[].key
@@ -148,6 +148,7 @@ func TestWhatIsReadCanBeReadByPeopleAndPrograms(t *testing.T) {
 		})
 	}
 	t.Run("and where nobody takes it", func(t *testing.T) {
+		waitForCheckpoint()
 		before := snapshot(t, w.Dir)
 		for line := range reads {
 			for _, where := range []struct {
@@ -346,10 +347,10 @@ func TestHelpOfEveryCommandHasExamplesThatParse(t *testing.T) {
 			}
 		}
 	})
-	want := strings.Split("agent ban,agent list,agent status,agent unban,ca list,ca show,ca taint,check,cluster init,cluster install,cluster show,config validate,config view,identity ban,identity list,identity unban,join-token create,join-token list,join-token revoke,"+
+	want := strings.Split("agent ban,agent list,agent status,agent unban,ca list,ca show,ca taint,check,cluster init,cluster install,cluster show,config validate,config vault-policy,config view,identity ban,identity list,identity unban,join-token create,join-token list,join-token revoke,"+
 		"log find,log prove,log show,log verify,registration apply,registration list,registration why,root init,root show,root sign,"+
 		"rotation abort,rotation advance,rotation plan,rotation report,rotation start,rotation status,serve,"+
-		"svid fetch,svid inspect,svid verify,svid watch,trust add,trust export,trust list,trust remove,version", ",")
+		"svid fetch,svid inspect,svid verify,svid watch,trust add,trust export,trust list,trust remove,trust republish,version", ",")
 	if slices.Sort(commands); !slices.Equal(commands, want) {
 		t.Errorf("commands are %q, want %q", commands, want)
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -218,6 +219,15 @@ func TestTheSmallestPolicyIsEnoughForAllThatAServerDoes(t *testing.T) {
 	if after, err := w.vault.Root().List(t.Context(), "auth/token/accessors"); err != nil || len(after) != len(before) {
 		t.Errorf("%d tokens before a check, %d after it: %v", len(before), len(after), err)
 	}
+	metrics, err := http.Get("http://" + w.east.HTTP + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer metrics.Body.Close()
+	shown, err := io.ReadAll(metrics.Body)
+	if err != nil || !strings.Contains(string(shown), "\nsignet_vault_up 1\n") || !strings.Contains(string(shown), `signet_keystore_transit_signatures_total{result="ok"}`) {
+		t.Errorf("the metrics lack Vault: %v\n%s", err, shown)
+	}
 	text, err := os.ReadFile(w.path("east-server.log"))
 	if err != nil {
 		t.Fatal(err)
@@ -293,6 +303,34 @@ func TestAServerThatStartsWhileItsVaultIsSealedWaits(t *testing.T) {
 		default:
 			return lab.Ready(t.Context(), "east", w.east.HTTP)
 		}
+	}); err != nil {
+		t.Error(err)
+	}
+	// A node that comes while the key is away hears that it is to come again, and is let in then.
+	node, err := w.east.NewAgent(t.Context(), "node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.vault.Seal(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	sealed = true
+	if _, err := w.Start("east-node-1", "agent", "--config", node.Config()); err != nil {
+		t.Fatal(err)
+	}
+	if err := lab.Until(t.Context(), "an enrolment that waits", 10*time.Second, func() error {
+		text, err := os.ReadFile(w.path("east-node-1.log"))
+		if err == nil && !strings.Contains(string(text), "Unavailable") {
+			err = fmt.Errorf("the agent says only %s", text)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+	unseal()
+	sealed = false
+	if err := lab.Until(t.Context(), "the node enrolled", 45*time.Second, func() error {
+		return lab.Ready(t.Context(), "node-1", node.HTTP)
 	}); err != nil {
 		t.Error(err)
 	}
@@ -372,6 +410,9 @@ func TestEachLineOfThePolicyIsMissed(t *testing.T) {
 		if r := w.begin(t); r.code != 0 {
 			t.Fatal(r)
 		}
+		if _, err := w.vault.Root().Write(t.Context(), "auth/approle/role/missed", map[string]any{"token_ttl": "4s"}); err != nil {
+			t.Fatal(err)
+		}
 		const pki = "pki-missed/issuer/+/sign-intermediate"
 		w.policy(t, without(whole, pki))
 		if _, err := w.Start("east-server", "serve", "--config", w.east.Config()); err != nil {
@@ -384,6 +425,16 @@ func TestEachLineOfThePolicyIsMissed(t *testing.T) {
 			t.Error(err)
 		}
 		w.finds(t, "that it is mended", says(check.CodeVault, "its token may do all that will be asked"))
+		w.policy(t, without(whole, "auth/token/renew-self"))
+		if err := lab.Until(t.Context(), "the renewal that is denied", 15*time.Second, func() error {
+			text, err := os.ReadFile(w.path("east-server.log"))
+			if err == nil && !strings.Contains(string(text), "Vault denies the renewal of our token: it is revoked, or its policy lacks auth/token/renew-self") {
+				err = errors.New("nothing is said")
+			}
+			return err
+		}); err != nil {
+			t.Error(err)
+		}
 		for _, document := range []string{"trust", "reports/east", "reports/west"} {
 			path := "kv-missed/data/signet/example.org/" + document
 			w.policy(t, without(whole, path))

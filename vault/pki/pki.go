@@ -338,9 +338,10 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 		}
 		return fail(err)
 	}
+	unusable := func(err error) (ca.Answer, error) { return fail(fmt.Errorf("%w: %w", ca.ErrUnusable, err)) }
 	own, above, err := certificates(secret.Data, "certificate", "issuing_ca", "ca_chain")
 	if err != nil {
-		return fail(err)
+		return unusable(err)
 	}
 	root := c.path[len(c.path)-1]
 	pool := slices.Concat(above, c.path)
@@ -352,13 +353,13 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 	check := asked
 	check.NotBefore = p.NotBefore.Add(-maxClocks)
 	if err := check.Check(chain, []*x509.Certificate{root}); err != nil {
-		return fail(err)
+		return unusable(err)
 	}
 	if end := own.NotAfter; end.Before(asked.NotAfter) && end.Sub(now) < least(p, now) {
-		return fail(fmt.Errorf("it is signed only until %s, and %s was asked for: look at leaf_not_after_behavior and at what is above that issuer", stamp(end), stamp(asked.NotAfter)))
+		return unusable(fmt.Errorf("it is signed only until %s, and %s was asked for: look at leaf_not_after_behavior and at what is above that issuer", stamp(end), stamp(asked.NotAfter)))
 	}
 	if err := verify(path, now); err != nil {
-		return fail(fmt.Errorf("validators would refuse %s: %w", nameOf(own), err))
+		return unusable(fmt.Errorf("validators would refuse %s: %w", nameOf(own), err))
 	}
 	u.c.Logger.Info("Vault signed a CA", "mount", u.c.Mount, "issuer", c.ref, "serial", fmt.Sprintf("%x", own.SerialNumber), "not_after", own.NotAfter)
 	return ca.Answer{Chain: slices.Clone(chain), Roots: []*x509.Certificate{root}}, nil
