@@ -53,7 +53,6 @@ func vaultAway(ctx context.Context, b *bench) ([]figure, error) {
 		cluster *lab.Cluster
 		member  *doors.Member
 		pid     int
-		micros  []float64
 	}
 	sides := []*side{{cluster: c}, {cluster: d}}
 	for _, s := range sides {
@@ -70,22 +69,24 @@ func vaultAway(ctx context.Context, b *bench) ([]figure, error) {
 		s.pid = p.PID()
 	}
 	v.Kill()
-	var ratios []float64
+	var values, floors, ratios []float64
 	for range b.runs {
-		for _, s := range sides {
-			micros, err := drive(ctx, s.cluster, s.member, s.pid, 64, 1, b.length/3)
+		// There and back again, so that a load on the machine that grows or falls meets both.
+		var micros [2]float64
+		for _, i := range []int{0, 1, 1, 0} {
+			s := sides[i]
+			m, err := drive(ctx, s.cluster, s.member, s.pid, 64, 1, b.length/6)
 			if err != nil {
 				return nil, err
 			}
-			s.micros = append(s.micros, micros)
+			micros[i] += m / 2
 		}
-		n := len(ratios)
-		ratios = append(ratios, sides[1].micros[n]/sides[0].micros[n])
+		values, floors, ratios = append(values, micros[1]), append(floors, micros[0]), append(ratios, micros[1]/micros[0])
 	}
 	mid := slices.Index(ratios, median(ratios))
 	return []figure{figure{
-		Name: "server CPU per certificate while Vault is down, the issuer's key in memory, 64 callers; the floor is a server without a Vault", Value: sides[1].micros[mid], Unit: "µs CPU",
-	}.against(sides[0].micros[mid], 1.1).spread(ratios)}, nil
+		Name: "server CPU per certificate while Vault is down, the issuer's key in memory, 64 callers; the floor is a server without a Vault", Value: values[mid], Unit: "µs CPU",
+	}.against(floors[mid], 1.1).spread(ratios)}, nil
 }
 
 // vaultCluster makes a cluster under a root in Vault, whose intermediate's key is nowhere but in the server's memory.
@@ -151,12 +152,12 @@ func vaultSignatures(ctx context.Context, b *bench) ([]figure, error) {
 	if err := v.Mount(ctx, "transit", "transit"); err != nil {
 		return nil, err
 	}
-	key, done, err := transitKey(ctx, b, v)
+	key, token, done, err := transitKey(ctx, b, v)
 	if err != nil {
 		return nil, err
 	}
 	defer done()
-	raw, err := newRawVault(v)
+	raw, err := newRawVault(v, token)
 	if err != nil {
 		return nil, err
 	}
@@ -168,94 +169,151 @@ func vaultSignatures(ctx context.Context, b *bench) ([]figure, error) {
 		return 1, err
 	}
 	shapes := []struct {
-		callers, floorCallers, floorBatch int
-		floor                             string
-		mark                              float64 // least part of the floor, in %
+		callers int
+		// flying requests of the floor, with so many signatures in each; 0 = one, not as a batch.
+		flying, batch int
+		floor         string
+		mark          float64 // of Vault's CPU; 0 = none
 	}{
-		{1, 1, 0, "one signature in a request, one at a time", 80},
-		{16, 16, 0, "one signature in a request, 16 at a time", 100},
-		{256, 256, 0, "one signature in a request, 256 at a time", 100},
-		{256, rawFlying, rawBatch, fmt.Sprintf("%d signatures in a request, %d at a time", rawBatch, rawFlying), 0},
+		{1, 1, 0, "one signature in a plain request", 1.2},
+		{16, 16, 0, "one signature in a plain request, 16 at a time", 0.5},
+		{256, 256, 0, "one signature in a plain request, 256 at a time", 0},
+		{256, rawFlying, rawBatch, fmt.Sprintf("%d signatures in a plain request, %d at a time", rawBatch, rawFlying), 1.5},
 	}
-	rates, floors := make([][]float64, len(shapes)), make([][]float64, len(shapes))
-	length := b.length / 8
-	for range b.runs {
-		for i, s := range shapes {
-			if s.floorBatch == 0 {
-				r, err := rate(ctx, s.callers, length, ours)
-				if err != nil {
+	// Short turns: the machine is not the same from one second to the next.
+	const turns = 2
+	length := b.length / 8 / turns
+	var figures []figure
+	for _, s := range shapes {
+		key, floor := newWork(v.PID(), s.callers, ours), newWork(v.PID(), s.flying, func(ctx context.Context) (int, error) { return raw.sign(ctx, s.batch) })
+		var rates, micros []float64 // against the floor
+		for range b.runs {
+			key.begin()
+			floor.begin()
+			for range turns {
+				if err := errors.Join(key.turn(ctx, length), floor.turn(ctx, length)); err != nil {
 					return nil, fmt.Errorf("%d callers: %w", s.callers, err)
 				}
-				rates[i] = append(rates[i], r)
-			} else {
-				rates[i] = append(rates[i], rates[i-1][len(rates[i-1])-1]) // as many callers as the shape before
 			}
-			f, err := rate(ctx, s.floorCallers, length, func(ctx context.Context) (int, error) { return raw.sign(ctx, s.floorBatch) })
-			if err != nil {
-				return nil, fmt.Errorf("floor, %s: %w", s.floor, err)
-			}
-			floors[i] = append(floors[i], f)
+			rates, micros = append(rates, key.rate()/floor.rate()), append(micros, key.micros()/floor.micros())
 		}
-	}
-	var figures []figure
-	for i, s := range shapes {
-		var ratios []float64
-		for n := range rates[i] {
-			ratios = append(ratios, 100*rates[i][n]/floors[i][n])
-		}
-		mid := slices.Index(ratios, median(ratios))
-		name := fmt.Sprintf("signatures by a P-256 key in Vault's Transit, %d at a time, against plain requests: %s", s.callers, s.floor)
-		figures = append(figures, figure{Name: name, Value: rates[i][mid], Unit: "signatures/s"}.against(floors[i][mid], 0))
+		mid := slices.Index(rates, median(rates))
+		name := fmt.Sprintf("P-256 key in Vault's Transit, %d at a time; the floor is %s", s.callers, s.floor)
+		figures = append(figures, figure{Name: "signatures by a " + name, Value: key.rates[mid], Unit: "signatures/s"}.against(floor.rates[mid], 0).spread(rates))
 		if s.mark > 0 {
-			figures = append(figures, figure{Name: name + ": part of the floor, at least", Value: ratios[mid], Unit: "%"}.atLeast(s.mark).spread(ratios))
+			mid = slices.Index(micros, median(micros))
+			figures = append(figures, figure{Name: "CPU of Vault for a signature by a " + name, Value: key.cpu[mid], Unit: "µs CPU"}.against(floor.cpu[mid], s.mark).spread(micros))
 		}
 	}
 	return figures, nil
 }
 
+// work is something that callers do over and over, in turns with something else, and what it costs another process.
+type work struct {
+	pid, callers int
+	do           func(context.Context) (int, error)
+
+	count int64
+	took  time.Duration
+	used  float64 // µs CPU
+	// rates and cpu of the runs so far.
+	rates, cpu []float64
+}
+
+func newWork(pid, callers int, do func(context.Context) (int, error)) *work {
+	return &work{pid: pid, callers: callers, do: do}
+}
+
+// begin begins a run.
+func (w *work) begin() { w.count, w.took, w.used = 0, 0, 0 }
+
+// turn has the callers work for a while. What begins before its end counts, and so does the time it takes.
+func (w *work) turn(ctx context.Context, length time.Duration) error {
+	before, err := cpuMicros(w.pid)
+	if err != nil {
+		return err
+	}
+	var count atomic.Int64
+	var failed atomic.Pointer[error]
+	var all sync.WaitGroup
+	start := time.Now()
+	for range w.callers {
+		all.Go(func() {
+			for time.Since(start) < length && ctx.Err() == nil {
+				n, err := w.do(ctx)
+				if err != nil {
+					failed.Store(&err)
+					return
+				}
+				count.Add(int64(n))
+			}
+		})
+	}
+	all.Wait()
+	w.took += time.Since(start)
+	if err := failed.Load(); err != nil {
+		return *err
+	}
+	after, err := cpuMicros(w.pid)
+	w.count, w.used = w.count+count.Load(), w.used+after-before
+	return errors.Join(err, ctx.Err())
+}
+
+// rate ends a run: how much was done in a second.
+func (w *work) rate() float64 {
+	w.rates = append(w.rates, float64(w.count)/w.took.Seconds())
+	return w.rates[len(w.rates)-1]
+}
+
+// micros ends a run: the CPU of one piece, in µs.
+func (w *work) micros() float64 {
+	w.cpu = append(w.cpu, w.used/float64(w.count))
+	return w.cpu[len(w.cpu)-1]
+}
+
 // transitKey makes a key as signet serve would, with a token that may do what that needs.
-func transitKey(ctx context.Context, b *bench, v *lab.Vault) (_ keystore.Key, done func(), err error) {
+func transitKey(ctx context.Context, b *bench, v *lab.Vault) (_ keystore.Key, token string, done func(), err error) {
 	c := transit.Config{Prefix: "signet-bench-"}
 	needs, err := transit.Needs(c)
 	if err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	if err := v.Policy(ctx, "bench", vault.Policy(append(vault.Needs(), needs...))); err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
-	token, err := v.MakeToken(ctx, lab.VaultLife{Policies: []string{"bench"}})
+	token, err = v.MakeToken(ctx, lab.VaultLife{Policies: []string{"bench"}})
 	if err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	file := filepath.Join(b.dir, "vault", "token")
 	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	c.Vault, err = vault.New(vault.Config{Address: v.Address, CAFile: v.CAFile, Login: vault.Login{Method: "token", TokenFile: file}})
 	if err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	store, err := transit.New(c)
 	if err != nil {
 		c.Vault.Close()
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	key, err := store.Create(ctx, "ca", keystore.ECDSAP256, 0)
 	if err != nil {
 		c.Vault.Close()
-		return nil, nil, err
+		return nil, "", nil, err
 	}
-	return key, c.Vault.Close, nil
+	return key, token, c.Vault.Close, nil
 }
 
-// rawVault asks for signatures by that key with nothing of ours in between.
+// rawVault asks for signatures by that key with nothing of ours in between, and with the same token: of root Vault asks less.
 type rawVault struct {
 	url    string
 	token  string
 	client *http.Client
 }
 
-func newRawVault(v *lab.Vault) (*rawVault, error) {
+func newRawVault(v *lab.Vault, token string) (*rawVault, error) {
 	text, err := os.ReadFile(v.CAFile)
 	if err != nil {
 		return nil, err
@@ -265,7 +323,7 @@ func newRawVault(v *lab.Vault) (*rawVault, error) {
 		return nil, errors.New("the CA file of the Vault holds no certificate")
 	}
 	return &rawVault{
-		url: v.Address + "/v1/transit/sign/signet-bench-ca/sha2-256", token: v.RootToken,
+		url: v.Address + "/v1/transit/sign/signet-bench-ca/sha2-256", token: token,
 		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, MaxIdleConnsPerHost: 256}},
 	}, nil
 }
@@ -307,29 +365,4 @@ func (r *rawVault) sign(ctx context.Context, batch int) (int, error) {
 		return 0, errors.New(resp.Status)
 	}
 	return max(batch, 1), nil
-}
-
-// rate is how much so many callers get done in a second. What begins before the end counts, and so does the time it takes.
-func rate(ctx context.Context, callers int, length time.Duration, do func(context.Context) (int, error)) (float64, error) {
-	var count atomic.Int64
-	var failed atomic.Pointer[error]
-	var all sync.WaitGroup
-	start := time.Now()
-	for range callers {
-		all.Go(func() {
-			for time.Since(start) < length && ctx.Err() == nil {
-				n, err := do(ctx)
-				if err != nil {
-					failed.Store(&err)
-					return
-				}
-				count.Add(int64(n))
-			}
-		})
-	}
-	all.Wait()
-	if err := failed.Load(); err != nil {
-		return 0, *err
-	}
-	return float64(count.Load()) / time.Since(start).Seconds(), ctx.Err()
 }

@@ -17,8 +17,6 @@ const (
 	// gatherTime is how long a call waits for the batch under way to end, and for others to join it. A request costs Vault
 	// ten times what a signature does, so it pays to have few; but an answer from afar takes longer than this.
 	gatherTime = 2 * time.Millisecond
-	// crowdTime is the same while a full batch is under way: then there are enough calls for the next to become full.
-	crowdTime = 20 * time.Millisecond
 )
 
 // answer is what came back for one input.
@@ -36,7 +34,6 @@ type batcher struct {
 	// waiting is in the order of arrival, so that nobody is overtaken by more than the batches under way.
 	waiting []*call
 	flying  int // batches under way
-	full    int // of these, the full ones
 	// patience runs while calls wait though there is room for a batch.
 	patience *time.Timer
 }
@@ -75,9 +72,6 @@ func (b *batcher) launch(late bool) {
 		batch := slices.Clone(b.waiting[:n])
 		b.waiting = slices.Delete(b.waiting, 0, n)
 		b.flying++
-		if n == mostInBatch {
-			b.full++
-		}
 		late = false
 		go b.fly(batch)
 	}
@@ -86,11 +80,7 @@ func (b *batcher) launch(late bool) {
 		b.patience.Stop()
 		b.patience = nil
 	case wait && b.patience == nil:
-		wait := gatherTime
-		if b.full > 0 {
-			wait = crowdTime
-		}
-		b.patience = time.AfterFunc(wait, func() {
+		b.patience = time.AfterFunc(gatherTime, func() {
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			b.patience = nil
@@ -114,9 +104,6 @@ func (b *batcher) fly(batch []*call) {
 	answers, err := b.send(ctx, inputs)
 	b.mu.Lock()
 	b.flying--
-	if len(batch) == mostInBatch {
-		b.full--
-	}
 	b.launch(false)
 	b.mu.Unlock()
 	for i, c := range batch {
