@@ -54,6 +54,8 @@ const (
 	roundTimeout = 30 * time.Second
 	roundReports = 16
 	roundTries   = 3
+	// longOver is how long a root has expired, by all clocks, when the document is written only to leave it out.
+	longOver = 24 * time.Hour
 	// slowly is how many rounds may pass until is looked again at what should not have changed.
 	slowly = 12
 	// settling lets what comes together be told together.
@@ -262,7 +264,8 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 		}
 		ours, theirRoots := own.roots(), living(theirs.Roots, now)
 		e.lacks(ours, theirRoots)
-		if slices.EqualFunc(ours, theirRoots, sharedRoot.equal) {
+		old := slices.ContainsFunc(theirs.Roots, func(r sharedRoot) bool { return now.After(r.NotAfter.Add(longOver)) })
+		if !old && slices.EqualFunc(ours, theirRoots, sharedRoot.equal) {
 			if done {
 				e.met = seen
 			}
