@@ -61,11 +61,11 @@ func (j Join) List(ctx context.Context) ([]Ref, error) {
 	return all, nil
 }
 
-// Delete destroys a key.
+// Delete destroys a key. ErrKept where its store is not configured any more.
 func (j Join) Delete(ctx context.Context, ref Ref) error {
 	s, err := j.of(ref.Backend, "delete key "+ref.String())
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrKept, err)
 	}
 	return s.Delete(ctx, ref)
 }

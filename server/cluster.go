@@ -313,12 +313,23 @@ func (c *InitConfig) begin(ctx context.Context, o *opened, r *InitResult) (begun
 		if begun, err = true, c.takeRoot(ctx, k); err != nil {
 			return false, fmt.Errorf("give cluster %s its root: %w", c.Cluster, err)
 		}
+	} else if c.RootFingerprint != "" {
+		pinned, err := ca.ParseFingerprint(c.RootFingerprint)
+		if err != nil {
+			return false, fmt.Errorf("root fingerprint: %w", err)
+		}
+		if !slices.ContainsFunc(set.bundle.Roots(), func(root *x509.Certificate) bool { return pinned.Of(root.Raw) }) {
+			return false, fmt.Errorf("cluster %s has begun, and the fingerprint given is of %w that it trusts: see signet trust list", c.Cluster, ErrOtherRoot)
+		}
 	}
 	for _, root := range k.current.Load().bundle.Roots() {
 		r.Roots = append(r.Roots, ca.CertificateFingerprint(root.Raw))
 	}
 	return begun, nil
 }
+
+// ErrOtherRoot: what was compared is not the same.
+var ErrOtherRoot = errors.New("another root than the one")
 
 func (c *InitConfig) takeRoot(ctx context.Context, k *keeper) error {
 	if c.RootFingerprint == "" {
@@ -333,7 +344,7 @@ func (c *InitConfig) takeRoot(ctx context.Context, k *keeper) error {
 		return err
 	}
 	if !pinned.Of(root.Raw) {
-		return fmt.Errorf("the upstream signs under root %s, but the fingerprint given is another one: ask the root's holder which one is right", ca.CertificateFingerprint(root.Raw))
+		return fmt.Errorf("the fingerprint given is of %w that the upstream signs under, %s: ask the root's holder which one is right", ErrOtherRoot, ca.CertificateFingerprint(root.Raw))
 	}
 	if c.Exchange != nil {
 		shared, found, err := Shared(ctx, c.Exchange, c.TrustDomain, c.Rotation.Peers, pinned)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 )
 
@@ -70,10 +71,18 @@ func (s *Server) checkIssuer(h identity.Hierarchy) check.Findings {
 	about := "issuer-" + h.String()
 	issuer, ok := s.issuers.Snapshot().Active(h)
 	if !ok {
-		return check.State(check.CodeInstalled, about, "", errors.New("none is active"), "", check.Issuing)
+		why := errors.New("none is active")
+		if unopened := s.keeper.unopened.Load(); h == identity.Mesh && unopened != nil {
+			why = fmt.Errorf("the key of the active one can't be used: %w", *unopened)
+		}
+		return check.State(check.CodeInstalled, about, "", why, "", check.Issuing)
 	}
 	if err := issuer.Usable(s.now()); err != nil {
 		return check.State(check.CodeExpiry, about, "", err, "", check.Issuing)
+	}
+	// A key that is away is told of by what it is away with.
+	if err := s.authority.Unsigned(h); err != nil && !errors.Is(err, keystore.ErrAway) {
+		return check.State(check.CodeKey, about, "", fmt.Errorf("its key does not sign: %w", err), "", check.Issuing)
 	}
 	ttl := s.config.TTL
 	if h == identity.ControlPlane {

@@ -88,8 +88,8 @@ type keeper struct {
 	current atomic.Pointer[authorities]
 	// replaced names the issuers whose leaves are to be replaced.
 	replaced atomic.Pointer[[][]byte]
-	// away says that the key of the active issuer could not be opened, because its backend can't be reached.
-	away atomic.Bool
+	// unopened is why the key of the active issuer could not be opened outside this process; nil = it is, or is no such key.
+	unopened atomic.Pointer[error]
 	// destroyed names the keys that were destroyed since the start, swept the set for which all were that could be. Both
 	// belong to the one who keeps.
 	destroyed map[keystore.Ref]bool
@@ -183,20 +183,21 @@ func (k *keeper) use(set *authorities, issuers []*ca.Issuer) error {
 // that was active before may be without its key; one that becomes active may not.
 func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issuer, error) {
 	var list []*ca.Issuer
-	away := false
+	var unopened error
 	for _, a := range set.rows {
 		if a.Kind == ca.KindRoot || len(a.Chain) == 0 || a.State == ca.Removed {
 			continue
 		}
 		key, err := k.key(ctx, a.Key)
-		if was, _ := before.row(a.ID); err != nil && a.Kind == ca.KindIntermediate && was.State == ca.Active {
-			gone := errors.Is(err, keystore.ErrNotFound) && a.Key.Backend == keystore.BackendMemory
-			if gone || errors.Is(err, keystore.ErrAway) {
-				// Another one follows (loseKeys), or it is opened later (reopen); all else goes on meanwhile.
-				away = away || !gone
-				k.log.Warn("the key of the active issuer can't be used now", "issuer", a.ID, "err", err)
-				continue
+		was, _ := before.row(a.ID)
+		// Where a key is not on this machine, all else goes on without it: another one follows (loseKeys), or it is opened
+		// later (reopen).
+		spared := a.Kind == ca.KindIntermediate && was.State == ca.Active && a.Key.Backend != keystore.BackendFile
+		if spared && err != nil {
+			if a.Key.Backend != keystore.BackendMemory || !errors.Is(err, keystore.ErrNotFound) {
+				unopened = fmt.Errorf("issuer %s: %w", a.ID, err)
 			}
+			continue
 		}
 		if err != nil && a.State != ca.Active {
 			// It does not sign. If it is to sign one day, that is refused then.
@@ -212,12 +213,24 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 			conf.Chain, conf.Roots = conf.Chain[:last], conf.Chain[last:]
 		}
 		issuer, err := ca.NewIssuer(conf)
+		if err != nil && spared && key.Remote() {
+			k.forgetKey(a.Key)
+			unopened = err
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
 		list = append(list, issuer)
 	}
-	k.away.Store(away)
+	if last := k.unopened.Load(); unopened == nil {
+		k.unopened.Store(nil)
+	} else {
+		if last == nil {
+			k.log.Warn("the key of the active issuer can't be used now; it is tried again", "err", unopened)
+		}
+		k.unopened.Store(&unopened)
+	}
 	return list, nil
 }
 
@@ -239,12 +252,19 @@ func (k *keeper) key(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 	return key, nil
 }
 
+func (k *keeper) forgetKey(ref keystore.Ref) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.keys, ref)
+}
+
 // destroyKeys destroys the keys of intermediates that were removed, each time after something has changed.
 func (k *keeper) destroyKeys(ctx context.Context) error {
 	set := k.current.Load()
 	if k.swept == set || k.doubt() {
 		return nil
 	}
+	var errs []error
 	for _, a := range set.rows {
 		if a.Kind != ca.KindIntermediate || a.State != ca.Removed || k.destroyed[a.Key] {
 			continue
@@ -254,16 +274,17 @@ func (k *keeper) destroyKeys(ctx context.Context) error {
 			continue // when those before it are gone
 		}
 		if err != nil {
-			return err
+			errs = append(errs, err)
+			continue
 		}
 		k.destroyed[a.Key] = true
-		k.mu.Lock()
-		delete(k.keys, a.Key)
-		k.mu.Unlock()
+		k.forgetKey(a.Key)
 		k.log.Info("key of a removed intermediate destroyed", "authority", a.ID, "key", a.Key.String())
 	}
-	k.swept = set
-	return nil
+	if len(errs) == 0 {
+		k.swept = set
+	}
+	return errors.Join(errs...)
 }
 
 // world is all that decides what comes next, with reports that are newer than those taken.
@@ -539,6 +560,7 @@ func (k *keeper) request(ctx context.Context, set *authorities, also []store.Aut
 // keep takes the steps that come by themselves, for as long as ctx lives: when something changed, when a time has come, and
 // every few seconds, since clocks jump.
 func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan struct{}) {
+	kept := ""
 	for {
 		bell := k.changed.Next()
 		wait := every
@@ -549,8 +571,11 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 		if err != nil && ctx.Err() == nil {
 			k.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
 		}
-		if err := k.destroyKeys(ctx); err != nil && ctx.Err() == nil {
-			k.log.Error("could not destroy the key of a removed intermediate; it is tried again", "err", err)
+		if err := k.destroyKeys(ctx); err == nil {
+			kept = ""
+		} else if ctx.Err() == nil && kept != err.Error() {
+			kept = err.Error()
+			k.log.Error("could not destroy the keys of removed intermediates; it is tried again", "err", err)
 		}
 		if at := firstEnd(o.next, k.folder.Now()); !at.IsZero() {
 			wait = min(max(at.Sub(k.folder.Now()), 0)+time.Millisecond, every)

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -58,33 +59,26 @@ func (u *upstreamState) get() (since time.Time, why error) {
 	return u.failing, u.why
 }
 
+// asking is how it goes with one request. The one goroutine in sign holds it.
+type asking struct {
+	wait *backoff.ExponentialBackOff
+	// next is when to ask again.
+	next time.Time
+	err  error
+	// chain is an answer that could not be taken into use yet, PEM, under the root of the fingerprint.
+	chain  []byte
+	pinned ca.Fingerprint
+}
+
 // sign has the requests that wait signed by the upstream authority, for as long as ctx lives. Where it is away, what there
 // is goes on.
 func (k *keeper) sign(ctx context.Context) {
-	again := &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: signAgain}
-	again.Reset()
+	all := map[string]*asking{}
 	for {
 		bell := k.changed.Next()
-		wait := signAgain
-		err := k.signWaiting(ctx)
+		wait := k.signWaiting(ctx, all)
 		if ctx.Err() != nil {
 			return
-		}
-		if k.upstreamState.note(err, k.folder.Now()) {
-			if err != nil {
-				k.log.Error("the upstream authority does not sign; it is asked again", "err", err)
-			} else {
-				k.log.Info("the upstream authority signs again")
-			}
-		}
-		if err != nil {
-			again.MaxInterval = signAgain
-			if errors.Is(err, ca.ErrUnusable) {
-				again.MaxInterval = refusedAgain
-			}
-			wait, bell = again.NextBackOff(), nil // a change of ours makes it no better
-		} else {
-			again.Reset()
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -96,23 +90,77 @@ func (k *keeper) sign(ctx context.Context) {
 	}
 }
 
-// signWaiting has each request that waits signed. One that fails does not keep the others waiting.
-func (k *keeper) signWaiting(ctx context.Context) error {
+// signWaiting has each request signed whose turn it is, and says how long nothing is to be done.
+func (k *keeper) signWaiting(ctx context.Context, all map[string]*asking) time.Duration {
+	wait := signAgain
+	waiting := map[string]bool{}
 	var errs []error
 	for _, row := range k.current.Load().rows {
-		if row.Kind == ca.KindIntermediate && row.State == ca.Prepared && len(row.Chain) == 0 && row.Tainted.IsZero() {
-			errs = append(errs, k.signOne(ctx, row))
+		if row.Kind != ca.KindIntermediate || row.State != ca.Prepared || len(row.Chain) > 0 || !row.Tainted.IsZero() {
+			continue
+		}
+		a := all[row.ID]
+		if a == nil {
+			a = &asking{wait: &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: signAgain}}
+			a.wait.Reset()
+			all[row.ID] = a
+		}
+		waiting[row.ID] = true
+		if time.Now().Before(a.next) {
+			wait = min(wait, time.Until(a.next))
+			errs = append(errs, a.err)
+			continue
+		}
+		if a.err = k.signOne(ctx, row, a); a.err != nil {
+			a.wait.MaxInterval = signAgain
+			if errors.Is(a.err, ca.ErrUnusable) {
+				a.wait.MaxInterval = refusedAgain
+			}
+			pause := a.wait.NextBackOff()
+			a.next, wait = time.Now().Add(pause), min(wait, pause)
+		}
+		errs = append(errs, a.err)
+	}
+	maps.DeleteFunc(all, func(id string, _ *asking) bool { return !waiting[id] })
+	err := errors.Join(errs...)
+	if ctx.Err() == nil && k.upstreamState.note(err, k.folder.Now()) {
+		if err != nil {
+			k.log.Error("a request of this cluster could not be signed; it is tried again", "err", err)
+		} else {
+			k.log.Info("requests of this cluster are signed again")
 		}
 	}
-	return errors.Join(errs...)
+	return wait
 }
 
-func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
+func (k *keeper) signOne(ctx context.Context, row store.Authority, a *asking) error {
 	if k.doubt() {
 		return nil
 	}
+	if a.chain == nil {
+		if err := k.ask(ctx, row, a); err != nil || a.chain == nil {
+			return err
+		}
+	}
+	by := &auditv1.Evidence{Door: byUpstream}
+	_, err := k.do(ctx, decision{verb: "install", reason: "the upstream authority has signed it", by: by},
+		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+			next, entries, err := k.install(set, w, now, installation{chains: a.chain, pinned: a.pinned, by: by})
+			if err != nil {
+				a.chain = nil
+				err = fmt.Errorf("%w: %w", ca.ErrUnusable, err)
+			}
+			return next, entries, err
+		})
+	return err
+}
+
+// ask has a request signed. There is no chain afterwards where it has to wait.
+func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error {
 	set, now := k.current.Load(), k.folder.Now()
-	if slices.ContainsFunc(set.rows, func(a store.Authority) bool { return a.Kind == ca.KindRoot && a.State == ca.Prepared && a.Leaving.IsZero() }) {
+	if slices.ContainsFunc(set.rows, func(a store.Authority) bool {
+		return a.Kind == ca.KindRoot && a.State == ca.Prepared && a.Leaving.IsZero()
+	}) {
 		return nil // in a moment it is published, and may be the one
 	}
 	under := rotation.Under(k.policy.Policy, k.world(set, now), row.ID, now)
@@ -138,24 +186,15 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority) error {
 	if answer.Pending != "" {
 		return nil
 	}
+	plan.NotBefore = time.Time{} // that goes by the clock of whoever signed
 	if err := plan.Check(answer.Chain, []*x509.Certificate{root}); err != nil {
 		return fmt.Errorf("%w: %w", ca.ErrUnusable, err)
 	}
-	pinned, err := ca.ParseFingerprint(ca.CertificateFingerprint(root.Raw))
-	if err != nil {
+	if a.pinned, err = ca.ParseFingerprint(ca.CertificateFingerprint(root.Raw)); err != nil {
 		return err
 	}
-	by := &auditv1.Evidence{Door: byUpstream}
-	chain := ca.EncodeChain(append(slices.Clone(answer.Chain), root)...)
-	_, err = k.do(ctx, decision{verb: "install", reason: "the upstream authority has signed it", by: by},
-		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-			next, entries, err := k.install(set, w, now, installation{chains: chain, pinned: pinned, by: by})
-			if err != nil {
-				err = fmt.Errorf("%w: %w", ca.ErrUnusable, err)
-			}
-			return next, entries, err
-		})
-	return err
+	a.chain = ca.EncodeChain(append(slices.Clone(answer.Chain), root)...)
+	return nil
 }
 
 // loseKeys takes in which keys are gone with the process that held them.
@@ -187,17 +226,16 @@ func (k *keeper) loseKeys(ctx context.Context) error {
 	return err
 }
 
-// reopen opens the active issuer if its key was away before.
+// reopen opens the active issuer if its key could not be opened before.
 func (k *keeper) reopen(ctx context.Context) error {
-	if !k.away.Load() {
+	if k.unopened.Load() == nil {
 		return nil
 	}
-	select {
-	case k.turn <- struct{}{}:
-		defer func() { <-k.turn }()
-	case <-ctx.Done():
-		return ctx.Err()
+	done, err := k.myTurn(ctx)
+	if err != nil {
+		return err
 	}
+	defer done()
 	set := k.current.Load()
 	issuers, err := k.open(ctx, set, set)
 	if err != nil {
@@ -206,7 +244,7 @@ func (k *keeper) reopen(ctx context.Context) error {
 	if err := k.issuers.Replace(issuers...); err != nil {
 		return err
 	}
-	if !k.away.Load() {
+	if k.unopened.Load() == nil {
 		k.log.Info("the key of the active issuer can be used again")
 		k.changed.Ring()
 	}
@@ -218,7 +256,7 @@ func (s *Server) checkUpstream(context.Context) check.Findings {
 	f := check.Finding{Code: check.CodeUpstream, Level: check.OK, About: "upstream", Message: "the upstream authority signs what it is asked"}
 	if since, why := s.keeper.upstreamState.get(); why != nil {
 		f.Level, f.Stops = check.Error, []string{check.Rotating}
-		f.Message = fmt.Sprintf("since %s the upstream authority has signed no request", stamp(since))
+		f.Message = fmt.Sprintf("since %s no request of this cluster has been signed", stamp(since))
 		if issuer, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
 			f.Message += fmt.Sprintf(", and the intermediate that signs now lasts until %s", stamp(issuer.NotAfter()))
 			if left := issuer.NotAfter().Sub(s.now()); left > issuer.NotAfter().Sub(issuer.Certificate().NotBefore)/10 {

@@ -4,15 +4,19 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
 )
 
@@ -108,7 +112,7 @@ func TestAClusterWithAnUpstreamBeginsWithThePinnedRootOnly(t *testing.T) {
 	wantError(t, err, "--root-fingerprint")
 	conf.RootFingerprint = newRoot(t).fingerprint()
 	_, err = Init(t.Context(), conf)
-	wantError(t, err, "another one")
+	wantError(t, err, "another root")
 	if _, err := New(t.Context(), c.config()); err == nil || !strings.Contains(err.Error(), "trusts no root yet") {
 		t.Fatalf("a server without a root: %v", err)
 	}
@@ -285,4 +289,139 @@ func TestRemovedIntermediatesAreForgottenButForTheNewest(t *testing.T) {
 	if dropped := set.forget(2); dropped != nil {
 		t.Errorf("then dropped %v", dropped)
 	}
+}
+
+func TestTheClockOfWhoeverSignsMayBeLate(t *testing.T) {
+	c, u := newOnline(t, "east")
+	u.set(func() {
+		u.swap = func(a *ca.Answer) {
+			r := u.roots[0]
+			late := caTemplate(a.Chain[0].Subject.CommonName)
+			late.NotBefore, late.NotAfter = a.Chain[0].NotBefore.Add(-2*time.Second), a.Chain[0].NotAfter
+			a.Chain = []*x509.Certificate{sign(t, late, r.cert, a.Chain[0].PublicKey, r.key)}
+		}
+	})
+	s := c.start(t, nil)
+	soon(t, "it is taken", func() bool { return s.signing() == "intermediate-1" })
+}
+
+func TestOneRequestDoesNotWaitForAnother(t *testing.T) {
+	c, u := newOnline(t, "east")
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
+	// The next is never answered well; those after it are.
+	u.set(func() {
+		u.swap = func(a *ca.Answer) {
+			if set := s.keeper.current.Load(); a.Chain[0].Subject.CommonName == requestOf(t, set, "intermediate-2") {
+				other := newRoot(t)
+				a.Chain = []*x509.Certificate{sign(t, caTemplate(a.Chain[0].Subject.CommonName), other.cert, a.Chain[0].PublicKey, other.key)}
+			}
+		}
+	})
+	_, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 2})
+	must(t, err)
+	soon(t, "the other one takes over", func() bool { return s.state("intermediate-3") == ca.Published || s.signing() == "intermediate-3" })
+	if got := s.state("intermediate-2"); got != ca.Prepared {
+		t.Errorf("the one whose answer can't be used is %s", got)
+	}
+}
+
+func requestOf(t testing.TB, set *authorities, id string) string {
+	t.Helper()
+	row, ok := set.row(id)
+	if !ok {
+		return ""
+	}
+	return must1(x509.ParseCertificateRequest(row.CSR)).Subject.CommonName
+}
+
+func TestAnAnswerThatCouldNotBeInstalledIsNotAskedForAgain(t *testing.T) {
+	c, u := newOnline(t, "east")
+	k := newKeeper(&Folder{TrustDomain: td, Cluster: "east", Now: c.now, Logger: slog.New(slog.DiscardHandler)}, testRotation())
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
+	must(t, s.stop())
+
+	row := must1(s.keeper.request(t.Context(), s.keeper.current.Load(), nil))
+	set := must1(s.keeper.current.Load().edit(nil, row))
+	k.current.Store(set)
+	k.upstream, k.validators = u, func(time.Time) []validator { return nil }
+	k.folder.Keys = c.keys
+	full := errors.New("no space left on device")
+	tries := 0
+	k.change = func(context.Context, *store.Note, func(*store.Store) error, func()) error { tries++; return full }
+	asked := u.asked
+	a := &asking{}
+	for range 3 {
+		if err := k.signOne(t.Context(), row, a); !errors.Is(err, full) {
+			t.Fatal(err)
+		}
+	}
+	if n := u.asked - asked; n != 1 || tries < 3 {
+		t.Errorf("the authority was asked %d times for %d tries to install", n, tries)
+	}
+}
+
+// elsewhere is a store of keys outside this process, which may be unreadable.
+type elsewhere struct {
+	*keystore.Memory
+	fails *atomic.Pointer[error]
+}
+
+type elsewhereKey struct{ keystore.Key }
+
+func (k elsewhereKey) Remote() bool      { return true }
+func (k elsewhereKey) Ref() keystore.Ref { r := k.Key.Ref(); r.Backend = "elsewhere"; return r }
+
+func (e elsewhere) Create(ctx context.Context, name string, alg keystore.Algorithm, after int) (keystore.Key, error) {
+	k, err := e.Memory.Create(ctx, name, alg, after)
+	return elsewhereKey{k}, err
+}
+
+func (e elsewhere) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	if err := e.fails.Load(); err != nil && ref.Name == intermediateKey {
+		return nil, *err
+	}
+	ref.Backend = keystore.BackendMemory
+	k, err := e.Memory.Open(ctx, ref)
+	return elsewhereKey{k}, err
+}
+
+func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
+	u := &atOnce{t: t, roots: []*root{newRoot(t)}}
+	fails := &atomic.Pointer[error]{}
+	keys := elsewhere{keystore.NewMemory(), fails}
+	c := &cluster{name: "east", dir: shortDir(t), root: u.roots[0], upstream: u, stored: keys}
+	_, err := Init(t.Context(), InitConfig{Folder: c.folder(), Ceremony: byX509{}, Upstream: u, Rotation: testRotation(), RootFingerprint: c.root.fingerprint()})
+	must(t, err)
+	s := c.start(t, nil)
+	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
+	s.apply(false, registration("a", "node-1"))
+	m := s.enrol("node-1")
+	s.leaf(s.dial(m), "a")
+	must(t, s.stop())
+
+	for _, why := range []error{keystore.ErrNotFound, keystore.ErrAway, errors.New("permission denied")} {
+		fails.Store(&why)
+		s = c.start(t, nil)
+		f := s.said(check.CodeInstalled)
+		if !f.Blocks() || !strings.Contains(f.Message, why.Error()) {
+			t.Errorf("%v: readiness says %+v", why, f)
+		}
+		fails.Store(nil)
+		soon(t, "it is opened when it can be", func() bool {
+			_, active := s.issuers.Snapshot().Active(identity.Mesh)
+			return active
+		})
+		s.leaf(s.dial(m), "a")
+		must(t, s.stop())
+	}
+	// The way out where it is gone for good is another one.
+	gone := error(keystore.ErrNotFound)
+	fails.Store(&gone)
+	s = c.start(t, nil)
+	_, err = s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 1})
+	must(t, err)
+	fails.Store(nil)
+	soon(t, "the next one signs", func() bool { return s.signing() == "intermediate-2" })
 }

@@ -163,6 +163,8 @@ type cluster struct {
 	life time.Duration
 	// upstream signs the intermediates; nil = by hand.
 	upstream ca.Upstream
+	// stored has the keys instead of keys.
+	stored keystore.Store
 }
 
 func newCluster(t testing.TB, name string) *cluster {
@@ -187,7 +189,11 @@ func shortDir(t testing.TB) string {
 func (c *cluster) now() time.Time { return time.Now().Add(time.Duration(c.ahead.Load())) }
 
 func (c *cluster) folder() Folder {
-	return Folder{Dir: c.dir, TrustDomain: td, Cluster: c.name, Instance: c.name + "-1", Keys: c.keys, Now: c.now, CheckpointInterval: 100 * time.Millisecond}
+	keys := c.stored
+	if keys == nil {
+		keys = c.keys
+	}
+	return Folder{Dir: c.dir, TrustDomain: td, Cluster: c.name, Instance: c.name + "-1", Keys: keys, Now: c.now, CheckpointInterval: 100 * time.Millisecond}
 }
 
 // testRotation is quick, with nobody to wait for.

@@ -97,6 +97,9 @@ It is safe to run again: what is missing is completed, and the same request and 
 				Folder: folderOf(cfg, b.keys, logger), Algorithm: cfg.Keystore.Algorithm, Ceremony: atHand{},
 				Upstream: b.upstream, Exchange: b.exchange, Rotation: rotationOf(cfg), RootFingerprint: fingerprint,
 			})
+			if errors.Is(err, server.ErrOtherRoot) {
+				return no("%w", err)
+			}
 			if err != nil {
 				return err
 			}

@@ -74,7 +74,9 @@ func onlyWithoutFile(cmd *cobra.Command, file string, flags ...string) error {
 // refused makes an answer of an error that says what is wrong with what was asked. What can't be read, opened or had for
 // oneself is no answer.
 func refused(err error) error {
-	if errno := syscall.Errno(0); errors.As(err, &errno) || errors.Is(err, keystore.ErrWrongPassphrase) || errors.Is(err, durable.ErrInUse) {
+	asked := new(vault.Error)
+	if errno := syscall.Errno(0); errors.As(err, &errno) || errors.Is(err, keystore.ErrWrongPassphrase) || errors.Is(err, durable.ErrInUse) ||
+		errors.As(err, &asked) || errors.Is(err, vault.ErrAway) {
 		return err
 	}
 	return no("%w", err)
