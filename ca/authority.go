@@ -51,7 +51,18 @@ type Authority struct {
 	metrics       *metrics
 	logger        *slog.Logger
 	failing       atomic.Bool // the last that was reported; for logging only what changes
+	// unsigned is by hierarchy the newest signature, if it failed.
+	unsigned [identity.ControlPlane + 1]atomic.Pointer[unsigned]
 }
+
+// unsigned is a signature that failed.
+type unsigned struct {
+	at  time.Time
+	err error
+}
+
+// unsignedNews is how long a signature that failed counts when none is asked for after it.
+const unsignedNews = time.Minute
 
 // New refuses a configuration that contradicts itself.
 func New(c Config) (*Authority, error) {
@@ -313,8 +324,10 @@ func (a *Authority) release(d *draft, receipt audit.Receipt) Result {
 func (a *Authority) sign(d *draft) ([][]byte, error) {
 	i := d.issuer
 	backend := i.key.Ref().Backend
+	newest := &a.unsigned[i.hierarchy]
 	fail := func(err error) ([][]byte, error) {
 		a.metrics.signErrors.WithLabelValues(backend).Inc()
+		newest.Store(&unsigned{a.now(), err})
 		return nil, &Error{ReasonSign, fmt.Errorf("cannot sign for %s with key %s of issuer %s: %w", d.terms.ID, i.key.Ref(), i.name, err)}
 	}
 	h := i.builder.hash.New()
@@ -334,7 +347,18 @@ func (a *Authority) sign(d *draft) ([][]byte, error) {
 	if err != nil {
 		return fail(err)
 	}
+	if newest.Load() != nil {
+		newest.Store(nil)
+	}
 	return append([][]byte{der}, i.chain...), nil
+}
+
+// Unsigned says why the newest signature of a hierarchy failed; nil if it didn't, or is of more than a minute ago.
+func (a *Authority) Unsigned(h identity.Hierarchy) error {
+	if u := a.unsigned[h].Load(); u != nil && a.now().Sub(u.at) < unsignedNews {
+		return u.err
+	}
+	return nil
 }
 
 // sampled picks one in 256 signatures of in-process keys to be verified: a check costs twice what it checks.

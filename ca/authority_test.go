@@ -393,6 +393,34 @@ func TestAWrongSignatureOfARemoteKeyIsNeverReleased(t *testing.T) {
 	w.issue(w.grant("web"))
 }
 
+func TestASignatureThatFailedIsToldOfUntilTheNextOrForAMinute(t *testing.T) {
+	w := newWorld(t, func(o *worldOptions) { o.remote = true })
+	bad := func() bool {
+		if err := w.authority.Unsigned(identity.ControlPlane); err != nil {
+			t.Error(err)
+		}
+		err := w.authority.Unsigned(identity.Mesh)
+		return err != nil && strings.Contains(err.Error(), "the signature it gave is wrong")
+	}
+	w.meshKey.flip = true
+	w.refused(w.grant("web"), ReasonSign)
+	w.issue(w.serverGrant()) // another key
+	if !bad() {
+		t.Error("nothing is told")
+	}
+	w.meshKey.flip = false
+	w.issue(w.grant("web"))
+	if bad() {
+		t.Error("it is told of after a good one")
+	}
+	w.meshKey.flip = true
+	w.refused(w.grant("web"), ReasonSign)
+	w.now = w.now.Add(time.Minute)
+	if bad() {
+		t.Error("it is told of for ever")
+	}
+}
+
 func TestNothingIsLoggedForAKeyThatIsAway(t *testing.T) {
 	w := newWorld(t, func(o *worldOptions) { o.remote = true })
 	w.meshKey.away = errors.New("nobody is there")

@@ -45,21 +45,21 @@ func olderLeaves(ctx context.Context, st *store.Store, life time.Duration, now t
 	return l.now(life, now).Older, err
 }
 
-// rememberLongest is olderLeaves for a server that is about to make leaves of that life, which it notes.
-func rememberLongest(ctx context.Context, st *store.Store, life time.Duration, now time.Time) (time.Time, error) {
+// rememberLongest is for a server that is about to make leaves of that life, which it notes.
+func rememberLongest(ctx context.Context, st *store.Store, life time.Duration, now time.Time) error {
 	was, err := readLongest(ctx, st)
 	if err != nil {
-		return time.Time{}, err
+		return err
 	}
 	is := was.now(life, now)
 	if is == was {
-		return is.Older, nil
+		return nil
 	}
 	text, err := json.Marshal(is)
 	if err != nil {
-		return time.Time{}, err
+		return err
 	}
-	return is.Older, st.ReplaceMeta(ctx, longestFact, string(text))
+	return st.ReplaceMeta(ctx, longestFact, string(text))
 }
 
 // inTime is how much later than its decision a change may take effect without more ado: a part of how far clocks may be apart.

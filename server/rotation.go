@@ -279,7 +279,7 @@ func (k *keeper) destroyKeys(ctx context.Context) error {
 		}
 		k.destroyed[a.Key] = true
 		k.forgetKey(a.Key)
-		k.log.Info("key of a removed intermediate destroyed", "authority", a.ID, "key", a.Key.String())
+		k.log.Debug("key of a removed intermediate destroyed, or gone before", "authority", a.ID, "key", a.Key.String())
 	}
 	if len(errs) == 0 {
 		k.swept = set

@@ -98,11 +98,13 @@ type Config struct {
 
 // Server is a cluster's process. Make one with New and call Run.
 type Server struct {
-	config    Config
-	now       func() time.Time
-	log       *slog.Logger
-	metrics   *metrics
-	folder    *opened
+	config  Config
+	now     func() time.Time
+	log     *slog.Logger
+	metrics *metrics
+	folder  *opened
+	// begun is when leaves of this configuration could be made first.
+	begun     time.Time
 	store     *store.Store
 	audit     *audit.Log
 	control   *x509.Certificate
@@ -229,6 +231,7 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	if err := s.startClock(ctx); err != nil {
 		return nil, err
 	}
+	s.begun = s.now()
 	s.outbox = outbox{log: s.record, told: s.store.Told, logged: map[uint64]bool{}}
 	s.banBook = banBook{log: s.record}
 	s.witness.log = s.audit
@@ -255,6 +258,9 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 		return nil, err
 	}
 	if err := s.foundation(ctx); err != nil {
+		return nil, err
+	}
+	if err := rememberLongest(ctx, s.store, c.MaxTTL, s.begun); err != nil {
 		return nil, err
 	}
 	if c.Exchange != nil {
@@ -307,7 +313,7 @@ func (s *Server) loadAuthorities(ctx context.Context) (err error) {
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return err
 	}
-	if k.policy.OlderLeaves, err = rememberLongest(ctx, s.store, c.MaxTTL, s.now()); err != nil {
+	if k.policy.OlderLeaves, err = olderLeaves(ctx, s.store, c.MaxTTL, s.begun); err != nil {
 		return err
 	}
 	s.keeper, s.issuers = k, k.issuers

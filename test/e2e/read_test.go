@@ -13,11 +13,14 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/signet-ca/signet/test/lab"
 )
 
 // readWorld is a running cluster in which there is something to read: east/tls holds an identity.
@@ -148,7 +151,20 @@ func TestWhatIsReadCanBeReadByPeopleAndPrograms(t *testing.T) {
 		})
 	}
 	t.Run("and where nobody takes it", func(t *testing.T) {
-		waitForCheckpoint()
+		// The agent is told of the log's checkpoint now and then; after that nothing is left to change.
+		var log struct{ Size int }
+		if err := w.JSON(t.Context(), &log, "log", "show", "--config", "east/server.yaml"); err != nil {
+			t.Fatal(err)
+		}
+		if err := lab.Until(t.Context(), "the agent knows all of the log", time.Minute, func() error {
+			raw, err := os.ReadFile(w.path("east/node-1/checkpoint"))
+			if err == nil && strings.Split(string(raw), "\n")[1] != strconv.Itoa(log.Size) {
+				err = fmt.Errorf("the agent has %q, the log %d entries", raw, log.Size)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
 		before := snapshot(t, w.Dir)
 		for line := range reads {
 			for _, where := range []struct {
