@@ -21,6 +21,8 @@ type Rotation struct {
 	Automatic bool
 	// Online: an upstream at hand signs the requests, and CodeUpstream says when it does not.
 	Online bool
+	// Shared: reports come by themselves, and CodeShared says when they don't.
+	Shared bool
 	// LeastLife is what must be left of an issuer's life for a leaf to be made; see leaf.min_useful_life.
 	LeastLife time.Duration
 	// Forged are the CAs whose keys are lost while somebody still accepts what is made with them.
@@ -69,7 +71,7 @@ func (r Rotation) Findings(now time.Time) (found Findings) {
 		found = append(found, r.rootEnd(active, now)...)
 	}
 	found = append(found, r.signatures(active, now)...)
-	found = append(found, peers(steps)...)
+	found = append(found, r.peers(steps)...)
 	found = append(found, r.forged(now)...)
 	found = append(found, r.Restored.findings()...)
 	if !r.Automatic {
@@ -264,13 +266,17 @@ func (r Rotation) signatures(active rotation.Authority, now time.Time) (found Fi
 }
 
 // peers says which reports a step waits for that nothing else keeps from being taken later.
-func peers(steps []rotation.Step) (found Findings) {
+func (r Rotation) peers(steps []rotation.Step) (found Findings) {
 	for _, s := range steps {
 		for _, w := range s.Waits {
-			if w.Code != rotation.WaitPeer || !w.Until.IsZero() || slices.ContainsFunc(found, func(f Finding) bool { return f.Message == w.For }) {
+			message, mend := w.For, "there: signet rotation report --config FILE > its.report; here: "+mendAdvance+" --report its.report"
+			if r.Shared {
+				message, mend = message+"; reports are exchanged by themselves: wait, and if none comes, see "+CodeShared+" here and there", ""
+			}
+			if w.Code != rotation.WaitPeer || !w.Until.IsZero() || slices.ContainsFunc(found, func(f Finding) bool { return f.Message == message }) {
 				continue
 			}
-			found.add(CodePeer, Warning, s.Authority, w.For, "there: signet rotation report --config FILE > its.report; here: "+mendAdvance+" --report its.report")
+			found.add(CodePeer, Warning, s.Authority, message, mend)
 		}
 	}
 	return found

@@ -1,6 +1,7 @@
 package check
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -42,6 +43,8 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	west := cluster(0.1, published)
 	west.Peers = []rotation.Report{{Cluster: "west", At: now.Add(-48 * time.Hour)}}
 	west.Own.Roots = []rotation.RootReport{{ID: "root-2"}}
+	exchanged := west
+	exchanged.Shared = true
 	behind := cluster(0.7, successor("root-2", -time.Hour, 900*time.Hour), published)
 	behind.Own.Roots = []rotation.RootReport{{ID: "root-2", Validators: 4, Trusting: 1, Missing: []string{"node-7"}}}
 	short := cluster(0.6)
@@ -76,6 +79,7 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 		"a root that ends too soon":     {short, CodeRootEnd, Warning, []string{"root-1", "in 900h", "1000h", "rotation start --config FILE root"}},
 		"a root at its end":             {atEnd, CodeRootEnd, Error, nil},
 		"a peer's old report":           {west, CodePeer, Warning, []string{"the report of cluster west is of 2026-05-02T03:02:01Z", "rotation report", "--report"}},
+		"a peer's, that are exchanged":  {exchanged, CodePeer, Warning, []string{"the report of cluster west is of", "reports are exchanged by themselves: wait", CodeShared}},
 		"a lost key":                    {tainted, CodeTaint, Error, []string{"i-0", "3 validators", "replace it"}},
 		"agents that are ahead":         {ahead, CodeRestored, Error, []string{"restored from an older copy", "7 agents (n1, n2, n3, n4, n5 and 2 more) hold trust bundles up to number 9, and the newest here is 4", "signet trust republish --config FILE"}},
 		"an agent that claims too much": {wild, CodeRestored, Warning, []string{"agent n1 holds", "can't have been published", "signet agent ban"}},
@@ -98,6 +102,9 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 				t.Fatalf("no %s in %+v", try.code, try.r.Findings(now))
 			}
 			is(t, of, try.level, try.words...)
+			if try.r.Shared && strings.Contains(of[0].Mend, "rotation report") {
+				t.Errorf("a report is to be carried that comes by itself: %+v", of)
+			}
 			if try.code == CodeTaint && len(of) != 1 {
 				t.Errorf("what nobody accepts is found: %+v", of)
 			}

@@ -628,6 +628,15 @@ func TestATaintedIssuerIsReplacedAtOnce(t *testing.T) {
 	if _, err := StartRoot(w, "a", noon); err == nil {
 		t.Fatal("a rotation to an exposed root is started")
 	}
+	// Nor is one added that only a peer knows of.
+	elsewhere := worldOf(rootA(ca.Active), under("a", "i", ca.Active))
+	elsewhere.Peers = []Report{{Cluster: "west", At: noon, Tainted: []TaintReport{{ID: "x", Root: "b", Since: noon, NotAfter: noon.Add(time.Hour)}}}}
+	if _, err := AddRoot(testPolicy, elsewhere, named("b", rootA("")), noon); err == nil || !strings.Contains(err.Error(), "root b must go") {
+		t.Fatal(err)
+	}
+	if all, err := AddRoot(testPolicy, elsewhere, named("b", rootA("")), noon.Add(2*time.Hour)); outcome(elsewhere.Authorities, all, err) != "+b prepared" {
+		t.Fatal(outcome(elsewhere.Authorities, all, err))
+	}
 	if _, err := Abort(testPolicy, w, "a", true, noon); err == nil || !strings.Contains(err.Error(), "must go") {
 		t.Fatal(err)
 	}

@@ -39,14 +39,17 @@ func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, err
 	i, err := w.find(root.ID)
 	switch {
 	case err != nil:
-		return append(all, root), nil
 	case !all[i].Tainted.IsZero():
 		return nil, fmt.Errorf("root %s is tainted since %s: make a new one", root.ID, stamp(all[i].Tainted))
 	case all[i].State != ca.Removed && all[i].Leaving.IsZero():
 		return all, nil
 	}
+	// Peers may know of a taint where we don't know the root.
 	if since := w.exposed(root.ID, now); !since.IsZero() {
-		return nil, fmt.Errorf("root %s must go: a key below it is tainted since %s; make a new one", root.ID, stamp(since))
+		return nil, fmt.Errorf("root %s must go: its key or a key below it is tainted since %s; make a new one", root.ID, stamp(since))
+	}
+	if err != nil {
+		return append(all, root), nil
 	}
 	if all[i].State == ca.Removed {
 		all[i].State, all[i].Since = ca.Prepared, now

@@ -27,7 +27,8 @@ import (
 )
 
 // Exchange is a place that the clusters of a trust domain share, for what else would be carried as files. What lies there is
-// signed by the cluster that wrote it, and foreign until that was verified: who can write there can withhold, and that is all.
+// signed by the cluster that wrote it, and foreign until that was verified: who can write there can withhold, and show what is
+// old; an old document adds no root, since a fresh report must speak of it too.
 //
 // There are the documents "trust", which each cluster writes (exchangetrust.go), and "reports/<cluster>", its own report.
 // An error with a method Away() bool that returns true says that nothing can be read or written now.
@@ -181,11 +182,12 @@ func (e *exchange) round(parent context.Context) {
 	if e.keeper.doubt() {
 		return // nothing is to be decided or promised by a wrong clock
 	}
-	steps := []func(context.Context) (name string, err error){e.shareTrust}
+	// A root is taken from the document when a report speaks of it: so reports are written and read first.
+	var steps []func(context.Context) (name string, err error)
 	for range min(len(e.keeper.policy.Peers), roundReports) {
 		steps = append(steps, e.hear)
 	}
-	for _, step := range append(steps, e.tell) {
+	for _, step := range append(steps, e.tell, e.shareTrust) {
 		name, err := step(ctx)
 		if parent.Err() != nil {
 			return // what fails now says nothing
@@ -254,7 +256,14 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 		}
 		var theirs sharedTrust
 		if text != nil {
-			if theirs, err = openShared(text, e.keeper.folder.TrustDomain, append(slices.Clone(e.keeper.policy.Peers), e.self)); err != nil {
+			known, err := e.load(ctx)
+			if err != nil {
+				return trustDocument, err
+			}
+			if theirs, err = openShared(text, e.keeper.folder.TrustDomain, append(slices.Clone(e.keeper.policy.Peers), e.self)); err == nil {
+				err = known.follows(theirs)
+			}
+			if err != nil {
 				return trustDocument, fmt.Errorf("version %d of the shared trust is not followed, and not replaced: %w", version, err)
 			}
 		}
@@ -434,9 +443,17 @@ func (k *keeper) follow(set *authorities, w rotation.World, shared replica, now 
 		here, wanted := at[r.Fingerprint], r.standing()
 		switch {
 		case here == rootUnknown && (wanted == rootLeaving && len(k.policy.Peers) > 0 || wanted == rootBelieved && r.Tainted):
-			try(r, func() (*authorities, error) { return k.adopt(set, r.sharedRoot, now) })
+			try(r, func() (*authorities, error) {
+				if found, err := k.vouched(w, r.ID, wanted, now); err != nil || !found {
+					return set, err // one that leaves and that nobody has is not needed here
+				}
+				return k.adopt(set, r.sharedRoot, now)
+			})
 		case wanted == rootBelieved && here != rootBelieved:
 			try(r, func() (*authorities, error) {
+				if _, err := k.vouched(w, r.ID, wanted, now); err != nil {
+					return nil, err
+				}
 				cert, err := set.room(r.sharedRoot)
 				if err != nil {
 					return nil, err
@@ -468,6 +485,30 @@ func (k *keeper) follow(set *authorities, w rotation.World, shared replica, now 
 		}
 	}
 	return set, refused
+}
+
+// vouched reports whether a peer says, in a report that holds still, that a root is believed there and stays, or for one that
+// is leaving, that it may be met. The shared document has no time: an old one has good signatures, and a cluster without a
+// memory can't tell. It is an error when that is not known, or when nobody speaks of what is to be believed.
+func (k *keeper) vouched(w rotation.World, id string, wanted standing, now time.Time) (bool, error) {
+	var silent []string
+	for _, p := range w.Peers {
+		// As for the promises of a report (rotation.Next).
+		if p.At.IsZero() || p.At.After(now.Add(k.policy.Skew)) || now.After(p.At.Add(k.policy.ReportLife-k.policy.Skew)) {
+			silent = append(silent, p.Cluster)
+		} else if slices.ContainsFunc(p.Roots, func(x rotation.RootReport) bool { return x.ID == id && (wanted == rootLeaving || !x.Leaving) }) {
+			return true, nil
+		}
+	}
+	switch {
+	case len(w.Peers) == 0:
+		return false, errors.New("the document may be an old one, and rotation.peers names no cluster whose report could say that it is not: if it is right, add the root with signet trust add")
+	case len(silent) > 0:
+		return false, fmt.Errorf("no report says that another cluster believes it, and of %s there is none that holds: the document may be an old one; it is followed as soon as a report says so", check.Some(silent))
+	case wanted == rootBelieved:
+		return false, errors.New("all other clusters have reported, and none believes it to stay: the document may be an old one, or nobody has published the root yet; it is followed as soon as a report says so")
+	}
+	return false, nil
 }
 
 // room reads a shared root, if there is room for it.

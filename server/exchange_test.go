@@ -148,6 +148,15 @@ func (p *sharedPlace) shared(t testing.TB, c *cluster) sharedTrust {
 	return s
 }
 
+// reports writes what a cluster reports of roots, as if it had been made now.
+func (p *sharedPlace) reports(t testing.TB, s *live, roots ...rotation.RootReport) {
+	t.Helper()
+	k := s.keeper
+	note, err := k.signed(t.Context(), rotation.Report{Cluster: k.folder.Cluster, At: k.folder.Now().UTC(), Roots: roots})
+	must(t, err)
+	p.put(reportDocument(k.folder.Cluster), note)
+}
+
 // says is how the document has a root.
 func (s sharedTrust) says(r *root) standing {
 	i := slices.IndexFunc(s.Roots, func(x sharedRoot) bool { return x.ID == r.id() })
@@ -387,6 +396,7 @@ func TestTwoThatWriteAtOnceLoseNothing(t *testing.T) {
 		t.Errorf("written: %+v", s)
 	}
 	ex[w].round(t.Context())
+	ex[e].round(t.Context()) // when it wrote, it had not read west's report
 	if e.state(c.id()) == "" || w.state(b.id()) == "" {
 		t.Error("they don't believe each other's roots")
 	}
@@ -452,11 +462,92 @@ func TestWhatNoPeerHasSignedChangesNothing(t *testing.T) {
 		soon(t, what+": after it was deleted it is written again", func() bool { return place.get(trustDocument).text != nil })
 		e.well()
 	}
-	// The same with a good signature is followed.
+	// The same with a good signature is followed, when its writer reports that it is no old one.
 	place.put(trustDocument, signed(w, "west", td.Name(), x))
+	e.shares(check.Warning, evil.id(), "cluster south", "of west there is none that holds")
+	if e.state(evil.id()) != "" {
+		t.Errorf("without a report the root is %q", e.state(evil.id()))
+	}
+	place.reports(t, w, rotation.RootReport{ID: evil.id()})
 	soon(t, "what a peer has signed is followed", func() bool { return e.state(evil.id()) != "" })
 	place.put(trustDocument, good)
 	soon(t, "an older one is replaced", func() bool { return place.shared(t, east).says(evil) == rootBelieved })
+}
+
+func TestAWriterOfKVCanReplayNoRoot(t *testing.T) {
+	east := newCluster(t, "east")
+	west, north := east.sibling(t, "west"), east.sibling(t, "north")
+	acquaint(t, east, west, north)
+	place := newSharedPlace()
+	e, n := east.share(t, place), north.share(t, place)
+	b := newRoot(t)
+	e.well()
+	n.well()
+	e.startRoot(b)
+	soon(t, "it is told, and followed", func() bool { return place.shared(t, east).says(b) == rootBelieved && n.state(b.id()) != "" })
+	old := place.get(trustDocument).text
+	_, err := e.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: b.id()})
+	must(t, err)
+	soon(t, "it is taken back everywhere, and all have said so", func() bool {
+		for _, s := range []*live{e, n} {
+			name := s.keeper.folder.Cluster
+			r, err := openReport(place.get(reportDocument(name)).text, Peer{Cluster: name, VerifierKey: s.audit.VerifierKey()}, td)
+			must(t, err)
+			i := slices.IndexFunc(r.Roots, func(x rotation.RootReport) bool { return x.ID == b.id() })
+			if i < 0 || !r.Roots[i].Leaving {
+				return false
+			}
+		}
+		return true
+	})
+
+	// West begins now, and is shown the old document only; the reports are what they are.
+	shown := newSharedPlace()
+	w := west.start(t, nil)
+	ex := newExchange(w.keeper, shown, w.audit.VerifierKey())
+	for range 3 {
+		shown.put(trustDocument, old)
+		for _, name := range []string{"east", "north"} {
+			shown.put(reportDocument(name), place.get(reportDocument(name)).text)
+		}
+		ex.round(t.Context())
+	}
+	if got := w.state(b.id()); got != "" {
+		t.Errorf("by an old document the root is %s", got)
+	}
+	found := ex.check(t.Context())
+	if !slices.ContainsFunc(found, func(f check.Finding) bool {
+		return f.Level == check.Warning && f.About == b.id() && strings.Contains(f.Message, "the document may be an old one")
+	}) {
+		t.Errorf("findings: %+v", found)
+	}
+}
+
+func TestADocumentThatCountsAheadIsLeftAlone(t *testing.T) {
+	east := newCluster(t, "east")
+	west := east.sibling(t, "west")
+	acquaint(t, east, west)
+	place := newSharedPlace()
+	e, w := east.share(t, place), west.start(t, nil)
+	e.well()
+	a, evil := east.root, newRoot(t)
+	for _, x := range []sharedRoot{sharedOf(a, rootRemoved, maxDecisions, "west"), sharedOf(evil, rootBelieved, maxJump+1, "east")} {
+		text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "west", Roots: []sharedRoot{x}}.encode()
+		must(t, err)
+		note, err := w.keeper.signNote(t.Context(), text)
+		must(t, err)
+		place.put(trustDocument, note)
+		e.shares(check.Warning, "trust", "is not followed, and not replaced", "cluster west has signed decision", x.ID)
+		if !bytes.Equal(place.get(trustDocument).text, note) {
+			t.Error("it is replaced")
+		}
+		place.put(trustDocument, nil)
+		soon(t, "after it was deleted it is written again, without it", func() bool {
+			s := place.shared(t, east)
+			return s.says(a) == rootBelieved && s.says(evil) == rootUnknown
+		})
+		e.well()
+	}
 }
 
 func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
@@ -474,6 +565,7 @@ func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
 	lies := newRoot(t)
 	lying := sharedOf(lies, rootBelieved, 1, "west")
 	lying.NotAfter = lying.NotAfter.Add(-time.Hour)
+	var listed []rotation.RootReport
 	write := func(roots ...sharedRoot) {
 		t.Helper()
 		text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "west", Roots: joinAll(roots)}.encode()
@@ -482,6 +574,10 @@ func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
 		must(t, err)
 		place.put(trustDocument, note)
 	}
+	for _, r := range []*root{a, b, other, short, lies} {
+		listed = append(listed, rotation.RootReport{ID: r.id()})
+	}
+	place.reports(t, w, listed...)
 	// The only root does not go.
 	write(sharedOf(a, rootLeaving, 2, "west"), sharedOf(other, rootBelieved, 1, "west"), sharedOf(short, rootBelieved, 1, "west"), lying)
 	e.shares(check.Warning, a.id(), "cluster west", "the only root that stays")
@@ -559,6 +655,7 @@ func TestNobodyRevivesWhatIsNotThere(t *testing.T) {
 	note, err := w.keeper.signNote(t.Context(), text)
 	must(t, err)
 	place.put(trustDocument, note)
+	place.reports(t, w, rotation.RootReport{ID: old.id(), Leaving: true}, rotation.RootReport{ID: gone.id(), Leaving: true})
 	soon(t, "it is believed, and leaving", func() bool { return e.state(old.id()) == ca.Retired })
 	if e.state(gone.id()) != "" {
 		t.Error("a root that has gone is known again")
@@ -753,10 +850,10 @@ func TestNothingIsDecidedOrPromisedByAWrongClock(t *testing.T) {
 	}
 	west.ahead.Store(0)
 	soon(t, "the clock is believed again", func() bool { return !w.keeper.doubt() })
-	ex.round(t.Context())
-	if w.state(b.id()) == "" || place.get(reportDocument("west")).text == nil {
-		t.Error("with the right clock nothing comes")
-	}
+	soon(t, "with the right clock it is followed", func() bool {
+		ex.round(t.Context())
+		return w.state(b.id()) != "" && place.get(reportDocument("west")).text != nil
+	})
 }
 
 func TestAClusterBeginsWithWhatTheOthersShare(t *testing.T) {

@@ -47,8 +47,11 @@ const (
 	maxGone        = 192
 	// maxSharedCertificate is in bytes of PEM.
 	maxSharedCertificate = 16 << 10
-	// maxDecisions leaves room to count on.
+	// maxDecisions is where the count ends: from there on only the stronger decision prevails.
 	maxDecisions = 1 << 53
+	// maxJump is by how many decisions a document may be ahead of what is known here, more than admins ever take about one
+	// root: nobody can bring the count to its end.
+	maxJump = 1000
 )
 
 // sharedTrust is the document, in the words of `trust export --format json`.
@@ -202,6 +205,18 @@ func (r replica) find(fingerprint string) (replicaRoot, bool) {
 	return r[i], true
 }
 
+// follows reports whether a document can be what comes after what is known: who counts ahead would have the last word for
+// ever, since what was taken is kept.
+func (r replica) follows(theirs sharedTrust) error {
+	for _, x := range theirs.Roots {
+		known, _ := r.find(x.Fingerprint)
+		if x.Decision > known.Decision+maxJump {
+			return fmt.Errorf("cluster %s has signed decision %d about %s, and %d are known here: at most %d more are believed at once; somebody may have the key of its log: look there, then delete the document; the clusters write it again", theirs.Cluster, x.Decision, x.ID, known.Decision, maxJump)
+		}
+	}
+	return nil
+}
+
 // localRoot is a root as it stands in this cluster. Its sharedRoot says what there is to tell of it, but for the decision.
 type localRoot struct {
 	sharedRoot
@@ -231,8 +246,8 @@ func (r replica) meet(theirs []sharedRoot, here []localRoot, cluster string, gon
 			}
 		case l.stands != before.Here && decided != before.standing().decided() && decided != all[i].standing().decided() &&
 			// Of two that decide at the same time the stronger one prevails.
-			(all[i].Decision == before.Decision || decided.strength() > all[i].standing().strength()):
-			ours.Decision = all[i].Decision + 1
+			(all[i].Decision == before.Decision && all[i].Decision < maxDecisions || decided.strength() > all[i].standing().strength()):
+			ours.Decision = min(all[i].Decision+1, maxDecisions)
 			ours.Tainted = ours.Tainted || all[i].Tainted
 			all[i] = ours
 		}

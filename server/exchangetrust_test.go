@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -174,6 +175,47 @@ type modelCluster struct {
 	own replica
 	// kept is the copy of own that outlives a crash.
 	kept replica
+	// told is where all have each other's reports.
+	told map[string]rotation.Report
+}
+
+// acquainted lets clusters read each other's reports.
+func acquainted(all ...*modelCluster) {
+	told := map[string]rotation.Report{}
+	for _, c := range all {
+		c.told = told
+		c.tell()
+	}
+}
+
+func (c *modelCluster) tell() {
+	if c.told == nil {
+		return
+	}
+	now, lives := time.Now(), c.set.lives()
+	c.told[c.folder.Cluster] = rotation.Report{
+		Cluster: c.folder.Cluster, At: now, Roots: rotation.ReportRoots(c.policy.Policy, lives, now), Tainted: rotation.ReportTaints(c.policy.Policy, lives, now),
+	}
+}
+
+func (c *modelCluster) world() rotation.World {
+	w := rotation.World{Authorities: c.set.lives()}
+	for _, name := range slices.Sorted(maps.Keys(c.told)) {
+		if name != c.folder.Cluster {
+			w.Peers = append(w.Peers, c.told[name])
+		}
+	}
+	return w
+}
+
+// listed reports whether others say of a root that they believe it, and that they go on with it.
+func (c *modelCluster) listed(id string) (believed, stays bool) {
+	for _, p := range c.world().Peers {
+		for _, r := range p.Roots {
+			believed, stays = believed || r.ID == id, stays || r.ID == id && !r.Leaving
+		}
+	}
+	return believed, stays
 }
 
 func newModelCluster(t interface{ Fatalf(string, ...any) }, name string, first *root) *modelCluster {
@@ -197,6 +239,7 @@ func newModelCluster(t interface{ Fatalf(string, ...any) }, name string, first *
 // round is what exchange.follow does; it may end after any of its steps.
 func (c *modelCluster) round(doc []sharedRoot, gone func(string) bool, crash int) (_ []sharedRoot, whole bool) {
 	now := time.Now()
+	c.tell()
 	c.own = c.kept
 	next := c.own.meet(doc, c.set.shares(now), c.folder.Cluster, gone, now)
 	if crash == 1 {
@@ -206,7 +249,7 @@ func (c *modelCluster) round(doc []sharedRoot, gone func(string) bool, crash int
 	if crash == 2 {
 		return nil, false
 	}
-	c.set, _ = c.follow(c.set, rotation.World{Authorities: c.set.lives()}, next, now)
+	c.set, _ = c.follow(c.set, c.world(), next, now)
 	c.step()
 	if crash == 3 {
 		return nil, false
@@ -285,10 +328,10 @@ func (c *modelCluster) remove(id string) {
 // The promise of it all: clusters that come and go, crash at any step, read old documents or none, and decide what they like,
 // come to the same; and nothing is ever decided but by an admin, so that no root comes back to life or goes by itself.
 func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
-	roots := []*root{newRoot(t), newRoot(t), newRoot(t)}
+	roots, another := []*root{newRoot(t), newRoot(t), newRoot(t)}, newRoot(t)
 	happened := map[string]int{}
 	defer func() {
-		for _, what := range []string{"add", "leave", "taint", "follow an add", "follow a leaving", "crash"} {
+		for _, what := range []string{"add", "leave", "taint", "follow an add", "follow a leaving", "crash", "pass over what is old"} {
 			if happened[what] == 0 && !t.Failed() {
 				t.Errorf("of %s nothing was seen", what)
 			}
@@ -296,6 +339,7 @@ func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
 	}()
 	rapid.Check(t, func(t *rapid.T) {
 		clusters := []*modelCluster{newModelCluster(t, "east", roots[0]), newModelCluster(t, "west", roots[0]), newModelCluster(t, "north", roots[0])}
+		acquainted(clusters...)
 		var doc []sharedRoot
 		history := [][]sharedRoot{nil}
 		decisions := map[string]uint64{roots[0].id(): 1}
@@ -409,12 +453,172 @@ func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
 				}
 			}
 		}
+		// One that begins now, or has lost its memory, takes from old documents only what the others say of themselves.
+		for _, c := range clusters {
+			c.tell()
+		}
+		late := newModelCluster(t, "late", another)
+		late.told = clusters[0].told
+		for _, old := range append(history, doc) {
+			late.round(old, never, 0)
+			for _, r := range roots {
+				believed, stays := late.listed(r.id())
+				if s := late.stands(r.id()); s == rootLeaving && !believed || s == rootBelieved && !stays {
+					t.Errorf("%s is %s in a cluster that begins, and no other says so: %v", r.id(), s, late.told)
+				} else if s == rootUnknown {
+					happened["pass over what is old"]++
+				}
+			}
+			late.kept = nil
+		}
 	})
+}
+
+func TestAnOldDocumentAddsNoRootWhereNothingIsKnown(t *testing.T) {
+	a, b := newRoot(t), newRoot(t)
+	none, all := func(string) bool { return false }, func(string) bool { return true }
+	var old [][]sharedRoot
+	east := newModelCluster(t, "east", a)
+	acquainted(east)
+	doc, _ := east.round(nil, none, 0)
+	for _, change := range []func(){func() { east.decide(b, false) }, func() { east.taint(b) }, func() { east.decide(b, true) }, func() { east.remove(b.id()) }} {
+		change()
+		doc, _ = east.round(doc, all, 0)
+		old = append(old, doc)
+	}
+	if east.stands(b.id()) != rootRemoved {
+		t.Fatal("east has not removed it")
+	}
+	begun := func(report rotation.Report) *modelCluster {
+		west := newModelCluster(t, "west", a)
+		west.told = map[string]rotation.Report{"east": report}
+		return west
+	}
+	now := time.Now()
+	says := func(at time.Time, roots ...rotation.RootReport) rotation.Report {
+		return rotation.Report{Cluster: "east", At: at, Roots: append(roots, rotation.RootReport{ID: a.id()})}
+	}
+	believed, leaving := rotation.RootReport{ID: b.id()}, rotation.RootReport{ID: b.id(), Leaving: true}
+	exposed := says(now, believed)
+	exposed.Tainted = []rotation.TaintReport{{ID: "intermediate-7", Root: b.id(), Since: now, NotAfter: now.Add(time.Hour)}}
+	tainted := slices.Clone(old[0])
+	for i := range tainted {
+		tainted[i].Tainted = tainted[i].ID == b.id()
+	}
+	policy := testRotation()
+	for _, c := range []struct {
+		what   string
+		report rotation.Report
+		doc    []sharedRoot
+		want   standing
+		why    string
+	}{
+		{"as it is now", east.told["east"], old[0], rootUnknown, "none believes it to stay"},
+		{"tainted, as it is now", east.told["east"], tainted, rootUnknown, "none believes it to stay"},
+		{"tainted and leaving, as it is now", east.told["east"], old[1], rootUnknown, ""},
+		{"leaving, as it is now", east.told["east"], old[2], rootUnknown, ""},
+		{"removed", east.told["east"], old[3], rootUnknown, ""},
+		{"when it was believed", says(now, believed), old[0], rootBelieved, ""},
+		{"when it was about to go", says(now, leaving), old[0], rootUnknown, "none believes it to stay"},
+		{"and the document says so", says(now, leaving), old[2], rootLeaving, ""},
+		{"when a key below it was lost", exposed, old[0], rootUnknown, "a key below it is tainted"},
+		{"a report that holds no more", says(now.Add(-policy.ReportLife), believed), old[0], rootUnknown, "of another there is none that holds"},
+		{"that was yet to come", says(now.Add(time.Hour), believed), old[0], rootUnknown, "there is none that holds"},
+		{"no report", rotation.Report{}, old[0], rootUnknown, "there is none that holds"},
+		{"no report, of one that leaves", rotation.Report{}, old[2], rootUnknown, "there is none that holds"},
+	} {
+		c.report.Cluster = "another"
+		west := begun(c.report)
+		for range 2 {
+			west.round(c.doc, none, 0)
+		}
+		if got := west.stands(b.id()); got != c.want {
+			t.Errorf("%s: it is %q in a cluster that begins, want %q", c.what, got, c.want)
+		}
+		var why []string
+		_, refused := west.follow(west.set, west.world(), west.kept, now)
+		for _, r := range refused {
+			why = append(why, r.why.Error())
+		}
+		if got := strings.Join(why, "; "); c.why == "" && got != "" || !strings.Contains(got, c.why) {
+			t.Errorf("%s: refused because %q, want %q", c.what, got, c.why)
+		}
+	}
+	// Nor is one that leaves here, or was removed, believed again when the memory of the document is lost.
+	for _, stands := range []standing{rootLeaving, rootRemoved} {
+		west := begun(says(now, believed))
+		west.round(old[0], none, 0)
+		west.decide(b, true)
+		if stands == rootRemoved {
+			west.remove(b.id())
+		}
+		west.kept = nil
+		west.told["east"] = says(now, leaving)
+		later := slices.Clone(old[0])
+		for i := range later {
+			later[i].Decision += 5
+		}
+		west.round(later, none, 0)
+		if got := west.stands(b.id()); got != stands {
+			t.Errorf("it was %s, and is %q", stands, got)
+		}
+		west.told["east"] = says(now, believed)
+		west.round(later, none, 0)
+		if got := west.stands(b.id()); got != rootBelieved {
+			t.Errorf("it was %s, all have taken it back, and it is %q", stands, got)
+		}
+	}
+}
+
+func TestNobodyHasTheLastWordByCountingAhead(t *testing.T) {
+	a, b := newRoot(t), newRoot(t)
+	own := replica{{sharedOf(a, rootBelieved, 3, "east"), rootBelieved}}
+	for _, c := range []struct {
+		roots []sharedRoot
+		want  string
+	}{
+		{[]sharedRoot{sharedOf(a, rootLeaving, 3+maxJump, "west"), sharedOf(b, rootBelieved, maxJump, "west")}, ""},
+		{[]sharedRoot{sharedOf(a, rootLeaving, 4+maxJump, "east")}, "cluster west has signed decision 1004 about " + a.id()},
+		{[]sharedRoot{sharedOf(b, rootBelieved, maxJump+1, "west")}, "and 0 are known here"},
+		{[]sharedRoot{sharedOf(b, rootRemoved, maxDecisions, "west")}, "look there"},
+	} {
+		if err := own.follows(sharedTrust{Cluster: "west", Roots: c.roots}); c.want == "" {
+			must(t, err)
+		} else {
+			wantError(t, err, c.want)
+		}
+	}
+
+	// Where the count has come to its end, the stronger decision prevails, and what is written can be read.
+	now, none := time.Now(), func(string) bool { return false }
+	end := []sharedRoot{sharedOf(b, rootBelieved, maxDecisions, "west")}
+	step := func(r replica, here standing, doc []sharedRoot) replica {
+		t.Helper()
+		r = r.meet(doc, []localRoot{hereOf(b, here)}, "east", none, now)
+		text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "east", Roots: r.roots()}.encode()
+		must(t, err)
+		read, err := parseShared([]byte(strings.TrimPrefix(text, sharedTitle)), td, "east")
+		must(t, err)
+		if !slices.EqualFunc(read.Roots, r.roots(), sharedRoot.equal) {
+			t.Errorf("read again: %+v", read.Roots)
+		}
+		return r.settle([]localRoot{hereOf(b, here)})
+	}
+	r := step(replica{}, rootBelieved, end)
+	r = step(r, rootLeaving, end) // an admin removes it
+	if got, _ := r.find(b.fingerprint()); got.standing() != rootLeaving || got.By != "east" || got.Decision != maxDecisions {
+		t.Errorf("removed at the end of the count, it is %+v", got)
+	}
+	r = step(r, rootBelieved, end) // and adds it again: too late
+	if got, _ := r.find(b.fingerprint()); got.standing() != rootLeaving {
+		t.Errorf("added at the end of the count, it is %+v", got)
+	}
 }
 
 func TestAClusterWithoutAMemoryRevivesNothing(t *testing.T) {
 	a, b := newRoot(t), newRoot(t)
 	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
+	acquainted(east, west)
 	none := func(string) bool { return false }
 	doc, _ := east.round(nil, none, 0)
 	west.round(doc, none, 0)
@@ -434,6 +638,7 @@ func TestAClusterWithoutAMemoryRevivesNothing(t *testing.T) {
 func TestAWordThatFollowsAtOnceIsHeard(t *testing.T) {
 	a, b := newRoot(t), newRoot(t)
 	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
+	acquainted(east, west)
 	none := func(string) bool { return false }
 	doc, _ := east.round(nil, none, 0)
 	doc, _ = west.round(doc, none, 0)
@@ -455,6 +660,7 @@ func TestAWordThatFollowsAtOnceIsHeard(t *testing.T) {
 func TestWhatFollowsFromATaintElsewhereIsTold(t *testing.T) {
 	a, b := newRoot(t), newRoot(t)
 	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
+	acquainted(east, west)
 	none := func(string) bool { return false }
 	doc, _ := east.round(nil, none, 0)
 	doc, _ = west.round(doc, none, 0)
@@ -473,9 +679,12 @@ func TestWhatFollowsFromATaintElsewhereIsTold(t *testing.T) {
 func TestNoMoreRootsAreTakenThanABundleHolds(t *testing.T) {
 	east := newModelCluster(t, "east", newRoot(t))
 	var doc []sharedRoot
+	west := rotation.Report{Cluster: "west", At: time.Now()}
 	for i := range trust.MaxRoots + 5 {
 		doc = append(doc, sharedOf(newRoot(t), []standing{rootBelieved, rootLeaving}[i%2], 1, "west"))
+		west.Roots = append(west.Roots, rotation.RootReport{ID: doc[i].ID, Leaving: i%2 == 1})
 	}
+	east.told = map[string]rotation.Report{"west": west}
 	doc = joinAll(doc)
 	all, _ := east.round(doc, func(string) bool { return false }, 0)
 	if n := len(east.set.bundle.Roots()); n != trust.MaxRoots {

@@ -233,7 +233,7 @@ func (s *Server) controlUntil(now time.Time) time.Time {
 // lookAtRotation is what there is to look at.
 func (s *Server) lookAtRotation(set *authorities, now time.Time) check.Rotation {
 	k := s.keeper
-	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, Online: s.config.Upstream != nil, LeastLife: s.leastLife(s.config.TTL)}
+	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, Online: s.config.Upstream != nil, Shared: s.exchange != nil, LeastLife: s.leastLife(s.config.TTL)}
 	for _, t := range k.tainted(set, look.World, now) {
 		look.Forged = append(look.Forged, check.Forged{
 			ID: t.Id, Cluster: t.Cluster, Accepting: int(t.Accepting), Until: t.AcceptedUntil.AsTime(), Advice: t.Advice,
