@@ -135,12 +135,14 @@ type health struct {
 	last  string
 	// until is when the next call may be made, zero if now.
 	until time.Time
+	// open: only a probe may be made; probing: one is under way.
+	open, probing bool
 }
 
 func (b *breaker) health() health {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	h := health{heard: b.heard, row: b.row, first: b.first, last: b.last}
+	h := health{heard: b.heard, row: b.row, first: b.first, last: b.last, open: b.open, probing: b.probing}
 	if b.open {
 		h.until = b.until
 	}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,10 +29,12 @@ var (
 	ErrNotFound = errors.New("not found in Vault")
 	// ErrDenied: neither the token nor one of a new login may do that, or the login itself was refused, whatever its status.
 	ErrDenied = errors.New("denied by Vault")
-	// ErrRefused: the request makes no sense to Vault.
+	// ErrRefused: the request makes no sense to Vault, or its engine can't do it as things are set there.
 	ErrRefused = errors.New("refused by Vault")
 	// ErrConflict: somebody else has written meanwhile (KV's check-and-set).
 	ErrConflict = errors.New("changed in Vault meanwhile")
+	// ErrTooLarge: the answer was not read to its end.
+	ErrTooLarge = errors.New("its answer is larger than 1 MiB, which is refused")
 )
 
 // Error is what came of a call: errors.Is tells which of the sentinels above it is.
@@ -78,7 +81,7 @@ func (e *Error) Is(target error) bool {
 	case ErrConflict:
 		return e.conflict()
 	case ErrRefused:
-		return !e.away && !e.conflict() && e.Status >= 400 && e.Status < 500 && e.Status != http.StatusNotFound && e.Status != http.StatusForbidden
+		return !e.away && !e.conflict() && e.Status >= 400 && e.Status <= 500 && e.Status != http.StatusNotFound && e.Status != http.StatusForbidden
 	}
 	return false
 }
@@ -111,7 +114,7 @@ func (e *Error) what() string {
 		return "the login is refused (" + said + "): check vault.login, and in Vault the role and what it is bound to"
 	case e.conflict():
 		return "somebody else has written it meanwhile (" + said + "): read it again"
-	case e.Status == http.StatusBadRequest:
+	case e.Status == http.StatusBadRequest, e.Status == http.StatusInternalServerError && !e.away:
 		return "the request is refused (" + said + ")"
 	case e.Status == http.StatusForbidden:
 		return "permission denied (" + said + "): compare the policy of our role with what `signet config vault-policy` prints"
@@ -131,6 +134,23 @@ func (e *Error) what() string {
 
 func (e *Error) sealed() bool {
 	return e.Status == http.StatusServiceUnavailable && strings.Contains(strings.Join(e.Messages, " "), "sealed")
+}
+
+// illness are words of an answer 500 that speaks of Vault itself: it has no leader, or can't read or write, or did not find the time.
+// Other answers 500 are of an engine that can't do what it was asked, and often such that it never will: no key, wrong usage.
+var illness = []string{
+	"not active", "standby", "leader", "raft", "quorum", "sealed", "barrier", "storage", "consul", "etcd", "persist",
+	"internal error", "audit", "deadline", "timeout", "timed out", "cancel", "connection", "connect:", "dial ", "eof", "i/o ", "no space", "too many open",
+	"shutting down", "unavailable", "replication", "try again", "retry", "locked", "database",
+}
+
+// refusal reports whether an answer 500 is an engine's word, given in time.
+func (e *Error) refusal(took, timeout time.Duration) bool {
+	if e.Status != http.StatusInternalServerError || len(e.Messages) == 0 || e.Op == opLogin || e.Op == opHealth || took > timeout/2 {
+		return false
+	}
+	said := strings.ToLower(strings.Join(e.Messages, " "))
+	return !slices.ContainsFunc(illness, func(word string) bool { return strings.Contains(said, word) })
 }
 
 const notVault = "its answer (%d) is not Vault's JSON: check that vault.address is Vault's API, and that no other server or proxy answers there"
@@ -166,6 +186,8 @@ func (c *Client) judge(ctx context.Context, r request, resp *api.Response, err e
 			secret = nil
 		}
 		return secret, e
+	case e.refusal(took, c.timeout):
+		return nil, e
 	case e.Status == http.StatusTooManyRequests, e.Status == http.StatusPreconditionFailed, e.Status >= 472 && e.Status <= 474,
 		e.Status >= 500 && (e.Status != http.StatusNotImplemented || r.path == healthPath):
 		// 474: a standby that does not see the active node. 501 of sys/health: not initialised.
@@ -202,8 +224,8 @@ const minPatience = 200 * time.Millisecond
 func (c *Client) unanswered(ctx context.Context, e *Error, err error, took time.Duration, hide []string) *Error {
 	e.Status = 0
 	switch {
-	case errors.Is(err, errTooLarge):
-		e.cause = errTooLarge
+	case errors.Is(err, ErrTooLarge):
+		e.cause = ErrTooLarge
 	case errors.Is(ctx.Err(), context.Canceled):
 		e.cause, e.neutral = context.Canceled, true
 	case errors.Is(err, context.DeadlineExceeded), ctx.Err() != nil:
@@ -242,7 +264,7 @@ func (e *Error) outcome(r request) (o outcome, why string) {
 		return alive, ""
 	case e != nil && e.away:
 		return ill, e.what()
-	case r.op == opHealth:
+	case r.op == opHealth || e != nil && e.Status == http.StatusInternalServerError:
 		return alive, ""
 	}
 	return well, ""

@@ -15,7 +15,7 @@ type metrics struct {
 }
 
 var (
-	operations = []string{opRead, opWrite, opList, opDelete, opLogin, opRenew, opHealth}
+	operations = []string{opRead, opWrite, opList, opLogin, opRenew, opHealth}
 	results    = []string{"ok", "not_found", "denied", "refused", "conflict", "away", "canceled", "error"}
 )
 

@@ -18,6 +18,8 @@ type Need struct {
 	Capabilities []string
 	// Why says in a line what it is for.
 	Why string
+	// Asks are the paths that will be used, where Path is wider than these; none = Path itself.
+	Asks []string
 }
 
 // capabilities in the order in which policies are written.
@@ -26,9 +28,9 @@ var capabilities = []string{"create", "read", "update", "patch", "delete", "list
 // Needs are those of the connection itself. Vault's policy "default" has them too, but not each role has that.
 func Needs() []Need {
 	return []Need{
-		{lookupPath, []string{"read"}, "learn how long the token lives, and whether it does"},
-		{"auth/token/renew-self", []string{"update"}, "keep the token alive"},
-		{capabilitiesPath, []string{"update"}, "tell at the start what this policy lacks"},
+		{lookupPath, []string{"read"}, "learn how long the token lives, and whether it does", nil},
+		{"auth/token/renew-self", []string{"update"}, "keep the token alive", nil},
+		{capabilitiesPath, []string{"update"}, "tell at the start what this policy lacks", nil},
 	}
 }
 
@@ -38,16 +40,22 @@ const (
 	pathsPerCall = 100
 )
 
-// Missing asks Vault which of the needs our token does not have, and returns those with what is lacking of each.
+// Missing asks Vault which of the needs our token does not have, and returns those with what is lacking of each. Where a need
+// has paths to ask for, and some are allowed, it names the others in place of its own: a policy may be tighter than ours.
 func (c *Client) Missing(ctx context.Context, needs []Need) ([]Need, error) {
 	merged := merge(needs)
-	var missing []Need
-	for chunk := range slices.Chunk(merged, pathsPerCall) {
-		paths := make([]string, len(chunk))
-		for i := range chunk {
-			paths[i] = chunk[i].Path
+	asks := make([][]Need, len(merged))
+	var paths []string
+	for i, m := range merged {
+		asks[i] = m.asked(needs)
+		for _, a := range asks[i] {
+			paths = append(paths, a.Path)
 		}
-		body, err := json.Marshal(map[string]any{"paths": paths})
+	}
+	slices.Sort(paths)
+	has := map[string][]string{}
+	for chunk := range slices.Chunk(slices.Compact(paths), pathsPerCall) {
+		body, err := json.Marshal(map[string]any{"paths": chunk})
 		if err != nil {
 			return nil, err
 		}
@@ -55,21 +63,59 @@ func (c *Client) Missing(ctx context.Context, needs []Need) ([]Need, error) {
 		if err != nil {
 			return nil, fmt.Errorf("ask for our own permissions: %w", err)
 		}
-		for _, n := range chunk {
-			var has []string
+		for _, path := range chunk {
 			ok := false
 			if secret != nil {
-				has, ok = stringsOf(secret.Data[n.Path])
+				has[path], ok = stringsOf(secret.Data[path])
 			}
 			if !ok {
-				return nil, fmt.Errorf("ask for our own permissions: Vault at %s does not answer for %s", c.address, n.Path)
-			}
-			if lacks := lacking(n.Capabilities, has); len(lacks) > 0 {
-				missing = append(missing, Need{Path: n.Path, Capabilities: lacks, Why: n.Why})
+				return nil, fmt.Errorf("ask for our own permissions: Vault at %s does not answer for %s", c.address, path)
 			}
 		}
 	}
+	var missing []Need
+	for i, m := range merged {
+		whole := Need{Path: m.Path, Why: m.Why}
+		var parts []Need
+		for _, a := range asks[i] {
+			if lacks := lacking(a.Capabilities, has[a.Path]); len(lacks) > 0 {
+				parts = append(parts, Need{Path: a.Path, Capabilities: lacks, Why: m.Why})
+				whole.Capabilities = append(whole.Capabilities, lacks...)
+			}
+		}
+		if len(parts) == len(asks[i]) {
+			whole.Capabilities = inOrder(whole.Capabilities)
+			parts = []Need{whole}
+		}
+		missing = append(missing, parts...)
+	}
 	return missing, nil
+}
+
+// asked is what to ask Vault for a path of the policy: the paths that its needs name, each with what they need there.
+func (n Need) asked(needs []Need) (all []Need) {
+	at := map[string]int{}
+	add := func(path string, capabilities []string) {
+		i, ok := at[path]
+		if !ok {
+			i = len(all)
+			at[path] = i
+			all = append(all, Need{Path: path})
+		}
+		all[i].Capabilities = inOrder(append(all[i].Capabilities, capabilities...))
+	}
+	for _, one := range needs {
+		switch {
+		case one.Path != n.Path:
+		case len(one.Asks) == 0:
+			add(n.Path, n.Capabilities)
+		default:
+			for _, path := range one.Asks {
+				add(path, one.Capabilities)
+			}
+		}
+	}
+	return all
 }
 
 func lacking(want, has []string) []string {

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -226,8 +227,16 @@ func (c *Client) watch(ctx context.Context) {
 		if h.row > 0 {
 			d = max(jitter(time.Second), h.until.Sub(c.now())+jitter(100*time.Millisecond))
 		}
-		if sleep(ctx, d) != nil {
+		t := time.NewTimer(d)
+		select {
+		case <-ctx.Done():
+			t.Stop()
 			return
+		case <-c.opened:
+			// While it is open, nobody but this may be trying (Ready).
+			t.Stop()
+			continue
+		case <-t.C:
 		}
 		if h.row > 0 {
 			// That it answers is not enough now: it has to work, with a token.
@@ -257,6 +266,10 @@ func (c *Client) health(ctx context.Context) (*api.Secret, error) {
 func (c *Client) turned(open bool, why string) {
 	if open {
 		c.log.Warn("Vault is away, it is left alone for a while", "vault", c.address, "why", why)
+		select {
+		case c.opened <- struct{}{}:
+		default:
+		}
 		return
 	}
 	c.log.Info("Vault is back", "vault", c.address)
@@ -276,10 +289,15 @@ type Status struct {
 	Renewable  bool
 }
 
-// Ready says, in ErrAway, why a call would not even be tried now.
+// Ready says, in ErrAway, why a call should not be tried now: Vault is left alone, or has yet to show that it is back. That is
+// tried by Run; without it by the call that asks when the time has come.
 func (c *Client) Ready() error {
-	if h := c.breaker.health(); c.now().Before(h.until) {
-		return fmt.Errorf("Vault at %s is away and left alone until %s, the last failure: %s: %w", c.address, stamp(h.until), h.last, ErrAway)
+	h := c.breaker.health()
+	switch {
+	case c.now().Before(h.until):
+		return fmt.Errorf("%s is away and left alone until %s, the last failure: %s: %w", c, stamp(h.until), cmp.Or(h.last, "too many requests"), ErrAway)
+	case h.open && (h.probing || c.running.Load()):
+		return fmt.Errorf("%s is away, and it is being tried whether it is back, the last failure: %s: %w", c, h.last, ErrAway)
 	}
 	return nil
 }

@@ -320,3 +320,83 @@ func TestAfterCloseNothingGoesOut(t *testing.T) {
 		t.Errorf("%v, and Vault saw %v", err, f.seen)
 	}
 }
+
+func TestNothingIsReadyWhileItIsTriedWhetherVaultIsBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("GET a", data(map[string]any{"a": "b"}))
+		cl := connect(t, appRole(t), f)
+		if _, err := cl.Read(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		keepFor(t, cl, 10*time.Minute, func() {
+			time.Sleep(time.Second)
+			f.on("GET a", hang)
+			f.on("GET "+lookupPath, hang)
+			f.on("GET "+healthPath, hang)
+			for cl.Ready() == nil {
+				_, _ = cl.Read(t.Context(), "a")
+			}
+			// Nobody calls from here on: who is not ready is not asked.
+			for range 3000 {
+				time.Sleep(100 * time.Millisecond)
+				if err := cl.Ready(); !errors.Is(err, ErrAway) {
+					t.Fatalf("ready while Vault hangs: %v", err)
+				}
+			}
+			f.on("GET "+lookupPath, data(map[string]any{"ttl": 3600}))
+			f.on("GET "+healthPath, data(nil))
+			time.Sleep(2*maxOpen + DefaultTimeout)
+			if err := cl.Ready(); err != nil {
+				t.Errorf("not noticed that Vault is back: %v", err)
+			}
+		})
+	})
+}
+
+func TestAVaultThatComesBackAtOnceIsReadySoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		cl := connect(t, appRole(t), f)
+		keepFor(t, cl, time.Minute, func() {
+			time.Sleep(time.Second)
+			f.on("GET a", refuse(503, "Vault is sealed"))
+			for range tripAfter {
+				_, _ = cl.Read(t.Context(), "a")
+			}
+			if cl.Ready() == nil {
+				t.Fatal("ready while sealed")
+			}
+			// Its next look after a healthy Vault would be as far as pulse.
+			time.Sleep(2 * time.Second)
+			if err := cl.Ready(); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+func TestWithoutRunTheCallThatAsksWhenTheTimeHasComeIsTheProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("GET a", refuse(503, "Vault is sealed"))
+		cl := connect(t, appRole(t), f)
+		for range tripAfter {
+			_, _ = cl.Read(t.Context(), "a")
+		}
+		if cl.Ready() == nil {
+			t.Error("ready while sealed")
+		}
+		time.Sleep(maxOpen)
+		if err := cl.Ready(); err != nil {
+			t.Fatalf("nobody would ever ask: %v", err)
+		}
+		f.on("GET a", hang)
+		go func() { _, _ = cl.Read(t.Context(), "a") }()
+		synctest.Wait()
+		if cl.Ready() == nil {
+			t.Error("ready while the probe hangs")
+		}
+		time.Sleep(DefaultTimeout)
+	})
+}

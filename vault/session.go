@@ -158,7 +158,7 @@ func (c *Client) tryLogin(ctx context.Context) (_ *session, err error, asked boo
 	defer c.mu.Unlock()
 	switch {
 	case err == nil:
-		c.refused = refusal{}
+		c.refused, c.entered = refusal{}, with.digest
 	case errors.Is(err, ErrAway), ctx.Err() != nil:
 		// The breaker sees to that.
 	default:
@@ -175,10 +175,62 @@ func (c *Client) tryLogin(ctx context.Context) (_ *session, err error, asked boo
 // young is the age up to which a session's permissions are taken to be those that a new login would give.
 const young = time.Minute
 
+const (
+	// maxVain is the longest pause between two logins for what is denied again and again: each leaves a token in Vault until
+	// its end, and may spend a use of the secret.
+	maxVain = time.Hour
+	// mostVain bounds the calls that are remembered.
+	mostVain = 256
+)
+
+// vain is a call that was denied after a new login as well: the next is not before until, unless with another secret.
+type vain struct {
+	wait  time.Duration
+	until time.Time
+}
+
+func (r request) key() string { return r.op + " " + r.path }
+
+// inVain notes that a new login did not help.
+func (c *Client) inVain(r request) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	v, known := c.vain[r.key()]
+	switch {
+	case known && now.Before(v.until):
+		return // others have noted the same login
+	case !known && len(c.vain) >= mostVain:
+		clear(c.vain)
+	}
+	if c.vain == nil {
+		c.vain = map[string]vain{}
+	}
+	wait := max(young, min(2*v.wait, maxVain))
+	c.vain[r.key()] = vain{wait, now.Add(wait)}
+}
+
+// notInVain forgets that a call was denied: the next time a new login may help.
+func (c *Client) notInVain(r request) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.vain, r.key())
+}
+
 // instead is the session to try once more with what Vault has denied; nil if there is none that could do more.
-func (c *Client) instead(ctx context.Context, denied *session) (*session, error) {
+func (c *Client) instead(ctx context.Context, denied *session, r request) (*session, error) {
 	if s := c.replaced(denied); s != nil {
 		return s, nil
+	}
+	with, cerr := c.credential()
+	c.mu.Lock()
+	if cerr == nil && with.digest != c.entered {
+		clear(c.vain)
+	}
+	paused := c.now().Before(c.vain[r.key()].until)
+	c.mu.Unlock()
+	if paused {
+		return nil, nil
 	}
 	// A path that the policy denies must not cost a login, which is a token kept in Vault, each time.
 	_, lerr := c.send(ctx, denied.calls(), request{op: opRead, path: lookupPath})
@@ -186,15 +238,16 @@ func (c *Client) instead(ctx context.Context, denied *session) (*session, error)
 	c.mu.Lock()
 	now := c.now()
 	// A policy may also deny that the token looks itself up.
-	vain := c.cur == denied && (!dead && now.Sub(denied.born) < young || dead && now.Sub(c.forced) < shortLived)
+	skip := c.cur == denied && (!dead && now.Sub(denied.born) < young || dead && now.Sub(c.forced) < shortLived)
 	c.mu.Unlock()
-	if vain {
+	if skip {
 		return nil, nil
 	}
 	s, err := c.other(ctx, denied)
 	if err != nil {
 		if !dead {
 			// The token works, for other paths.
+			c.inVain(r)
 			return nil, nil
 		}
 		return nil, err

@@ -89,12 +89,17 @@ type Client struct {
 	refused refusal
 	// forced is when a young session was last given up because Vault denied all that it asked.
 	forced time.Time
+	// vain says for which calls a new login has not helped, entered with what the last one was made.
+	vain    map[string]vain
+	entered [32]byte
 	// run is Run's, which ends the renewals that its watcher sends without a context.
 	run context.Context
 	// renewAfter is when a token may be renewed, after a renewal that failed.
 	renewAfter time.Time
 	// changed is closed, and another put in its place, when cur is replaced.
 	changed chan struct{}
+	// opened has Run look after Vault at the time that the breaker sets.
+	opened chan struct{}
 }
 
 // New checks the configuration, its CA file and client certificate included. It talks to nobody.
@@ -126,7 +131,7 @@ func New(c Config) (*Client, error) {
 	}
 	cl := &Client{
 		address: strings.TrimSuffix(c.Address, "/"), namespace: c.Namespace, timeout: c.Timeout, login: c.Login,
-		now: c.Now, log: c.Logger, changed: make(chan struct{}),
+		now: c.Now, log: c.Logger, changed: make(chan struct{}), opened: make(chan struct{}, 1),
 	}
 	cl.breaker = newBreaker(c.Now, cl.turned)
 	if cl.wire, err = newWire(c); err != nil {
@@ -207,7 +212,6 @@ const (
 	opRead   = "read"
 	opWrite  = "write"
 	opList   = "list"
-	opDelete = "delete"
 	opLogin  = "login"
 	opRenew  = "renew"
 	opHealth = "health"
@@ -269,15 +273,6 @@ func (c *Client) List(ctx context.Context, path string) ([]string, error) {
 	return names, nil
 }
 
-// Delete deletes what is at the path. It is no error if there is nothing.
-func (c *Client) Delete(ctx context.Context, path string) error {
-	_, err := c.call(ctx, request{op: opDelete, path: path})
-	if errors.Is(err, ErrNotFound) {
-		return nil
-	}
-	return err
-}
-
 func stringsOf(v any) ([]string, bool) {
 	list, ok := v.([]any)
 	if !ok {
@@ -312,17 +307,22 @@ func (c *Client) callWithin(ctx context.Context, r request) (*api.Secret, error)
 	}
 	secret, verr := c.patiently(ctx, s.calls(), r)
 	if verr == nil || !verr.denied() {
+		c.notInVain(r)
 		return secret, verr.orNil()
 	}
 	// Denied by the policy, or the token is dead: Vault says the same of both. One new login, one more try.
-	next, err := c.instead(ctx, s)
+	next, err := c.instead(ctx, s, r)
 	if err != nil {
 		return nil, c.failed(r, err)
 	}
 	if next == nil {
 		return secret, verr
 	}
-	secret, verr = c.patiently(ctx, next.calls(), r)
+	if secret, verr = c.patiently(ctx, next.calls(), r); verr != nil && verr.denied() {
+		c.inVain(r)
+	} else {
+		c.notInVain(r)
+	}
 	return secret, verr.orNil()
 }
 
@@ -445,8 +445,6 @@ func (c *Client) transmit(ctx context.Context, a *api.Client, r request) (*api.R
 		return l.WriteRawWithContext(ctx, r.path, r.body)
 	case opList:
 		return l.ReadRawWithDataWithContext(ctx, r.path, url.Values{"list": {"true"}})
-	case opDelete:
-		return l.DeleteRawWithContext(ctx, r.path)
 	}
 	return l.ReadRawWithContext(ctx, r.path)
 }

@@ -38,6 +38,10 @@ func TestEveryStatusIsWhatItMeans(t *testing.T) {
 		{472, "", ErrAway, 2, 1, "472"},
 		{473, "", ErrAway, 2, 1, "473"},
 		{500, "local node not active but active cluster node not found", ErrAway, 2, 1, "local node not active"},
+		{500, "unable to fetch corresponding key for issuer", ErrRefused, 1, 1, "refused (500: unable to fetch"},
+		{500, "1 error occurred:\n\t* failed to persist: raft: not enough voters\n\n", ErrAway, 2, 1, "can't do it now"},
+		{500, "internal error", ErrAway, 2, 1, "internal error"},
+		{500, "", ErrAway, 2, 1, "500"},
 		{501, "not implemented", nil, 1, 1, "501"},
 		{502, "", ErrAway, 2, 1, "502"},
 		{503, "Vault is sealed", ErrAway, 2, 1, "unseal it"},
@@ -82,13 +86,47 @@ func TestEveryStatusIsWhatItMeans(t *testing.T) {
 	}
 }
 
+func TestAnEngineThatCanNotDoItIsNoVaultThatIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("PUT pki/sign", refuse(500, "requested usage issuing-certificates for issuer but only had usage read-only"))
+		f.on("GET a", data(map[string]any{"a": "b"}))
+		cl := connect(t, appRole(t), f)
+		for range 4 * tripAfter {
+			if _, err := cl.Write(t.Context(), "pki/sign", nil); !errors.Is(err, ErrRefused) {
+				t.Fatal(err)
+			}
+			if err := cl.Ready(); err != nil || cl.Status().Away {
+				t.Fatalf("%v, %+v", err, cl.Status())
+			}
+		}
+		if _, err := cl.Read(t.Context(), "a"); err != nil {
+			t.Error(err)
+		}
+		// It took so long that it is no word of an engine.
+		f.on("GET slow", func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(DefaultTimeout * 2 / 3)
+			refuse(500, "it could not be done")(w, r)
+		})
+		if _, err := cl.Read(t.Context(), "slow"); !errors.Is(err, ErrAway) || !cl.Status().Away {
+			t.Errorf("%v, %+v", err, cl.Status())
+		}
+		// Nor does such a word show that it works.
+		for range tripAfter {
+			_, _ = cl.Write(t.Context(), "pki/sign", nil)
+		}
+		if !cl.Status().Away {
+			t.Error("an answer 500 is taken for a sign of health")
+		}
+	})
+}
+
 func TestCallsSayWhatVaultHas(t *testing.T) {
 	f := newFakeVault()
 	f.on("GET a/b", data(map[string]any{"n": 12345678901234567}))
 	f.on("PUT a/b", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) })
 	f.on("LIST a", data(map[string]any{"keys": []string{"b", "c/"}}))
 	f.on("LIST odd", data(map[string]any{"keys": []any{"b", 1}}))
-	f.on("DELETE a/b", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) })
 	f.on("GET deleted", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, 404, map[string]any{"data": map[string]any{"data": nil, "metadata": map[string]any{"version": 3}}})
 	})
@@ -109,12 +147,6 @@ func TestCallsSayWhatVaultHas(t *testing.T) {
 	}
 	if l, err := cl.List(ctx, "odd"); err == nil {
 		t.Errorf("a list that is none: %v", l)
-	}
-	if err := cl.Delete(ctx, "a/b"); err != nil {
-		t.Error(err)
-	}
-	if err := cl.Delete(ctx, "none"); err != nil {
-		t.Error(err)
 	}
 	if s, err := cl.Read(ctx, "deleted"); !errors.Is(err, ErrNotFound) || s == nil {
 		t.Errorf("a deleted version: %v %v, want what Vault knows of it beside the error", s, err)
@@ -380,6 +412,65 @@ func TestWhatThePolicyDeniesIsNoReasonToLogInAgainAndAgain(t *testing.T) {
 			_, _ = cl.Read(t.Context(), "a")
 			if n, tries := f.loginCount(), f.count("GET a")-before; n < 2 || tries != 2 {
 				t.Errorf("%d logins and %d tries with an old token, want a new login and one more try", n, tries)
+			}
+		}
+	})
+}
+
+func TestWhatIsDeniedForDaysCostsFewLogins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, lookup := range []bool{true, false} {
+			f := newFakeVault()
+			f.life = 0
+			f.on("GET denied", refuse(403, "permission denied"))
+			f.on("GET also", refuse(403, "permission denied"))
+			f.on("GET a", data(map[string]any{"a": "b"}))
+			if !lookup {
+				f.on("GET "+lookupPath, refuse(403, "permission denied"))
+			}
+			c := appRole(t)
+			cl := connect(t, c, f)
+			ask := func(d, every time.Duration) int {
+				t.Helper()
+				before := f.loginCount()
+				for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(every) {
+					for _, path := range []string{"denied", "also"} {
+						if _, err := cl.Read(t.Context(), path); !errors.Is(err, ErrDenied) {
+							t.Fatal(err)
+						}
+					}
+					if _, err := cl.Read(t.Context(), "a"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				return f.loginCount() - before
+			}
+			// 1, 2, 4 … 60 minutes apart, for each path.
+			if n := ask(2*time.Hour, 5*time.Second); n < 2 || n > 18 {
+				t.Errorf("%d logins in two hours", n)
+			}
+			if n := ask(24*time.Hour, time.Minute); n < 12 || n > 50 {
+				t.Errorf("%d logins in the day after", n)
+			}
+			// What works gets its login at once, whatever else is denied.
+			f.revokeAll()
+			if _, err := cl.Read(t.Context(), "a"); err != nil {
+				t.Errorf("after the token is revoked: %v", err)
+			}
+			ask(10*time.Minute, 10*time.Second)
+			// So does the rest, with another secret or once it has worked.
+			write(t, c.Login.SecretIDFile, "another secret-id")
+			if n := ask(10*time.Second, time.Second); n < 1 {
+				t.Error("another secret is not tried")
+			}
+			ask(3*time.Hour, time.Minute)
+			f.on("GET denied", data(map[string]any{"a": "b"}))
+			if _, err := cl.Read(t.Context(), "denied"); err != nil {
+				t.Error(err)
+			}
+			f.revokeAll()
+			if _, err := cl.Read(t.Context(), "denied"); err != nil {
+				t.Errorf("after it has worked: %v", err)
 			}
 		}
 	})

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -20,8 +19,6 @@ import (
 
 	"github.com/signet-ca/signet/internal/durable"
 )
-
-var errTooLarge = errors.New("its answer is larger than 1 MiB, which is refused")
 
 // freshKey in a request's context asks for a connection of its own.
 type freshKey struct{}
@@ -88,14 +85,14 @@ func (w *wire) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	defer resp.Body.Close()
 	if resp.ContentLength > maxAnswer {
-		return nil, errTooLarge
+		return nil, ErrTooLarge
 	}
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return nil, fmt.Errorf("its answer ends in the middle: %w", err)
 	}
 	if len(data) > maxAnswer {
-		return nil, errTooLarge
+		return nil, ErrTooLarge
 	}
 	resp.Body = io.NopCloser(bytes.NewReader(data))
 	return resp, nil

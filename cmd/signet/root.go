@@ -108,7 +108,7 @@ server's configuration does, and which engine holds the key. With -f the same bl
   vault:
     address: https://vault.example.org:8200
     login: {method: token, token_file: ./token}
-  transit: {}               # or {mount: transit, prefix: signet-example.org-}; the certificate is made here
+  transit: {}               # or {mount: transit, prefix: signet_example.org_}; the certificate is made here
   # or: pki: {}             # or {mount: pki, issuer: signet-example.org-root}; Vault makes the certificate too
 
 --dry-run prints the policy that this needs in Vault. After an interruption the same command goes on with what was made.`,

@@ -99,7 +99,7 @@ func openRootKey(k *config.RootKey) (_ *rootHolder, err error) {
 		return h, err
 	}
 	c := transit.Config{Vault: h.vault, Mount: k.Transit.Mount, Prefix: k.Transit.Prefix, Timeout: max(k.Vault.Timeout, transit.DefaultTimeout)}
-	needs, err := transit.Needs(c)
+	needs, err := transit.KeyNeeds(c, "root")
 	if err != nil {
 		return nil, err
 	}

@@ -123,7 +123,7 @@ func (d vaultDesk) verified(t *testing.T) {
 
 func rootIsMadeOnceAndSigns(t *testing.T, v *lab.Vault) {
 	for name, c := range map[string]struct{ engine, algorithm, where string }{
-		"transit":     {"transit: {}", "ecdsa-p384", "Vault's Transit engine, mount transit, key signet-example.org-root"},
+		"transit":     {"transit: {}", "ecdsa-p384", "Vault's Transit engine, mount transit, key signet_example.org_root"},
 		"transit-rsa": {"transit: {prefix: rsa-}", "rsa-2048", "key rsa-root"},
 		"pki":         {"pki: {}", "ecdsa-p256", "Vault's PKI engine, mount pki, issuer signet-example.org-root"},
 	} {

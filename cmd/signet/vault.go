@@ -63,7 +63,7 @@ func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error
 		keys: keystore.Join{
 			Backends: backends,
 			// Keys of CAs. The log's, which is none, is a file.
-			Homes:   map[string]string{"control-ca": cfg.Keystore.ControlCA, "intermediate": cfg.Keystore.Intermediates},
+			Homes:   homes(cfg),
 			Default: keystore.BackendFile,
 		},
 		metrics: prometheus.NewRegistry(), log: logger, token: cfg.Vault.Login.TokenFile,
@@ -123,11 +123,27 @@ func kvConfig(cfg *config.Server) kv.Config {
 	return k
 }
 
+// transitKeys are the names of the keys that are used in Transit; none where it holds only what is left of others.
+func transitKeys(cfg *config.Server) (names []string) {
+	for name, home := range homes(cfg) {
+		if home == config.KeysTransit {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// homes says where the keys of CAs are made.
+func homes(cfg *config.Server) map[string]string {
+	return map[string]string{"control-ca": cfg.Keystore.ControlCA, "intermediate": cfg.Keystore.Intermediates}
+}
+
 // needsOf is all that a server of this configuration will ask of Vault.
 func needsOf(cfg *config.Server) (needs []vault.Need, err error) {
 	needs = vault.Needs()
 	if cfg.UsesTransit() {
-		of, err := transit.Needs(transitConfig(cfg))
+		of, err := transit.Needs(transitConfig(cfg), cfg.Keystore.Algorithm, transitKeys(cfg)...)
 		if err != nil {
 			return nil, err
 		}

@@ -108,7 +108,7 @@ func TestThePolicyIsMadeOfTheConfiguration(t *testing.T) {
 	}
 	contains(t, out, "# What the server of cluster east of example.org asks of Vault.",
 		`path "auth/token/renew-self"`, `path "sys/capabilities-self"`, `path "pki/issuer/+/sign-intermediate"`,
-		`path "transit/keys/signet-east_*"`, `path "transit/sign/signet-east_*"`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
+		`path "transit/keys/signet-east_example.org_*"`, `path "transit/sign/signet-east_example.org_*"`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
 	again, _ := h.must(exitYes, "config", "vault-policy", "--config", file)
 	if again != out {
 		t.Error("it is another one the second time")
@@ -119,10 +119,30 @@ func TestThePolicyIsMadeOfTheConfiguration(t *testing.T) {
 	contains(t, errs, plain+" uses no Vault")
 }
 
+func TestAPolicyForTheKeysAndTheIssuerInUseIsEnough(t *testing.T) {
+	v := newFakeVault(t)
+	b := shortFolder(t).backing(v.URL, io.Discard)
+	// What the printed policy allows beside what this server calls.
+	for _, path := range []string{
+		"pki/issuer/+/sign-intermediate", "transit/keys/signet-east_example.org_*", "transit/sign/signet-east_example.org_*",
+		"transit/keys/signet-east_example.org_intermediate", "transit/sign/signet-east_example.org_intermediate/sha2-256",
+	} {
+		v.set(func() { v.denied[path] = true })
+	}
+	if err := b.ask(t.Context()); err != nil || b.lacks() {
+		t.Errorf("%v, lacks %+v", err, b.missing)
+	}
+	const used = "transit/sign/signet-east_example.org_control-ca/sha2-256"
+	v.set(func() { v.denied[used] = true })
+	if err := b.ask(t.Context()); err != nil || !b.lacks() {
+		t.Errorf("%v, and %s is not missed", err, used)
+	}
+}
+
 func TestWhatTheTokenLacksIsSaidOnceAndFound(t *testing.T) {
 	v, log := newFakeVault(t), &bytes.Buffer{}
-	const path = "pki/issuer/+/sign-intermediate"
-	v.set(func() { v.denied[path] = true })
+	const path, asked = "pki/issuer/+/sign-intermediate", "pki/issuer/default/sign-intermediate"
+	v.set(func() { v.denied[asked] = true })
 	b := shortFolder(t).backing(v.URL, log)
 	for range 2 {
 		if err := b.ask(t.Context()); err != nil {
@@ -136,7 +156,7 @@ func TestWhatTheTokenLacksIsSaidOnceAndFound(t *testing.T) {
 	if len(found) != 1 || found[0].Code != check.CodePolicy || found[0].About != path {
 		t.Errorf("%+v", found)
 	}
-	v.set(func() { v.denied[path] = false })
+	v.set(func() { v.denied[asked] = false })
 	if err := b.ask(t.Context()); err != nil || b.look().Findings(check.Duties{}, time.Now()).Worst() != check.OK {
 		t.Errorf("mended: %v, %+v", err, b.look())
 	}

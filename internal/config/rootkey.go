@@ -49,9 +49,13 @@ func (k *RootKey) Complete(td spiffeid.TrustDomain, f *strictyaml.File) {
 	k.Vault.check(o)
 	if transit {
 		orElse(&k.Transit.Mount, DefaultTransitMount)
-		orElse(&k.Transit.Prefix, "signet-"+td.Name()+"-")
+		if !td.IsZero() {
+			orElse(&k.Transit.Prefix, rootPrefix(td))
+		}
 		o.checkPath("transit.mount", k.Transit.Mount)
-		o.checkName("transit.prefix", k.Transit.Prefix)
+		if o.Given("transit.prefix") || !td.IsZero() { // which has a finding of its own
+			o.checkName("transit.prefix", k.Transit.Prefix)
+		}
 		return
 	}
 	orElse(&k.PKI.Mount, DefaultPKIMount)
@@ -62,6 +66,10 @@ func (k *RootKey) Complete(td spiffeid.TrustDomain, f *strictyaml.File) {
 		o.Find("pki.issuer", "pki.issuer: default is Vault's word for whichever issuer a mount signs with: give the root's a name")
 	}
 }
+
+// rootPrefix is with what the name of a root's key in Transit begins by default. No cluster's default begins so: that has a '-'
+// after signet, or a policy for its keys might be one for the root's.
+func rootPrefix(td spiffeid.TrustDomain) string { return "signet_" + td.Name() + "_" }
 
 const noRootVault = "vault.address is missing: say where the Vault is that holds the root's key, for example https://vault.example.org:8200"
 

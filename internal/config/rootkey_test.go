@@ -25,7 +25,7 @@ func loadRootKey(t *testing.T, text string) (*RootKey, string, error) {
 
 func TestARootKeyIsReadAsItIsWritten(t *testing.T) {
 	for text, want := range map[string]RootKey{
-		"transit: {}\n":                        {Transit: Transit{"transit", "signet-example.org-"}},
+		"transit: {}\n":                        {Transit: Transit{"transit", "signet_example.org_"}},
 		"transit: {mount: a/b, prefix: p}\n":   {Transit: Transit{"a/b", "p"}},
 		"pki: {}\n":                            {PKI: RootPKI{"pki", "signet-example.org-root"}},
 		"pki: {mount: root, issuer: r-2026}\n": {PKI: RootPKI{"root", "r-2026"}},

@@ -7,6 +7,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/strictyaml"
 )
 
@@ -154,6 +157,7 @@ func (v *Vault) complete() {
 	if v.Address == "" {
 		return
 	}
+	v.Namespace = strings.TrimSuffix(v.Namespace, "/") // as `vault namespace list` shows it
 	orElse(&v.Timeout, DefaultVaultTimeout)
 	if v.Login.uses("mount") {
 		orElse(&v.Login.Mount, v.Login.Method)
@@ -163,14 +167,25 @@ func (v *Vault) complete() {
 	}
 }
 
+// clusterPrefix is with what the names of a cluster's keys in Transit begin by default: signet-<cluster>_<trust domain>_. A policy
+// allows all that begins with it, so it must be the begin of no other's key. Neither the name of a cluster nor that of a key has a
+// '_': without one in the trust domain, no two of these names can be read in two ways. With one, and where it is too long, there
+// is no default.
+func clusterPrefix(cluster string, td spiffeid.TrustDomain) string {
+	prefix := "signet-" + cluster + "_" + td.Name() + "_"
+	if td.IsZero() || strings.Contains(td.Name(), "_") || len(prefix) > maxVaultName {
+		return ""
+	}
+	return prefix
+}
+
 func (s *Server) completeVault() {
 	s.Vault.complete()
 	orElse(&s.Keystore.ControlCA, KeysFile)
 	orElse(&s.Keystore.Intermediates, KeysFile)
 	if s.UsesTransit() {
 		orElse(&s.Keystore.Transit.Mount, DefaultTransitMount)
-		// No cluster's name has a '_', so a policy for all that begins with this is none for the keys of another cluster.
-		orElse(&s.Keystore.Transit.Prefix, "signet-"+s.Cluster+"_")
+		orElse(&s.Keystore.Transit.Prefix, clusterPrefix(s.Cluster, s.TrustDomain))
 	}
 	if s.Upstream.VaultPKI.Mount != "" {
 		orElse(&s.Upstream.VaultPKI.Issuer, DefaultIssuer)
@@ -222,8 +237,11 @@ func (s *Server) checkTransit(o origin) {
 		return
 	}
 	o.checkPath(mount, s.Keystore.Transit.Mount)
-	if o.Given(prefix) { // the default is as good as the cluster's name, which has a finding of its own
-		o.checkName(prefix, s.Keystore.Transit.Prefix)
+	switch p := s.Keystore.Transit.Prefix; {
+	case o.Given(prefix) && p != "":
+		o.checkName(prefix, p)
+	case p == "" && !s.TrustDomain.IsZero() && identity.ParseName("cluster", s.Cluster) == nil: // which have findings of their own
+		o.Find(prefix, "%s is missing: the default would be signet-%.64s_%.255s_, but in a trust domain with '_' or of such a length it can't tell this cluster's keys from all others: give one that begins the name of no other key in that mount", prefix, s.Cluster, s.TrustDomain.Name())
 	}
 }
 
@@ -308,7 +326,7 @@ func (v Vault) check(o origin) {
 	}
 	o.within("vault.timeout", v.Timeout, MinVaultTimeout, MaxVaultTimeout)
 	if v.Namespace != "" {
-		o.checkPath("vault.namespace", strings.TrimSuffix(v.Namespace, "/"))
+		o.checkPath("vault.namespace", v.Namespace)
 	}
 	v.Login.check(o)
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-ca/signet/internal/strictyaml"
 )
 
@@ -82,7 +84,7 @@ func TestOnlyWhatPlaysAPartIsShown(t *testing.T) {
 		},
 		"vault: { address: \"https://v:8200\", login: { method: cert, cert_file: c, key_file: k } }\nkeystore: { intermediates: memory, control_ca: vault-transit }\n" + pkiMount: {
 			"keystore.control_ca": "vault-transit", "keystore.intermediates": "memory",
-			"keystore.transit.mount": "transit", "keystore.transit.prefix": "signet-east_",
+			"keystore.transit.mount": "transit", "keystore.transit.prefix": "signet-east_example.org_",
 			"vault.address": "https://v:8200", "vault.namespace": "", "vault.ca_file": "", "vault.server_name": "", "vault.timeout": "3s",
 			"vault.login.method": "cert", "vault.login.mount": "cert", "vault.login.role": "", "vault.login.cert_file": "/d/c", "vault.login.key_file": "/d/k",
 			"upstream.vault_pki.mount": "pki", "upstream.vault_pki.issuer": "default", "upstream.vault_pki.life": "168h",
@@ -126,6 +128,9 @@ func TestWhatUsesVaultIsKnown(t *testing.T) {
 
 // with is a server's file with shared trust in a Vault whose block is as given.
 func with(vault string) string { return server("vault: { " + vault + " }\n" + kvMount) }
+
+// of begins a server's file of a trust domain.
+func of(td string) string { return "trust_domain: " + td + "\ncluster: east\n" }
 
 // logged adds a login that is right.
 func logged(vault string) string { return with(vault + ", login: { method: token, token_file: t }") }
@@ -175,6 +180,8 @@ func TestContradictionsAboutVaultAreNamedWithRemedy(t *testing.T) {
 		"older keys, but nowhere":   {server("keystore: { intermediates: file, transit: { mount: transit } }\n"), "vault.address is missing, and keystore.transit.mount needs a Vault"},
 		"a prefix for nothing":      {server("keystore: { intermediates: file, transit: { prefix: x } }\n"), "keystore.transit.prefix is given, but no key"},
 		"a prefix that no key has":  {server(someVault + "keystore: { control_ca: vault-transit, transit: { prefix: -x } }\n"), `keystore.transit.prefix "-x": use up to 128 letters, digits`},
+		"a trust domain with _":     {of("a_b.org") + someVault + "keystore: { control_ca: vault-transit }\n", "4:1: keystore.transit.prefix is missing: the default would be signet-east_a_b.org_"},
+		"a long trust domain":       {of(strings.Repeat("a", 120)) + someVault + "keystore: { control_ca: vault-transit }\n", "keystore.transit.prefix is missing"},
 		"a prefix with a slash":     {server(someVault + "keystore: { control_ca: vault-transit, transit: { prefix: a/b } }\n"), `keystore.transit.prefix "a/b": use up to 128 letters, digits`},
 		"a mount with ..":           {server(someVault + "keystore: { control_ca: vault-transit, transit: { mount: a/../b } }\n"), `keystore.transit.mount "a/../b": use segments`},
 		"PKI without a mount":       {server(someVault + kvMount + "upstream: { vault_pki: { life: 72h } }\n"), "5:13: upstream.vault_pki.mount is missing, and upstream.vault_pki.life is given: say where the engine is mounted, or leave the block out"},
@@ -206,6 +213,48 @@ func TestContradictionsAboutVaultAreNamedWithRemedy(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", found[0], c.want)
 			}
 		})
+	}
+}
+
+func TestNoDefaultPrefixOfKeysIsTheBeginOfAnothersKey(t *testing.T) {
+	tds := []string{"a", "b", "a.b", "a-b", "a_b", "a_", "_a", "a_a", "east", "east_a", "a_east", "intermediate", "a_intermediate", "a.b_a", "-a", "root"}
+	clusters := []string{"a", "b", "east", "a-b", "root"}
+	type holder struct {
+		what, prefix string
+		names        []string
+	}
+	var all []holder
+	without := 0
+	for _, td := range tds {
+		td := spiffeid.RequireTrustDomainFromString(td)
+		all = append(all, holder{"root of " + td.Name(), rootPrefix(td), []string{"root"}})
+		for _, c := range clusters {
+			if p := clusterPrefix(c, td); p != "" {
+				all = append(all, holder{c + " of " + td.Name(), p, []string{"control-ca", "intermediate", "a", "root"}})
+			} else {
+				without++
+			}
+		}
+	}
+	if without != 8*len(clusters) {
+		t.Errorf("%d have no default", without)
+	}
+	for _, a := range all {
+		for _, b := range all {
+			for _, name := range b.names {
+				// A root's policy names its key.
+				if a.what != b.what && (strings.HasPrefix(b.prefix+name, a.prefix) && len(a.names) > 1 || a.prefix+a.names[0] == b.prefix+name) {
+					t.Errorf("%s: %s* covers %s%s of %s", a.what, a.prefix, b.prefix, name, b.what)
+				}
+			}
+		}
+	}
+}
+
+func TestANamespaceIsTakenAsVaultShowsIt(t *testing.T) {
+	s, err := LoadServer(write(t, "c.yaml", logged(`address: "https://v:8200", namespace: team/a/`)))
+	if err != nil || s.Vault.Namespace != "team/a" {
+		t.Errorf("%v, %v", s, err)
 	}
 }
 

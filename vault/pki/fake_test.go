@@ -75,6 +75,8 @@ type fakeVault struct {
 	public crypto.PublicKey
 	signer *authority
 	answer func(map[string]any)
+	// odd answers in the place of an issuer, by its ID; it may also be listed and no longer there.
+	odd map[string]http.HandlerFunc
 	// status of sign-intermediate, if not 200.
 	status int
 	asked  []map[string]any
@@ -122,10 +124,19 @@ func (f *fakeVault) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for _, i := range f.issuers {
 			ids = append(ids, i.id)
 		}
+		for id := range f.odd {
+			if f.find(id) == nil {
+				ids = append(ids, id)
+			}
+		}
 		reply(200, map[string]any{"keys": ids})
 	case path == "pki/issuers/generate/root/internal":
 		f.generate(r, reply)
 	case of && strings.HasSuffix(rest, "/json"):
+		if odd := f.odd[strings.TrimSuffix(rest, "/json")]; odd != nil {
+			odd(w, r)
+			return
+		}
 		i := f.find(strings.TrimSuffix(rest, "/json"))
 		if i == nil {
 			reply(500, nil, "unable to find PKI issuer for reference")

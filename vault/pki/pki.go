@@ -8,6 +8,7 @@ package pki
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/hex"
@@ -15,9 +16,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/signet-ca/signet/ca"
@@ -83,6 +84,8 @@ func New(c Config) (*Upstream, error) {
 func Needs(c Config) []vault.Need {
 	return []vault.Need{{
 		Path: c.Mount + "/issuer/+/sign-intermediate", Capabilities: []string{"update"}, Why: "have intermediates signed",
+		// Another issuer signs only under a root that the configured one does not lead to.
+		Asks: []string{c.Mount + "/issuer/" + cmp.Or(c.Issuer, DefaultIssuer) + "/sign-intermediate"},
 	}}
 }
 
@@ -106,12 +109,12 @@ func (i *issuer) String() string {
 
 // Root is the root that the configured issuer leads to; of several the nearest.
 func (u *Upstream) Root(ctx context.Context) (*x509.Certificate, error) {
-	_, i, err := u.issuers(ctx)
+	i, err := u.issuer(ctx, u.c.Issuer)
+	if errors.Is(err, vault.ErrNotFound) || errors.Is(err, vault.ErrRefused) {
+		return nil, fmt.Errorf("%w (%w)", u.noSuchIssuer(), err)
+	}
 	if err != nil {
 		return nil, err
-	}
-	if i == nil {
-		return nil, u.noSuchIssuer()
 	}
 	path := climb(i.cert, i.others, selfSigned)
 	if path == nil {
@@ -125,35 +128,75 @@ func (u *Upstream) noSuchIssuer() error {
 	return fmt.Errorf("%s has no issuer %s: give a name or an ID, as `vault list -detailed %s/issuers` shows them", u, u.c.Issuer, u.c.Mount)
 }
 
-// issuers reads all of the mount. The configured one is told apart, nil if it isn't there; it is found by looking, since Vault
-// answers the question for an unknown name as if it were ill itself (500).
-func (u *Upstream) issuers(ctx context.Context) (all []*issuer, configured *issuer, err error) {
+// issuers are those of the mount.
+type issuers struct {
+	all []*issuer
+	// configured is nil if it isn't there.
+	configured *issuer
+	// unread says why others could not be read. A mount may hold what is no concern of ours, or what is gone since it was listed.
+	unread []error
+}
+
+// mostReads bounds the issuers that are read at once.
+const mostReads = 8
+
+// issuers reads all of the mount. The configured one is told apart by looking, for it may be named by name or ID.
+func (u *Upstream) issuers(ctx context.Context) (*issuers, error) {
 	ids, err := u.c.Vault.List(ctx, u.c.Mount+"/issuers")
 	switch {
 	case err != nil:
-		return nil, nil, fmt.Errorf("%s: list its issuers: %w", u, err)
+		return nil, fmt.Errorf("%s: list its issuers: %w", u, err)
 	case len(ids) > maxIssuers:
-		return nil, nil, fmt.Errorf("%s holds %d issuers, and at most %d are looked through: use a mount with fewer", u, len(ids), maxIssuers)
+		return nil, fmt.Errorf("%s holds %d issuers, and at most %d are looked through: use a mount with fewer", u, len(ids), maxIssuers)
+	case len(ids) == 0:
+		return &issuers{}, nil
 	}
-	want := u.c.Issuer
-	if want == DefaultIssuer && len(ids) > 0 {
-		i, err := u.issuer(ctx, want)
-		if err != nil {
-			return nil, nil, err
-		}
-		want = i.id
+	refs := ids
+	if u.c.Issuer == DefaultIssuer {
+		refs = append(slices.Clip(ids), DefaultIssuer)
 	}
-	for _, id := range ids {
-		i, err := u.issuer(ctx, id)
-		if err != nil {
-			return nil, nil, err
+	read, failed := make([]*issuer, len(refs)), make([]error, len(refs))
+	within, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var reading sync.WaitGroup
+	next := make(chan int)
+	for range min(mostReads, len(refs)) {
+		reading.Go(func() {
+			for n := range next {
+				if read[n], failed[n] = u.issuer(within, refs[n]); errors.Is(failed[n], vault.ErrAway) {
+					cancel(failed[n])
+				}
+			}
+		})
+	}
+	for n := range refs {
+		if within.Err() != nil {
+			break
 		}
+		next <- n
+	}
+	close(next)
+	reading.Wait()
+	if within.Err() != nil {
+		return nil, context.Cause(within)
+	}
+	m, want := &issuers{}, u.c.Issuer
+	for n, i := range read {
+		switch {
+		case failed[n] != nil:
+			m.unread = append(m.unread, failed[n])
+		case n == len(ids):
+			want = i.id
+		default:
+			m.all = append(m.all, i)
+		}
+	}
+	for _, i := range m.all {
 		if i.id == want || i.name == want {
-			i.ref, configured = u.c.Issuer, i
+			i.ref, m.configured = u.c.Issuer, i
 		}
-		all = append(all, i)
 	}
-	return all, configured, nil
+	return m, nil
 }
 
 func (u *Upstream) issuer(ctx context.Context, ref string) (*issuer, error) {
@@ -253,28 +296,32 @@ type candidate struct {
 
 // under finds the issuers that lead to a root: the configured one first, then the nearest.
 func (u *Upstream) under(ctx context.Context, root *x509.Certificate) ([]candidate, error) {
-	all, configured, err := u.issuers(ctx)
+	m, err := u.issuers(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var found []candidate
-	for _, i := range all {
+	for _, i := range m.all {
 		if path := climb(i.cert, append(slices.Clip(i.others), root), root.Equal); path != nil {
 			found = append(found, candidate{i, path})
 		}
 	}
 	if len(found) == 0 {
-		if configured == nil {
-			return nil, u.noSuchIssuer()
+		err := u.noSuchIssuer()
+		if m.configured != nil {
+			err = fmt.Errorf("%s: none of its %d issuers leads to the root %s (%s): bring that root there, or begin a rotation to the root that %s leads to",
+				u, len(m.all), nameOf(root), ca.CertificateFingerprint(root.Raw), m.configured)
 		}
-		return nil, fmt.Errorf("%s: none of its %d issuers leads to the root %s (%s): bring that root there, or begin a rotation to the root that %s leads to",
-			u, len(all), nameOf(root), ca.CertificateFingerprint(root.Raw), configured)
+		if len(m.unread) > 0 {
+			err = fmt.Errorf("%w; %d could not be read, the first: %w", err, len(m.unread), m.unread[0])
+		}
+		return nil, err
 	}
 	slices.SortStableFunc(found, func(a, b candidate) int {
 		switch {
-		case a.issuer == configured:
+		case a.issuer == m.configured:
 			return -1
-		case b.issuer == configured:
+		case b.issuer == m.configured:
 			return 1
 		case len(a.path) != len(b.path):
 			return len(a.path) - len(b.path)
@@ -286,13 +333,6 @@ func (u *Upstream) under(ctx context.Context, root *x509.Certificate) ([]candida
 
 // errUnfit: the issuer can't sign this, another one may.
 var errUnfit = errors.New("issuer unfit")
-
-// refusal reports whether Vault's engine itself said no. It often says so with 500: where the issuer has no key, is not meant
-// to sign certificates, or has name constraints.
-func refusal(err error) bool {
-	var e *vault.Error
-	return errors.As(err, &e) && (e.Status == http.StatusBadRequest || e.Status == http.StatusInternalServerError)
-}
 
 // unfit is an error that is errUnfit as well.
 type unfit struct{ error }
@@ -333,7 +373,7 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 		"skid": hex.EncodeToString(id),
 	})
 	if err != nil {
-		if refusal(err) {
+		if errors.Is(err, vault.ErrRefused) {
 			err = unfit{err}
 		}
 		return fail(err)

@@ -2,12 +2,16 @@ package pki
 
 import (
 	"crypto/x509"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -166,6 +170,9 @@ func TestABrokenOrHostileVaultIsRefused(t *testing.T) {
 		p, csr := ask(t, 0)
 		_, err := c.f.upstream(t, "").Sign(t.Context(), p, csr)
 		refusedIn(t, name, err, c.want)
+		if !errors.Is(err, ca.ErrUnusable) {
+			t.Errorf("%s: it looks as if asking again cost nothing: %v", name, err)
+		}
 		if err != nil && strings.Contains(err.Error(), "MC4CAQ") {
 			t.Errorf("%s: the key is in the error", name)
 		}
@@ -258,6 +265,84 @@ func TestAMountWithoutTheIssuerSaysSo(t *testing.T) {
 	refusedIn(t, "a wrong name", err, "has no issuer rot: give a name or an ID")
 	_, err = (&fakeVault{}).upstream(t, "").Sign(t.Context(), p, csr)
 	refusedIn(t, "an empty mount", err, "has no issuer default")
+}
+
+func TestOddIssuersStopNobody(t *testing.T) {
+	root := newAuthority("root", nil)
+	middle := newAuthority("middle", root)
+	says := func(status int, body map[string]any) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			_ = json.NewEncoder(w).Encode(body)
+		}
+	}
+	holds := func(data map[string]any) http.HandlerFunc { return says(200, map[string]any{"data": data}) }
+	gone := says(500, map[string]any{"errors": []string{"unable to find PKI issuer for reference"}})
+	f := &fakeVault{issuers: []*authority{middle}, odd: map[string]http.HandlerFunc{
+		"unparsed": holds(map[string]any{"certificate": "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----", "issuer_id": "unparsed"}),
+		"long":     holds(map[string]any{"certificate": encode(root.cert), "ca_chain": slices.Repeat([]any{encode(root.cert)}, 100), "issuer_id": "long"}),
+		"gone":     gone,
+		"denied":   says(403, map[string]any{"errors": []string{"permission denied"}}),
+		// No default is set.
+		DefaultIssuer: says(500, map[string]any{"errors": []string{"no default issuer currently configured"}}),
+	}}
+	for _, configured := range []string{"", "middle", "gone"} {
+		p, csr := ask(t, 0)
+		p.Under = root.cert
+		u := f.upstream(t, configured)
+		if _, err := u.Sign(t.Context(), p, csr); err != nil {
+			t.Errorf("%q: %v", configured, err)
+		}
+		p.Under = newAuthority("third", nil).cert
+		_, err := u.Sign(t.Context(), p, csr)
+		refusedIn(t, "under another root", err, "could not be read, the first: ")
+		if err := u.c.Vault.Ready(); err != nil {
+			t.Errorf("%q: the whole of Vault is taken to be away: %v", configured, err)
+		}
+	}
+	if r, err := f.upstream(t, "middle").Root(t.Context()); err != nil || !r.Equal(root.cert) {
+		t.Errorf("%v, %v", r, err)
+	}
+	_, err := f.upstream(t, "").Root(t.Context())
+	refusedIn(t, "no default", err, "has no issuer default: give a name or an ID")
+	refusedIn(t, "no default", err, "no default issuer currently configured")
+	// Of a Vault that is away nothing is concluded.
+	f.odd["gone"] = says(503, map[string]any{"errors": []string{"Vault is sealed"}})
+	p, csr := ask(t, 0)
+	p.Under = root.cert
+	if _, err := f.upstream(t, "middle").Sign(t.Context(), p, csr); !errors.Is(err, vault.ErrAway) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestIssuersAreReadSeveralAtATime(t *testing.T) {
+	root := newAuthority("root", nil)
+	f := &fakeVault{issuers: []*authority{root}, odd: map[string]http.HandlerFunc{}}
+	var flying, most atomic.Int64
+	all := make(chan struct{})
+	together := sync.OnceFunc(func() { close(all) })
+	for n := range 5 * mostReads {
+		f.odd[fmt.Sprint("n", n)] = func(w http.ResponseWriter, _ *http.Request) {
+			now := flying.Add(1)
+			defer flying.Add(-1)
+			for was := most.Load(); now > was && !most.CompareAndSwap(was, now); was = most.Load() {
+			}
+			if now == mostReads {
+				together()
+			}
+			select {
+			case <-all:
+			case <-time.After(10 * time.Second):
+				t.Error("they are not read together")
+			}
+			http.Error(w, `{"errors":["no"]}`, http.StatusBadRequest)
+		}
+	}
+	p, csr := ask(t, 0)
+	p.Under = root.cert
+	if _, err := f.upstream(t, "root").Sign(t.Context(), p, csr); err != nil || most.Load() != mostReads {
+		t.Errorf("%d at a time, %v", most.Load(), err)
+	}
 }
 
 func TestVaultAwayIsToldApart(t *testing.T) {

@@ -33,12 +33,12 @@ var keyTypes = map[keystore.Algorithm]struct {
 
 // FindRoot returns the root that MakeRoot made earlier by a plan like this; nil = no issuer has the configured name.
 func (u *Upstream) FindRoot(ctx context.Context, p ca.Plan) (*x509.Certificate, error) {
-	all, _, err := u.issuers(ctx)
+	m, err := u.issuers(ctx)
 	if err != nil {
 		return nil, err
 	}
 	p.NotBefore = time.Time{} // It has begun when it was made.
-	for _, i := range all {
+	for _, i := range m.all {
 		if i.name != u.c.Issuer {
 			continue
 		}

@@ -45,6 +45,8 @@ func (s *Store) read(ctx context.Context, name string) (*keyInfo, error) {
 		return nil, fmt.Errorf("no Transit engine is mounted at %s in this Vault: mount it, or set the right path (%w)", s.mount, err)
 	}
 	switch {
+	case errors.Is(err, vault.ErrTooLarge):
+		return nil, fmt.Errorf("%s has too many versions, Vault's description of it is over 1 MiB: hide those that are older than any in use (`vault write %s/config min_decryption_version=N`), and see to it that nobody rotates it by hand or by auto_rotate_period (%w)", path, path, err)
 	case errors.Is(err, vault.ErrNotFound):
 		return nil, fmt.Errorf("%w: there is no %s in Vault; if it was deleted, restore it from Vault's backup or rotate to a new key", keystore.ErrNotFound, path)
 	case errors.Is(err, vault.ErrDenied):
@@ -96,6 +98,11 @@ func (s *Store) parse(name string, data map[string]any) (*keyInfo, error) {
 
 // oldest is the oldest version that is not destroyed.
 func (i *keyInfo) oldest() int { return max(i.MinAvailable, 1) }
+
+// signsFrom is the first version from that one on that Vault signs with, if it is there.
+func (i *keyInfo) signsFrom(version int) int {
+	return max(version, i.oldest(), i.MinDecryption, i.MinEncryption)
+}
 
 // leaves says why the private key can be taken out of Vault; "" = it can't.
 func (i *keyInfo) leaves() string {

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/vault"
@@ -32,7 +33,14 @@ type Key struct {
 	mu sync.Mutex
 	// batchers by scheme: a request to Vault names one for all its inputs.
 	batchers map[scheme]*batcher
+	// refused is why Vault did not sign when it was last asked, until when that is taken to hold.
+	refused      error
+	refusedUntil time.Time
 }
+
+// refusalHolds is how long a refusal is remembered: long beside the tries of many who ask again, short beside the time in
+// which somebody mends it.
+const refusalHolds = 5 * time.Second
 
 var _ keystore.Key = (*Key)(nil)
 
@@ -45,8 +53,30 @@ func (k *Key) Remote() bool { return true }
 // Public is the public key as it was when the key was opened.
 func (k *Key) Public() crypto.PublicKey { return k.public }
 
-// Ready says why Vault would not even be asked for a signature now.
-func (k *Key) Ready() error { return away(k.store.vault.Ready()) }
+// Ready says why a signature should not be asked for now: Vault is away, or has just refused one.
+func (k *Key) Ready() error {
+	if err := k.store.vault.Ready(); err != nil {
+		return away(err)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.refused != nil && k.store.now().Before(k.refusedUntil) {
+		return k.refused
+	}
+	return nil
+}
+
+// heed keeps what Vault said to a request for a signature.
+func (k *Key) heed(err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case err == nil:
+		k.refused = nil
+	case !errors.Is(err, vault.ErrAway) && !errors.Is(err, context.Canceled):
+		k.refused, k.refusedUntil = err, k.store.now().Add(refusalHolds)
+	}
+}
 
 func (k *Key) String() string             { return "key " + k.ref.String() }
 func (k *Key) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, k.String()) }
@@ -75,13 +105,11 @@ func (k *Key) sign(digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, vault.ErrAway) {
 		return nil, fmt.Errorf("no signature came within %s: %w", k.store.timeout, vault.ErrAway)
 	}
-	if err != nil {
-		return nil, err
+	if err == nil && !s.verify(k.public, digest, signature) {
+		signature, err = nil, errWrong
 	}
-	if !s.verify(k.public, digest, signature) {
-		return nil, errWrong
-	}
-	return signature, nil
+	k.heed(err)
+	return signature, err
 }
 
 // errWrong is a signature that must not be used.

@@ -7,11 +7,11 @@ package transit
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"regexp"
 	"slices"
 	"strings"
@@ -32,7 +32,7 @@ const (
 	DefaultTimeout = 5 * time.Second
 )
 
-// maxVersions bounds the versions of one key that Create skips, and that List tells of.
+// maxVersions bounds the versions of one key that Create makes only to skip them, and twice that those that List tells of.
 const maxVersions = 10_000
 
 // Config says where in Vault the keys are.
@@ -45,6 +45,7 @@ type Config struct {
 	// Timeout bounds one signature, with all waiting and tries; 0 = DefaultTimeout.
 	Timeout time.Duration
 
+	Now     func() time.Time
 	Logger  *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -57,6 +58,9 @@ func (c Config) complete() (Config, error) {
 	c.Mount = strings.Trim(c.Mount, "/")
 	if c.Timeout == 0 {
 		c.Timeout = DefaultTimeout
+	}
+	if c.Now == nil {
+		c.Now = time.Now
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -79,17 +83,60 @@ var (
 	validPrefix = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 )
 
-// Needs lists what a token must be allowed. Deleting keys is not in it: versions are destroyed by trimming.
-func Needs(c Config) ([]vault.Need, error) {
+// Needs lists what a token must be allowed: all that begins with the prefix. names are those of the keys that will be used, which
+// is what Vault is asked for; without any it is all. Deleting keys is not in it: versions are destroyed by trimming.
+func Needs(c Config, alg keystore.Algorithm, names ...string) ([]vault.Need, error) {
 	c, err := c.complete()
 	if err != nil {
 		return nil, err
 	}
+	keys, sign := c.Mount+"/keys/"+c.Prefix, c.Mount+"/sign/"+c.Prefix
+	needs := []vault.Need{
+		{Path: c.Mount + "/keys", Capabilities: []string{"list"}, Why: whyList},
+		{Path: keys + "*", Capabilities: []string{"read", "update"}, Why: whyMake},
+		{Path: keys + "*", Capabilities: []string{"update"}, Why: whyChange},
+		{Path: sign + "*", Capabilities: []string{"update"}, Why: whySign},
+	}
+	for _, name := range names {
+		needs[1].Asks = append(needs[1].Asks, keys+name)
+		needs[2].Asks = append(needs[2].Asks, changes(keys+name)...)
+		needs[3].Asks = append(needs[3].Asks, signPath(sign+name, alg))
+	}
+	return needs, nil
+}
+
+// KeyNeeds is Needs of one key alone: what else begins with the prefix may belong to others.
+func KeyNeeds(c Config, name string) ([]vault.Need, error) {
+	c, err := c.complete()
+	if err != nil {
+		return nil, err
+	}
+	key, sign := c.Mount+"/keys/"+c.Prefix+name, c.Mount+"/sign/"+c.Prefix+name
 	return []vault.Need{
-		{Path: c.Mount + "/keys", Capabilities: []string{"list"}, Why: "find the keys of this cluster"},
-		{Path: c.Mount + "/keys/" + c.Prefix + "*", Capabilities: []string{"read", "update"}, Why: "make keys and new versions, read their public halves, destroy versions that are no longer needed"},
-		{Path: c.Mount + "/sign/" + c.Prefix + "*", Capabilities: []string{"update"}, Why: "sign with the keys of this cluster"},
+		{Path: c.Mount + "/keys", Capabilities: []string{"list"}, Why: whyList},
+		{Path: key, Capabilities: []string{"read", "update"}, Why: whyMake},
+		{Path: key + "/*", Capabilities: []string{"update"}, Why: whyChange, Asks: changes(key)},
+		{Path: sign + "/*", Capabilities: []string{"update"}, Why: whySign},
 	}, nil
+}
+
+// What permissions are for.
+const (
+	whyList   = "find our keys"
+	whyMake   = "make our keys, read their public halves"
+	whyChange = "make new versions of our keys, destroy versions that are no longer needed"
+	whySign   = "sign with our keys"
+)
+
+func changes(key string) []string { return []string{key + "/rotate", key + "/config", key + "/trim"} }
+
+// signPath is that by which a CA of the algorithm signs.
+func signPath(key string, alg keystore.Algorithm) string {
+	hash := crypto.SHA256
+	if alg == keystore.ECDSAP384 {
+		hash = crypto.SHA384
+	}
+	return key + "/" + hashNames[hash]
 }
 
 // Store is a keystore.Store. It holds no key and no connection of its own.
@@ -98,6 +145,7 @@ type Store struct {
 	mount   string
 	prefix  string
 	timeout time.Duration
+	now     func() time.Time
 	logger  *slog.Logger
 	metrics *metrics
 }
@@ -117,7 +165,7 @@ func New(c Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{vault: c.Vault, mount: c.Mount, prefix: c.Prefix, timeout: c.Timeout, logger: c.Logger, metrics: m}, nil
+	return &Store{vault: c.Vault, mount: c.Mount, prefix: c.Prefix, timeout: c.Timeout, now: c.Now, logger: c.Logger, metrics: m}, nil
 }
 
 // String says where the keys are.
@@ -129,8 +177,8 @@ func (s *Store) LogValue() slog.Value       { return slog.StringValue(s.String()
 
 func (s *Store) path(op, name string) string { return s.mount + "/" + op + "/" + s.prefix + name }
 
-// Create makes the next version of the named key: it makes the key, or rotates it. Each of several callers at the same time
-// gets a version of its own. When the answer is lost, the version is there without anybody knowing: List shows it.
+// Create returns the first version of the named key above after: one that is there, else it makes the key, or rotates it. When
+// an answer is lost, the next try with the same after finds what was made; so do several callers at the same time.
 func (s *Store) Create(ctx context.Context, name string, alg keystore.Algorithm, after int) (keystore.Key, error) {
 	k, err := s.create(ctx, name, alg, after)
 	if err != nil {
@@ -147,9 +195,9 @@ func (s *Store) create(ctx context.Context, name string, alg keystore.Algorithm,
 		return nil, errors.New("use 1 to 63 of a-z, 0-9 and '-' for its name, beginning with a letter")
 	}
 	info, err := s.read(ctx, name)
-	made := false
 	if errors.Is(err, keystore.ErrNotFound) {
-		info, made, err = s.make(ctx, name, alg)
+		// Of a key that another has made meanwhile, Vault answers what that is.
+		info, err = s.change(ctx, name, "", map[string]any{"type": string(alg), "exportable": false, "allow_plaintext_backup": false})
 	}
 	if err != nil {
 		return nil, err
@@ -157,38 +205,18 @@ func (s *Store) create(ctx context.Context, name string, alg keystore.Algorithm,
 	if err := info.mayGrow(alg); err != nil {
 		return nil, err
 	}
-	if after-info.Latest > maxVersions {
+	if info.signsFrom(after+1)-info.Latest > maxVersions+1 {
 		return nil, fmt.Errorf("%s has %d versions, and more than %d beyond %d would have to be skipped: use another prefix", info.where, info.Latest, maxVersions, after)
 	}
-	for !made || info.Latest <= after {
+	for info.signsFrom(after+1) > info.Latest {
 		if info, err = s.rotate(ctx, name, info.Latest); err != nil {
 			return nil, err
 		}
-		made = true
 	}
-	return s.key(keystore.Ref{Backend: Backend, Name: name, Version: info.Latest}, info)
+	return s.key(keystore.Ref{Backend: Backend, Name: name, Version: info.signsFrom(after + 1)}, info)
 }
 
-// markOf is the least rotation period, in seconds, that stands for a maker: a hundred years.
-const markOf = 100 * 365 * 24 * 60 * 60
-
-// make makes the key, unless another has made it meanwhile. Vault answers both alike, with what is there, so each maker
-// writes a number of its own into the new key, and the one whose number is there is the owner of version 1.
-func (s *Store) make(ctx context.Context, name string, alg keystore.Algorithm) (_ *keyInfo, first bool, err error) {
-	mark := markOf + rand.Int64N(1<<31) //nolint:gosec // no secret
-	info, err := s.change(ctx, name, "", map[string]any{
-		"type": string(alg), "exportable": false, "allow_plaintext_backup": false, "auto_rotate_period": mark,
-	})
-	if err != nil || info.AutoRotate != mark {
-		return info, false, err
-	}
-	// An end here leaves a key that Vault rotates in a hundred years.
-	_, err = s.change(ctx, name, "/config", map[string]any{"auto_rotate_period": 0})
-	return info, info.Latest == 1, err
-}
-
-// rotate makes one version more. Vault's answer is of the moment of this rotation, so two that rotate at the same time get
-// two numbers.
+// rotate makes one version more.
 func (s *Store) rotate(ctx context.Context, name string, before int) (*keyInfo, error) {
 	info, err := s.change(ctx, name, "/rotate", nil)
 	if err == nil && info.Latest <= before {
@@ -216,7 +244,7 @@ func (s *Store) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 		s.logger.Warn("the private key can be taken out of Vault: make a new one under another prefix, and taint the CA if a copy may have been made",
 			"key", ref.String(), "path", info.where, "because", what)
 	}
-	if info.AutoRotate != 0 && info.AutoRotate < markOf {
+	if info.AutoRotate != 0 {
 		s.logger.Warn("Vault rotates the key by itself, which leaves versions that nobody uses: set auto_rotate_period to 0",
 			"key", ref.String(), "path", info.where)
 	}

@@ -79,7 +79,7 @@ func realTransit(t *testing.T) real {
 
 func (r real) needs(t *testing.T) []vault.Need {
 	t.Helper()
-	needs, err := Needs(Config{Mount: r.mount, Prefix: realPrefix})
+	needs, err := Needs(Config{Mount: r.mount, Prefix: realPrefix}, keystore.ECDSAP256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -430,7 +430,7 @@ func TestRealAnExportableKeyGoesOnButDoesNotGrow(t *testing.T) {
 	says(t, err, "is of type \"ecdsa-p256\"", "wanted is rsa-2048")
 }
 
-func TestRealClientsThatCreateAtOnceGetVersionsOfTheirOwn(t *testing.T) {
+func TestRealClientsThatMakeTheKeyAtOnceMakeOne(t *testing.T) {
 	r := realTransit(t)
 	const clients, each = 2, 8
 	var all sync.WaitGroup
@@ -452,18 +452,17 @@ func TestRealClientsThatCreateAtOnceGetVersionsOfTheirOwn(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	slices.SortFunc(keys, func(a, b keystore.Key) int { return a.Ref().Version - b.Ref().Version })
-	if a, err := r.Root().Read(t.Context(), r.mount+"/keys/"+realPrefix+"ca"); err != nil || fmt.Sprint(a.Data["auto_rotate_period"]) != "0" {
-		t.Errorf("%v, %v", a, err)
+	again, err := r.store(t).Open(t.Context(), keystore.Ref{Backend: Backend, Name: "ca", Version: 1})
+	if err != nil {
+		t.Fatal(err)
 	}
-	for i, k := range keys {
-		if k.Ref().Version != i+1 {
-			t.Fatalf("%s at place %d", k.Ref(), i+1)
+	for _, k := range keys {
+		if k.Ref().Version != 1 || !samePublic(again.Public(), k.Public()) {
+			t.Errorf("%s: Create and Open differ", k.Ref())
 		}
-		again, err := r.store(t).Open(t.Context(), k.Ref())
-		if err != nil || !samePublic(again.Public(), k.Public()) {
-			t.Errorf("%s: Create and Open differ, %v", k.Ref(), err)
-		}
+	}
+	if a, err := r.Root().Read(t.Context(), r.mount+"/keys/"+realPrefix+"ca"); err != nil || fmt.Sprint(a.Data["latest_version"]) != "1" {
+		t.Errorf("%v, %v", a, err)
 	}
 }
 
@@ -525,7 +524,7 @@ func TestRealVersionsAreDestroyedFromTheOldestOn(t *testing.T) {
 	if _, err := r.Root().Write(t.Context(), r.mount+"/keys/"+realPrefix+"ca/config", map[string]any{"min_decryption_version": 1, "min_encryption_version": 1}); err == nil {
 		t.Error("Vault takes a version below those that were trimmed")
 	}
-	if next := create(t, s, "ca", keystore.ECDSAP256, 0); next.Ref().Version != 4 {
+	if next := create(t, s, "ca", keystore.ECDSAP256, 3); next.Ref().Version != 4 {
 		t.Error(next.Ref())
 	}
 }
@@ -542,7 +541,7 @@ func TestRealAMissingPermissionIsNamed(t *testing.T) {
 		{r.mount + "/keys", "list", r.mount + "/keys", func(s *Store) error { _, err := s.List(t.Context()); return err }},
 		{keys + "*", "read", keys + "ca", func(s *Store) error { _, err := s.Open(t.Context(), k.Ref()); return err }},
 		{keys + "*", "update", keys + "ca/rotate", func(s *Store) error {
-			_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
+			_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 2)
 			return err
 		}},
 		{keys + "*", "update", keys + "new", func(s *Store) error {

@@ -96,11 +96,37 @@ func TestTheConfigurationIsChecked(t *testing.T) {
 			t.Errorf("%+v: %v", c.config, err)
 		}
 	}
-	needs, err := Needs(Config{Prefix: "signet-east-", Mount: "/team/transit/"})
-	if err != nil || len(needs) != 3 || needs[1].Path != "team/transit/keys/signet-east-*" || needs[2].Path != "team/transit/sign/signet-east-*" {
+	needs, err := Needs(Config{Prefix: "signet-east-", Mount: "/team/transit/"}, keystore.ECDSAP256)
+	if err != nil || len(needs) != 4 || needs[1].Path != "team/transit/keys/signet-east-*" || needs[3].Path != "team/transit/sign/signet-east-*" {
 		t.Errorf("%v, %v", needs, err)
 	}
-	if _, err := Needs(Config{}); err == nil {
+	of := func(alg keystore.Algorithm) []string {
+		needs, err := Needs(Config{Prefix: "p-"}, alg, "control-ca", "intermediate")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var asks []string
+		for _, n := range needs {
+			asks = append(asks, n.Asks...)
+		}
+		return asks
+	}
+	if asks := of(keystore.RSA2048); !slices.Equal(asks, []string{
+		"transit/keys/p-control-ca", "transit/keys/p-intermediate",
+		"transit/keys/p-control-ca/rotate", "transit/keys/p-control-ca/config", "transit/keys/p-control-ca/trim",
+		"transit/keys/p-intermediate/rotate", "transit/keys/p-intermediate/config", "transit/keys/p-intermediate/trim",
+		"transit/sign/p-control-ca/sha2-256", "transit/sign/p-intermediate/sha2-256",
+	}) {
+		t.Errorf("asked is for %q", asks)
+	}
+	if asks := of(keystore.ECDSAP384); asks[9] != "transit/sign/p-intermediate/sha2-384" {
+		t.Errorf("asked is for %q", asks)
+	}
+	one, err := KeyNeeds(Config{Prefix: "p_"}, "root")
+	if err != nil || strings.Contains(strings.ReplaceAll(vault.Policy(one), `root/*"`, ""), "*") || len(one) != 4 || one[1].Path != "transit/keys/p_root" || one[2].Path != "transit/keys/p_root/*" || one[3].Path != "transit/sign/p_root/*" {
+		t.Errorf("%v, %v", one, err)
+	}
+	if _, err := Needs(Config{}, keystore.ECDSAP256); err == nil {
 		t.Error("needs without a prefix")
 	}
 }
@@ -335,22 +361,32 @@ func TestOnlyReferencesToTransitAreOpened(t *testing.T) {
 	}
 }
 
-func TestCreateMakesAVersionAboveAllThatWereUsed(t *testing.T) {
+func TestCreateReturnsTheFirstVersionAboveAllThatWereUsed(t *testing.T) {
 	f := newFakeTransit(t)
 	s := f.store(t)
-	for _, step := range []struct{ after, want int }{{0, 1}, {0, 2}, {1, 3}, {3, 4}, {9, 10}} {
+	for _, step := range []struct{ after, want, rotations int }{
+		{0, 1, 0}, {0, 1, 0}, {1, 2, 1}, {1, 2, 1}, {0, 1, 1}, {9, 10, 9}, {2, 3, 9},
+	} {
 		if k := create(t, s, "ca", keystore.ECDSAP256, step.after); k.Ref().Version != step.want {
 			t.Errorf("after %d: %s, want version %d", step.after, k.Ref(), step.want)
 		} else if err := signs(k); err != nil {
 			t.Error(err)
 		}
+		if n := f.count("write transit/keys/signet-east-ca/rotate"); n != step.rotations {
+			t.Errorf("after %d: rotated %d times, want %d", step.after, n, step.rotations)
+		}
+	}
+	// What Vault no longer signs with is of no use.
+	f.set(func() { f.keys["signet-east-ca"].minEnc, f.keys["signet-east-ca"].minDec = 5, 4 })
+	if k := create(t, s, "ca", keystore.ECDSAP256, 1); k.Ref().Version != 5 {
+		t.Error(k.Ref())
 	}
 	if _, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 1_000_000); err == nil || !strings.Contains(err.Error(), "skipped") {
 		t.Errorf("a million versions: %v", err)
 	}
 	// A Vault that answers to a rotation with nothing.
 	f.set(func() { f.keys["signet-east-ca"].withoutBody = true })
-	if k := create(t, s, "ca", keystore.ECDSAP256, 0); k.Ref().Version != 11 {
+	if k := create(t, s, "ca", keystore.ECDSAP256, 10); k.Ref().Version != 11 {
 		t.Error(k.Ref())
 	}
 }
@@ -401,8 +437,8 @@ func TestAKeyThatCanLeaveVaultIsOpenedWithAWarning(t *testing.T) {
 	}
 }
 
-// TestALostAnswerLeavesOneVersionThatIsFound: what server/rotation.go does is to take the newest version that nobody uses.
-func TestALostAnswerLeavesOneVersionThatIsFound(t *testing.T) {
+// TestTriesThatFailMakeOneVersion: what fails after the version is made is tried again for hours.
+func TestTriesThatFailMakeOneVersion(t *testing.T) {
 	f := newFakeTransit(t)
 	s := f.store(t)
 	create(t, s, "ca", keystore.ECDSAP256, 0)
@@ -415,25 +451,93 @@ func TestALostAnswerLeavesOneVersionThatIsFound(t *testing.T) {
 			return false
 		}
 	})
-	_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
+	_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 1)
 	if !errors.Is(err, vault.ErrAway) || !errors.Is(err, keystore.ErrAway) {
 		t.Errorf("a lost answer: %v", err)
 	}
 	f.set(func() { f.before = nil })
-	refs, err := s.List(t.Context())
-	if err != nil || len(refs) != 2 || refs[1].Version != 2 {
-		t.Fatalf("%v, %v", refs, err)
+	for range 10 {
+		k := create(t, s, "ca", keystore.ECDSAP256, 1)
+		if err := signs(k); err != nil || k.Ref().Version != 2 {
+			t.Errorf("%s: %v", k.Ref(), err)
+		}
 	}
-	k, err := s.Open(t.Context(), refs[1])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := signs(k); err != nil {
-		t.Error(err)
+	if refs, err := s.List(t.Context()); err != nil || len(refs) != 2 {
+		t.Errorf("%v, %v", refs, err)
 	}
 }
 
-func TestClientsThatCreateAtOnceGetVersionsOfTheirOwn(t *testing.T) {
+func TestAKeyOfThousandsOfVersionsSaysWhatToDo(t *testing.T) {
+	f := newFakeTransit(t)
+	s := f.store(t)
+	k := create(t, s, "ca", keystore.ECDSAP256, 0)
+	f.set(func() { f.keys["signet-east-ca"].versions = slices.Repeat(f.keys["signet-east-ca"].versions, 2000) })
+	if _, err := s.Open(t.Context(), k.Ref()); err != nil {
+		t.Errorf("2000 versions: %v", err)
+	}
+	f.set(func() { f.keys["signet-east-ca"].versions = slices.Repeat(f.keys["signet-east-ca"].versions, 4) })
+	_, err := s.Open(t.Context(), k.Ref())
+	says(t, err, "too many versions", "over 1 MiB", "vault write transit/keys/signet-east-ca/config min_decryption_version")
+	if errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrAway) {
+		t.Errorf("it is there: %v", err)
+	}
+	f.set(func() { f.keys["signet-east-ca"].minDec = 7999 })
+	if _, err := s.Open(t.Context(), keystore.Ref{Backend: Backend, Name: "ca", Version: 8000}); err != nil {
+		t.Errorf("after the remedy: %v", err)
+	}
+}
+
+func TestARefusalIsRememberedForAWhile(t *testing.T) {
+	f := newFakeTransit(t)
+	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	s := f.store(t, func(c *Config) { c.Now = func() time.Time { return now } })
+	for name, breaks := range map[string]func(w http.ResponseWriter) bool{
+		"denied":  func(w http.ResponseWriter) bool { refuse(w, http.StatusForbidden, "permission denied"); return true },
+		"refused": func(w http.ResponseWriter) bool { refuse(w, http.StatusBadRequest, "no"); return true },
+		"another key": func(http.ResponseWriter) bool {
+			f.keys["signet-east-ca"].versions = nil
+			f.keys["signet-east-ca"].rotate()
+			return false
+		},
+		"gone": func(http.ResponseWriter) bool { delete(f.keys, "signet-east-ca"); return false },
+	} {
+		k := create(t, s, "ca", keystore.ECDSAP256, 0)
+		f.set(func() {
+			f.before = func(w http.ResponseWriter, r *http.Request) bool {
+				return strings.Contains(r.URL.Path, "/sign/") && breaks(w)
+			}
+		})
+		if err := keystore.Ready(k); err != nil {
+			t.Errorf("%s: not ready before anything was refused: %v", name, err)
+		}
+		refused := signs(k)
+		ready := keystore.Ready(k)
+		if refused == nil || ready == nil || errors.Is(ready, keystore.ErrAway) || !strings.Contains(refused.Error(), ready.Error()) {
+			t.Errorf("%s: Sign says %v, and Ready %v", name, refused, ready)
+		}
+		now = now.Add(refusalHolds)
+		if err := keystore.Ready(k); err != nil {
+			t.Errorf("%s: it is never tried again: %v", name, err)
+		}
+		_ = signs(k)
+		f.set(func() { f.before = nil })
+		if name == "denied" || name == "refused" {
+			if err := signs(k); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if err := keystore.Ready(k); err != nil {
+				t.Errorf("%s: not ready after a signature: %v", name, err)
+			}
+		}
+		// What a caller asks wrongly says nothing of the key.
+		other := create(t, s, "other", keystore.ECDSAP256, 0)
+		if _, err := other.Sign(nil, []byte("x"), crypto.SHA256); err == nil || keystore.Ready(other) != nil {
+			t.Errorf("%s: %v, %v", name, err, keystore.Ready(other))
+		}
+	}
+}
+
+func TestClientsThatMakeTheKeyAtOnceMakeOne(t *testing.T) {
 	f := newFakeTransit(t)
 	const clients = 8
 	// None makes the key before all have seen that there is none.
@@ -449,27 +553,17 @@ func TestClientsThatCreateAtOnceGetVersionsOfTheirOwn(t *testing.T) {
 		return false
 	}
 	var all sync.WaitGroup
-	refs := make([]int, clients)
-	for i := range clients {
+	for range clients {
 		s := f.store(t)
 		all.Go(func() {
-			k, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
-			if err != nil {
-				t.Error(err)
-				return
+			if k, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 0); err != nil || k.Ref().Version != 1 {
+				t.Errorf("%v, %v", k, err)
 			}
-			refs[i] = k.Ref().Version
 		})
 	}
 	all.Wait()
-	slices.Sort(refs)
-	for i, v := range refs {
-		if v != i+1 {
-			t.Fatalf("versions %v", refs)
-		}
-	}
-	if p := f.keys["signet-east-ca"].autoRotate; p != 0 {
-		t.Errorf("the key is left with a rotation every %d s", p)
+	if n := len(f.keys["signet-east-ca"].versions); n != 1 {
+		t.Errorf("%d versions", n)
 	}
 }
 
@@ -575,7 +669,7 @@ func TestAMissingPermissionIsNamed(t *testing.T) {
 			return err
 		}},
 		{"/rotate", "transit/keys/signet-east-ca/rotate", "update", func() error {
-			_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
+			_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 2)
 			return err
 		}},
 		{"/config", "transit/keys/signet-east-ca/config", "update", func() error { return s.Delete(t.Context(), ref1) }},
