@@ -928,7 +928,7 @@ func modelSeeds(t *testing.T, seeds uint64) {
 }
 
 func TestNoValidatorEverMeetsALeafThatItCannotVerify(t *testing.T) {
-	modelSeeds(t, 25)
+	modelSeeds(t, 18)
 }
 
 func saying(parts ...string) func(Step, Wait) bool {

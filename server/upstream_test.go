@@ -83,6 +83,9 @@ func newOnline(t testing.TB, name string) (*cluster, *atOnce) {
 	return c, u
 }
 
+// often has the server look every moment at what has to be done now and then.
+func often(s *Server) { s.upkeepEvery = 50 * time.Millisecond }
+
 func (l *live) signing() string {
 	for _, a := range l.keeper.current.Load().rows {
 		if a.Kind == ca.KindIntermediate && a.State == ca.Active {
@@ -127,7 +130,7 @@ func TestAClusterWithAnUpstreamBeginsWithThePinnedRootOnly(t *testing.T) {
 	if again.Created || again.ControlCA != r.ControlCA {
 		t.Errorf("the second time: %+v", again)
 	}
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	s.apply(false, registration("a", "node-1"))
 	leaf := s.leaf(s.dial(s.enrol("node-1")), "a")
@@ -138,7 +141,7 @@ func TestAClusterWithAnUpstreamBeginsWithThePinnedRootOnly(t *testing.T) {
 
 func TestAnIntermediateFollowsByItselfWhereTheRootIsAtHand(t *testing.T) {
 	c, u := newOnline(t, "east")
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	c.ahead.Store(int64(4 * 24 * time.Hour)) // of seven days
 	soon(t, "its successor stands ready", func() bool { return s.state("intermediate-2") == ca.Published })
@@ -166,7 +169,7 @@ func TestAnIntermediateFollowsByItselfWhereTheRootIsAtHand(t *testing.T) {
 
 func TestARootFollowsByItselfWhereBothAreAtHand(t *testing.T) {
 	c, u := newOnline(t, "east")
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() != "" })
 	s.apply(false, registration("a", "node-1"))
 	m := s.enrol("node-1")
@@ -205,7 +208,7 @@ func TestAnAnswerThatIsNotAsPlannedIsRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cl, u := newOnline(t, "east")
 			u.set(func() { u.swap = c.swap })
-			s := cl.start(t, nil)
+			s := cl.start(t, often)
 			soon(t, "it is refused", func() bool { return strings.Contains(s.said(check.CodeUpstream).Message, c.says) })
 			if got := s.signing(); got != "" {
 				t.Errorf("%s signs", got)
@@ -218,7 +221,7 @@ func TestAnAnswerThatIsNotAsPlannedIsRefused(t *testing.T) {
 
 func TestKeysInMemoryAreReplacedAtTheStart(t *testing.T) {
 	c, u := newOnline(t, "east")
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	s.apply(false, registration("a", "node-1"))
 	m := s.enrol("node-1")
@@ -228,7 +231,7 @@ func TestKeysInMemoryAreReplacedAtTheStart(t *testing.T) {
 
 	// Nobody signs, but all else goes on.
 	u.set(func() { u.away = true })
-	s = c.start(t, nil)
+	s = c.start(t, often)
 	soon(t, "the lost issuer is retired", func() bool { return s.state("intermediate-1") == ca.Retired })
 	soon(t, "another one is asked for", func() bool { return s.state("intermediate-2") == ca.Prepared })
 	if f := s.said(check.CodeInstalled); !f.Blocks() {
@@ -245,7 +248,7 @@ func TestKeysInMemoryAreReplacedAtTheStart(t *testing.T) {
 	// However often it starts, no number comes again and the old ones are forgotten at last.
 	for range 3 {
 		c.forgetKeys(t)
-		s = c.start(t, nil)
+		s = c.start(t, often)
 		before := s.signing()
 		soon(t, "the next intermediate signs", func() bool { return s.signing() != "" && s.signing() != before })
 		must(t, s.stop())
@@ -275,7 +278,7 @@ func (c *cluster) forgetKeys(t testing.TB) {
 
 func TestRemovedIntermediatesAreForgottenButForTheNewest(t *testing.T) {
 	c := newCluster(t, "east")
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	set := s.keeper.current.Load()
 	for i := range 5 {
 		row := set.rows[len(set.rows)-1]
@@ -301,13 +304,13 @@ func TestTheClockOfWhoeverSignsMayBeLate(t *testing.T) {
 			a.Chain = []*x509.Certificate{sign(t, late, r.cert, a.Chain[0].PublicKey, r.key)}
 		}
 	})
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "it is taken", func() bool { return s.signing() == "intermediate-1" })
 }
 
 func TestOneRequestDoesNotWaitForAnother(t *testing.T) {
 	c, u := newOnline(t, "east")
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	// The next is never answered well; those after it are.
 	u.set(func() {
@@ -338,7 +341,7 @@ func requestOf(t testing.TB, set *authorities, id string) string {
 func TestAnAnswerThatCouldNotBeInstalledIsNotAskedForAgain(t *testing.T) {
 	c, u := newOnline(t, "east")
 	k := newKeeper(&Folder{TrustDomain: td, Cluster: "east", Now: c.now, Logger: slog.New(slog.DiscardHandler)}, testRotation())
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	must(t, s.stop())
 
@@ -394,7 +397,7 @@ func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
 	c := &cluster{name: "east", dir: shortDir(t), root: u.roots[0], upstream: u, stored: keys}
 	_, err := Init(t.Context(), InitConfig{Folder: c.folder(), Ceremony: byX509{}, Upstream: u, Rotation: testRotation(), RootFingerprint: c.root.fingerprint()})
 	must(t, err)
-	s := c.start(t, nil)
+	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	s.apply(false, registration("a", "node-1"))
 	m := s.enrol("node-1")
@@ -403,7 +406,7 @@ func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
 
 	for _, why := range []error{keystore.ErrNotFound, keystore.ErrAway, errors.New("permission denied")} {
 		fails.Store(&why)
-		s = c.start(t, nil)
+		s = c.start(t, often)
 		f := s.said(check.CodeInstalled)
 		if !f.Blocks() || !strings.Contains(f.Message, why.Error()) {
 			t.Errorf("%v: readiness says %+v", why, f)
@@ -419,7 +422,7 @@ func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
 	// The way out where it is gone for good is another one.
 	gone := error(keystore.ErrNotFound)
 	fails.Store(&gone)
-	s = c.start(t, nil)
+	s = c.start(t, often)
 	_, err = s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 1})
 	must(t, err)
 	fails.Store(nil)

@@ -37,13 +37,16 @@ func (r *rotating) steal(ctx context.Context, from *issuer) (stolen, error) {
 // everyEnvoy tries forged certificates at all sidecars. Those are up and let honest workloads in, so that one which is
 // simply shut doesn't pass for one that refuses.
 func (r *rotating) everyEnvoy(ctx context.Context, x stolen, accepted bool) error {
-	honest, err := r.east.fetchSVID(ctx, r.guest)
-	if err != nil {
-		return err
-	}
 	for _, s := range r.sidecars() {
-		if err := ask(ctx, s.in, honest); err != nil {
-			return fmt.Errorf("%s does not let %s in: %w", s, r.guest, err)
+		// What nobody holds a stream for is fetched with the life that it has left, which may be a moment.
+		if err := lab.Until(ctx, fmt.Sprintf("%s lets %s in", s, r.guest), 5*time.Second, func() error {
+			honest, err := r.east.fetchSVID(ctx, r.guest)
+			if err != nil {
+				return err
+			}
+			return ask(ctx, s.in, honest)
+		}); err != nil {
+			return err
 		}
 		err := ask(ctx, s.in, x.certs[s])
 		switch {

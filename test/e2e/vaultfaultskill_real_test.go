@@ -37,9 +37,9 @@ func killedWhileVaultSigns(t *testing.T, keys string) {
 	x := e.cluster(t, "east", how{keys: keys, ttl: 5 * time.Second})
 	x.serve(t)
 	s := x.issuing(t)
-	kills := 10
+	kills := 6
 	if keys != "memory" {
-		kills = 6
+		kills = 4
 	}
 	asks := "pki-" + e.name + "/issuer/root-1/sign-intermediate"
 	signing := 0
