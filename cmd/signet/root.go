@@ -27,6 +27,7 @@ import (
 	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/vault"
+	"github.com/signet-ca/signet/vault/pki"
 )
 
 func (c *cli) rootCommand() *cobra.Command {
@@ -223,7 +224,7 @@ func rootConfig(trustDomain, dir, algorithm, life string, pathLength int) (cfg c
 
 // existing makes an answer of "there is one already".
 func existing(err error) error {
-	if errors.Is(err, ceremony.ErrExists) || errors.Is(err, fs.ErrExist) {
+	if errors.Is(err, ceremony.ErrExists) || errors.Is(err, fs.ErrExist) || errors.Is(err, pki.ErrAnother) {
 		return no("%w", err)
 	}
 	return err

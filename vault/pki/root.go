@@ -43,12 +43,15 @@ func (u *Upstream) FindRoot(ctx context.Context, p ca.Plan) (*x509.Certificate, 
 			continue
 		}
 		if err := check(p, i.cert); err != nil {
-			return nil, fmt.Errorf("%s, issuer %s is there already, and it is another one: %w", u, i.name, err)
+			return nil, fmt.Errorf("%s, issuer %s is there already, and it is %w: %w", u, i.name, ErrAnother, err)
 		}
 		return i.cert, nil
 	}
 	return nil, nil
 }
+
+// ErrAnother is why a root is not the one that was made before under the name.
+var ErrAnother = errors.New("another one")
 
 // MakeRoot has Vault make a key that never leaves it, and its root certificate, as an issuer of the configured name, which must
 // be free. The plan has no key, since there is none yet; what comes back is compared with the rest.
