@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
 )
 
 type metrics struct {
@@ -98,7 +99,7 @@ func (c issuerCollector) Collect(out chan<- prometheus.Metric) {
 		gauge := func(d *prometheus.Desc, v float64, more ...string) {
 			out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, append([]string{i.name, kind, string(i.state)}, more...)...)
 		}
-		gauge(descInfo, 1, i.key.Ref().Backend, string(algorithmOf(i.key.Public())))
+		gauge(descInfo, 1, i.key.Ref().Backend, string(keystore.AlgorithmOf(i.key.Public())))
 		gauge(descNotBefore, float64(i.notBefore.at.Unix()))
 		gauge(descNotAfter, float64(i.notAfter.at.Unix()))
 	}

@@ -4,9 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -134,7 +131,7 @@ func (p Plan) complete(key crypto.PublicKey, start time.Time, life time.Duration
 	if err != nil {
 		return Plan{}, fmt.Errorf("plan of %s: encode the public key: %w", p.what(), err)
 	}
-	p.SPKI, p.Algorithm = spki, algorithmOf(key)
+	p.SPKI, p.Algorithm = spki, keystore.AlgorithmOf(key)
 	id, err := KeyID(spki)
 	if err != nil {
 		return Plan{}, fmt.Errorf("plan of %s: %w", p.what(), err)
@@ -228,7 +225,7 @@ func (p Plan) Validate() error {
 	if err := identity.AllowedKey(key); err != nil {
 		return fail("%w", err)
 	}
-	switch alg := algorithmOf(key); {
+	switch alg := keystore.AlgorithmOf(key); {
 	case p.Algorithm != "" && p.Algorithm != alg:
 		return fail("the key is %s, planned is %s", alg, p.Algorithm)
 	case len(p.CommonName) > maxNamePart:
@@ -241,20 +238,6 @@ func (p Plan) Validate() error {
 		return fail("validity from %s to %s: X.509 counts in whole seconds", p.NotBefore, p.NotAfter)
 	}
 	return nil
-}
-
-// algorithmOf names the algorithm of an allowed key. RSA sizes between the named ones go by their bits.
-func algorithmOf(key crypto.PublicKey) keystore.Algorithm {
-	switch k := key.(type) {
-	case *ecdsa.PublicKey:
-		if k.Curve == elliptic.P384() {
-			return keystore.ECDSAP384
-		}
-		return keystore.ECDSAP256
-	case *rsa.PublicKey:
-		return keystore.Algorithm(fmt.Sprintf("rsa-%d", k.N.BitLen()))
-	}
-	return ""
 }
 
 // KeyID is the subject key identifier of a public key: the leftmost 160 bits of the SHA-256 over the subjectPublicKey

@@ -120,7 +120,7 @@ func (s *File) Create(ctx context.Context, name string, alg Algorithm, after int
 		if err != nil {
 			return nil, fmt.Errorf("create key %s: an earlier try has left one: %w", name, err)
 		}
-		if algorithmOfPublic(left.Public()) == alg {
+		if AlgorithmOf(left.Public()) == alg {
 			return left, nil
 		}
 		ref.Version = r.Version + 1
@@ -306,7 +306,7 @@ func (k *sealedKey) open(passphrase []byte) (crypto.Signer, error) {
 	}
 	clear(again)
 	signer, ok := priv.(crypto.Signer)
-	if !ok || algorithmOf(priv) == "" {
+	if !ok || !slices.Contains(Algorithms(), AlgorithmOf(signer.Public())) {
 		return nil, fmt.Errorf("holds a key of a kind that is not used here: use one of %v", Algorithms())
 	}
 	return signer, nil

@@ -81,8 +81,8 @@ func TestAKeyComesBackFromItsFile(t *testing.T) {
 	s := quick(t, dir, fixed("hunter2"))
 	for _, alg := range Algorithms() {
 		k := create(t, s, "k-"+string(alg), alg)
-		if alg != algorithmOf(k.(*localKey).private()) {
-			t.Errorf("asked for %s, got %s", alg, algorithmOf(k.(*localKey).private()))
+		if alg != AlgorithmOf(k.(*localKey).private().Public()) {
+			t.Errorf("asked for %s, got %s", alg, AlgorithmOf(k.(*localKey).private().Public()))
 		}
 		// Another process: another store.
 		again, err := quick(t, dir, fixed("hunter2")).Open(t.Context(), k.Ref())

@@ -47,38 +47,18 @@ func generate(alg Algorithm) (crypto.Signer, error) {
 	return nil, err
 }
 
-// algorithmOf names the algorithm of a private key, or "" for one that we don't make.
-func algorithmOf(priv any) Algorithm {
-	switch k := priv.(type) {
-	case *ecdsa.PrivateKey:
+// AlgorithmOf names the algorithm of a public key. RSA goes by its bits, whatever they are; "" is another kind.
+func AlgorithmOf(public crypto.PublicKey) Algorithm {
+	switch k := public.(type) {
+	case *ecdsa.PublicKey:
 		switch k.Curve {
 		case elliptic.P256():
 			return ECDSAP256
 		case elliptic.P384():
 			return ECDSAP384
 		}
-	case *rsa.PrivateKey:
-		switch k.N.BitLen() {
-		case 2048:
-			return RSA2048
-		case 3072:
-			return RSA3072
-		case 4096:
-			return RSA4096
-		}
-	case ed25519.PrivateKey:
-		return Ed25519
-	}
-	return ""
-}
-
-// algorithmOfPublic is algorithmOf of the public half.
-func algorithmOfPublic(pub crypto.PublicKey) Algorithm {
-	switch k := pub.(type) {
-	case *ecdsa.PublicKey:
-		return algorithmOf(&ecdsa.PrivateKey{PublicKey: *k})
 	case *rsa.PublicKey:
-		return algorithmOf(&rsa.PrivateKey{PublicKey: *k})
+		return Algorithm(fmt.Sprintf("rsa-%d", k.N.BitLen()))
 	case ed25519.PublicKey:
 		return Ed25519
 	}

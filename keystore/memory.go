@@ -37,7 +37,7 @@ func (m *Memory) Create(_ context.Context, name string, alg Algorithm, after int
 	defer m.mu.Unlock()
 	ref := Ref{Backend: BackendMemory, Name: name, Version: max(after, 0) + 1}
 	for ; m.keys[ref] != nil; ref.Version++ {
-		if algorithmOfPublic(m.keys[ref].Public()) == alg {
+		if AlgorithmOf(m.keys[ref].Public()) == alg {
 			return m.keys[ref], nil
 		}
 	}

@@ -1,12 +1,10 @@
 package transit
 
 import (
+	"cmp"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -159,8 +157,8 @@ func (i *keyInfo) public(version int) (crypto.PublicKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the public key of version %d of %s %w", version, i.where, err)
 	}
-	if got := algorithmOf(public); got != alg {
-		return nil, fmt.Errorf("the public key of version %d of %s is %s, but the key is of type %s", version, i.where, got, alg)
+	if got := keystore.AlgorithmOf(public); got != alg {
+		return nil, fmt.Errorf("the public key of version %d of %s is %s, but the key is of type %s", version, i.where, cmp.Or(got, "of another kind"), alg)
 	}
 	return public, nil
 }
@@ -185,22 +183,4 @@ func parsePublic(text string) (crypto.PublicKey, error) {
 		return nil, fmt.Errorf("can't be read: %w", err)
 	}
 	return public, nil
-}
-
-// algorithmOf names the algorithm of a public key, or says what it is else.
-func algorithmOf(public crypto.PublicKey) keystore.Algorithm {
-	switch k := public.(type) {
-	case *ecdsa.PublicKey:
-		switch k.Curve {
-		case elliptic.P256():
-			return keystore.ECDSAP256
-		case elliptic.P384():
-			return keystore.ECDSAP384
-		}
-	case *rsa.PublicKey:
-		return keystore.Algorithm(fmt.Sprintf("rsa-%d", k.N.BitLen()))
-	case ed25519.PublicKey:
-		return keystore.Ed25519
-	}
-	return "of another kind"
 }

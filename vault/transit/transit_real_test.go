@@ -188,8 +188,8 @@ func TestRealKeysOfEachAlgorithmSignCertificates(t *testing.T) {
 	}
 	for _, alg := range keystore.Algorithms() {
 		k := create(t, s, "k-"+string(alg), alg, 0)
-		if algorithmOf(k.Public()) != alg || k.Ref().Version != 1 {
-			t.Errorf("%s: got %s, %s", alg, algorithmOf(k.Public()), k.Ref())
+		if keystore.AlgorithmOf(k.Public()) != alg || k.Ref().Version != 1 {
+			t.Errorf("%s: got %s, %s", alg, keystore.AlgorithmOf(k.Public()), k.Ref())
 		}
 		if alg == keystore.Ed25519 {
 			sig, err := k.Sign(rand.Reader, []byte("example.org/east\n1\n"), crypto.Hash(0))

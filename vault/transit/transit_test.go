@@ -886,8 +886,8 @@ func FuzzKeyInfo(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if pub, err := info.public(1); err == nil && string(algorithmOf(pub)) != info.Type {
-			t.Fatalf("%s opened as %s", info.Type, algorithmOf(pub))
+		if pub, err := info.public(1); err == nil && string(keystore.AlgorithmOf(pub)) != info.Type {
+			t.Fatalf("%s opened as %s", info.Type, keystore.AlgorithmOf(pub))
 		}
 		_ = info.mayGrow(keystore.ECDSAP256)
 	})
