@@ -21,10 +21,13 @@ func KeyFingerprint(spki []byte) string {
 
 // CertificateFingerprint names a certificate for people: the SHA-256 of its DER as "SHA256:AB:CD:…", in the pairs of
 // upper-case hex that `openssl x509 -fingerprint -sha256` prints, so that both can be laid side by side.
-func CertificateFingerprint(der []byte) string {
-	sum := sha256.Sum256(der)
-	return grouped(strings.ToUpper(hex.EncodeToString(sum[:])), 2)
-}
+func CertificateFingerprint(der []byte) string { return FingerprintOf(der).String() }
+
+// FingerprintOf is the SHA-256 of a certificate (DER).
+func FingerprintOf(der []byte) Fingerprint { return sha256.Sum256(der) }
+
+// String is the form of CertificateFingerprint.
+func (f Fingerprint) String() string { return grouped(strings.ToUpper(hex.EncodeToString(f[:])), 2) }
 
 func grouped(digits string, size int) string {
 	var b strings.Builder

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -397,9 +396,7 @@ func (r *sharedRoot) check() error {
 		r.Certificate = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 	}
 	r.Leaving = r.Leaving || r.State == ca.Removed
-	// As ca.CertificateFingerprint writes it.
-	r.Fingerprint = "SHA256:" + strings.ReplaceAll(fmt.Sprintf("% X", fingerprint[:]), " ", ":")
-	r.NotAfter = r.NotAfter.UTC()
+	r.Fingerprint, r.NotAfter = fingerprint.String(), r.NotAfter.UTC()
 	return nil
 }
 

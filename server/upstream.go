@@ -190,10 +190,7 @@ func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error 
 	if err := plan.Check(answer.Chain, []*x509.Certificate{root}); err != nil {
 		return fmt.Errorf("%w: %w", ca.ErrUnusable, err)
 	}
-	if a.pinned, err = ca.ParseFingerprint(ca.CertificateFingerprint(root.Raw)); err != nil {
-		return err
-	}
-	a.chain = ca.EncodeChain(append(slices.Clone(answer.Chain), root)...)
+	a.chain, a.pinned = ca.EncodeChain(append(slices.Clone(answer.Chain), root)...), ca.FingerprintOf(root.Raw)
 	return nil
 }
 
