@@ -335,7 +335,7 @@ func (d decision) peersUnder(r Authority) []Wait {
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " may rely on our last report until " + stamp(promised), Until: promised})
 		case p.At.IsZero():
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has never reported"})
-		case d.fromTheFuture(p):
+		case d.fromTheFuture(p, d.now):
 			waits = append(waits, d.wrongClock(p))
 		case p.At.Before(promised):
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has not reported since " + stamp(promised)})
@@ -351,8 +351,14 @@ func (d decision) peersUnder(r Authority) []Wait {
 	return waits
 }
 
+// Holds reports whether a peer's report can be relied upon: there is one, and what it promises is not over. That ends a
+// little earlier for us than for those who gave it.
+func (p Policy) Holds(r Report, now time.Time) bool {
+	return !r.At.IsZero() && !p.fromTheFuture(r, now) && !now.After(r.At.Add(p.ReportLife-p.Skew))
+}
+
 // fromTheFuture: a report that was made later than now says nothing of how long its promises hold. A clock is wrong.
-func (d decision) fromTheFuture(p Report) bool { return p.At.After(d.now.Add(d.Skew)) }
+func (p Policy) fromTheFuture(r Report, now time.Time) bool { return r.At.After(now.Add(p.Skew)) }
 
 func (d decision) wrongClock(p Report) Wait {
 	return Wait{
@@ -406,10 +412,9 @@ func (d decision) peersTrust(root string) []Wait {
 		switch {
 		case p.At.IsZero():
 			w.For = "cluster " + p.Cluster + " has never reported"
-		case d.fromTheFuture(p):
+		case d.fromTheFuture(p, d.now):
 			w = d.wrongClock(p)
-		// A promise ends a little earlier for us than for those who gave it.
-		case d.now.After(p.At.Add(d.ReportLife - d.Skew)):
+		case !d.Holds(p, d.now):
 			w.For = fmt.Sprintf("the report of cluster %s is of %s, and holds for %s", p.Cluster, stamp(p.At), d.ReportLife)
 		case !known:
 			w.For = "cluster " + p.Cluster + " does not trust it"

@@ -493,8 +493,7 @@ func (k *keeper) follow(set *authorities, w rotation.World, shared replica, now 
 func (k *keeper) vouched(w rotation.World, id string, wanted standing, now time.Time) (bool, error) {
 	var silent []string
 	for _, p := range w.Peers {
-		// As for the promises of a report (rotation.Next).
-		if p.At.IsZero() || p.At.After(now.Add(k.policy.Skew)) || now.After(p.At.Add(k.policy.ReportLife-k.policy.Skew)) {
+		if !k.policy.Holds(p, now) {
 			silent = append(silent, p.Cluster)
 		} else if slices.ContainsFunc(p.Roots, func(x rotation.RootReport) bool { return x.ID == id && (wanted == rootLeaving || !x.Leaving) }) {
 			return true, nil
