@@ -21,6 +21,7 @@ import (
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/trust"
@@ -159,19 +160,12 @@ func (e *exchange) register(r prometheus.Registerer) error {
 
 // run exchanges for as long as ctx lives: every few seconds, and when something has changed here.
 func (e *exchange) run(ctx context.Context) {
-	for {
-		bell := e.keeper.changed.Next()
+	for ctx.Err() == nil {
+		changed := e.keeper.changed.Next()
 		e.round(ctx)
-		timer := time.NewTimer(time.Duration(float64(e.every) * (1 + exchangeJitter*(2*rand.Float64()-1))))
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return
-		case <-bell:
-			pause(ctx, settling)
-		case <-timer.C:
+		if bell.Wait(ctx, time.Duration(float64(e.every)*(1+exchangeJitter*(2*rand.Float64()-1))), changed) {
+			bell.Wait(ctx, settling, nil)
 		}
-		timer.Stop()
 	}
 }
 

@@ -562,7 +562,7 @@ func (k *keeper) request(ctx context.Context, set *authorities, also []store.Aut
 func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan struct{}) {
 	kept := ""
 	for {
-		bell := k.changed.Next()
+		changed := k.changed.Next()
 		wait := every
 		if err := errors.Join(k.loseKeys(ctx), k.reopen(ctx)); err != nil && ctx.Err() == nil {
 			k.log.Error("could not take in how it stands with the keys of the issuers; it is tried again", "err", err)
@@ -585,10 +585,10 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 		case <-ctx.Done():
 			timer.Stop()
 			return
-		case <-bell:
+		case <-changed:
 		case <-woken:
 			// Acknowledgements come by the thousand, and each look costs in proportion to the agents.
-			pause(ctx, max(100*time.Millisecond, time.Duration(validators(o.world.Own))*perValidator))
+			bell.Wait(ctx, max(100*time.Millisecond, time.Duration(validators(o.world.Own))*perValidator), nil)
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -604,15 +604,6 @@ func validators(r rotation.Report) int {
 		return 0
 	}
 	return r.Roots[0].Validators
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
-	}
 }
 
 // firstEnd is when the clock next ends a wait; zero = none does.

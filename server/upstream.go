@@ -17,6 +17,7 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
@@ -75,18 +76,12 @@ type asking struct {
 func (k *keeper) sign(ctx context.Context) {
 	all := map[string]*asking{}
 	for {
-		bell := k.changed.Next()
+		changed := k.changed.Next()
 		wait := k.signWaiting(ctx, all)
 		if ctx.Err() != nil {
 			return
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-		case <-bell:
-		case <-timer.C:
-		}
-		timer.Stop()
+		bell.Wait(ctx, wait, changed)
 	}
 }
 

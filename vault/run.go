@@ -13,6 +13,8 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	"github.com/hashicorp/vault/api"
+
+	"github.com/signet-ca/signet/internal/bell"
 )
 
 const (
@@ -55,16 +57,14 @@ func (c *Client) keep(ctx context.Context) {
 	var spent *session
 	failing := false
 	for ctx.Err() == nil {
-		c.mu.Lock()
-		changed := c.changed
-		c.mu.Unlock()
+		changed := c.changed.Next()
 		s, err := c.other(ctx, spent)
 		if err != nil {
 			if ctx.Err() == nil && !failing {
 				failing = true
 				c.log.Warn("no login to Vault, trying on", "vault", c.address, "err", err)
 			}
-			pause(ctx, wait.NextBackOff(), changed)
+			bell.Wait(ctx, wait.NextBackOff(), changed) // somebody else may log in
 			continue
 		}
 		failing = false
@@ -76,24 +76,10 @@ func (c *Client) keep(ctx context.Context) {
 		spent = s
 		if c.now().Sub(began) < shortLived {
 			// A token that is at its end already when we get it, or can't be renewed: no login after the other.
-			c.mu.Lock()
-			changed = c.changed
-			c.mu.Unlock()
-			pause(ctx, wait.NextBackOff(), changed)
+			bell.Wait(ctx, wait.NextBackOff(), c.changed.Next())
 		} else {
 			wait.Reset()
 		}
-	}
-}
-
-// pause ends early when somebody else has logged in.
-func pause(ctx context.Context, d time.Duration, changed <-chan struct{}) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-changed:
-	case <-t.C:
 	}
 }
 
@@ -227,16 +213,11 @@ func (c *Client) watch(ctx context.Context) {
 		if h.row > 0 {
 			d = max(jitter(time.Second), h.until.Sub(c.now())+jitter(100*time.Millisecond))
 		}
-		t := time.NewTimer(d)
-		select {
-		case <-ctx.Done():
-			t.Stop()
+		switch opened := bell.Wait(ctx, d, c.opened); {
+		case ctx.Err() != nil:
 			return
-		case <-c.opened:
-			// While it is open, nobody but this may be trying (Ready).
-			t.Stop()
-			continue
-		case <-t.C:
+		case opened:
+			continue // while it is open, nobody but this may be trying (Ready)
 		}
 		if h.row > 0 {
 			// That it answers is not enough now: it has to work, with a token.

@@ -130,8 +130,7 @@ func (c *Client) fly(f *flight) {
 			close(c.cur.gone)
 		}
 		c.cur = s
-		close(c.changed)
-		c.changed = make(chan struct{})
+		c.changed.Ring()
 	}
 	f.s, f.err = s, err
 	c.flight = nil

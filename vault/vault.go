@@ -28,6 +28,8 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"github.com/hashicorp/vault/api"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/signet-ca/signet/internal/bell"
 )
 
 // DefaultTimeout bounds a call where Config says nothing.
@@ -96,8 +98,8 @@ type Client struct {
 	run context.Context
 	// renewAfter is when a token may be renewed, after a renewal that failed.
 	renewAfter time.Time
-	// changed is closed, and another put in its place, when cur is replaced.
-	changed chan struct{}
+	// changed rings when cur is replaced.
+	changed bell.Bell
 	// opened has Run look after Vault at the time that the breaker sets.
 	opened chan struct{}
 }
@@ -131,7 +133,7 @@ func New(c Config) (*Client, error) {
 	}
 	cl := &Client{
 		address: strings.TrimSuffix(c.Address, "/"), namespace: c.Namespace, timeout: c.Timeout, login: c.Login,
-		now: c.Now, log: c.Logger, changed: make(chan struct{}), opened: make(chan struct{}, 1),
+		now: c.Now, log: c.Logger, opened: make(chan struct{}, 1),
 	}
 	cl.breaker = newBreaker(c.Now, cl.turned)
 	if cl.wire, err = newWire(c); err != nil {
@@ -396,14 +398,8 @@ func (e *Error) again(r request, try int) bool {
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
+	bell.Wait(ctx, d, nil)
+	return ctx.Err()
 }
 
 // send makes a call once, if the breaker lets it.

@@ -18,6 +18,7 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/config"
 	"github.com/signet-ca/signet/internal/health"
 	"github.com/signet-ca/signet/keystore"
@@ -204,18 +205,12 @@ func (b *backing) run(ctx context.Context) {
 	var work sync.WaitGroup
 	defer work.Wait()
 	work.Go(func() { _ = b.vault.Run(ctx) }) // says itself what is wrong
-	for {
+	for ctx.Err() == nil {
 		wait := asksAgain
 		if err := b.ask(ctx); err != nil || b.lacks() {
 			wait = asksSoon
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return
-		case <-timer.C:
-		}
+		bell.Wait(ctx, wait, nil)
 	}
 }
 

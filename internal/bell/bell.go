@@ -1,7 +1,11 @@
 // Package bell wakes those who wait for a change.
 package bell
 
-import "sync"
+import (
+	"context"
+	"sync"
+	"time"
+)
 
 // Bell tells those who wait that something has changed. The zero value is ready.
 type Bell struct {
@@ -28,4 +32,17 @@ func (b *Bell) Ring() {
 		close(b.rung)
 		b.rung = nil
 	}
+}
+
+// Wait waits for so long, or until ctx ends, or until it is rung, which may be never (nil). It reports whether it was rung.
+func Wait(ctx context.Context, d time.Duration, rung <-chan struct{}) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	case <-rung:
+		return true
+	}
+	return false
 }
