@@ -751,7 +751,9 @@ func TestDamagedStateIsNamedWithItsRemedy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for name, content := range map[string][]byte{"cut": whole[:len(whole)/2], "empty": nil, "other": []byte(`{}`)} {
+		flipped := bytes.Clone(whole)
+		flipped[len(flipped)/2] ^= 1
+		for name, content := range map[string][]byte{"cut": whole[:len(whole)/2], "empty": nil, "other": []byte(`{}`), "one bit": flipped} {
 			if err := os.WriteFile(path, content, 0o600); err != nil {
 				t.Fatal(err)
 			}

@@ -3,7 +3,6 @@ package agent
 import (
 	"bytes"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -125,17 +124,18 @@ func (a *Agent) path(name string) string { return filepath.Join(a.config.StateDi
 
 // load reads one of the files into v; false when it is not there.
 func (a *Agent) load(file string, limit int64, v any) (bool, error) {
-	raw, err := durable.ReadSecret(a.path(file), limit)
-	if errors.Is(err, fs.ErrNotExist) {
+	err := durable.ReadValue(a.path(file), limit, v)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return false, nil
+	case errors.Is(err, durable.ErrDamaged):
+		return false, a.damaged(file, err)
 	}
-	if err != nil {
-		return false, err
-	}
-	if err := json.Unmarshal(raw, v); err != nil {
-		return false, fmt.Errorf("%s is damaged: %w; %s", a.path(file), err, remedyFor(file))
-	}
-	return true, nil
+	return err == nil, err
+}
+
+func (a *Agent) damaged(file string, err error) error {
+	return fmt.Errorf("%s is damaged: %w; %s", a.path(file), err, remedyFor(file))
 }
 
 func remedyFor(file string) string {
@@ -161,13 +161,7 @@ func (a *Agent) evidence() string {
 	return "the evidence can't be read: " + err.Error()
 }
 
-func (a *Agent) store(file string, v any) error {
-	raw, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", file, err)
-	}
-	return durable.WriteFile(a.path(file), append(raw, '\n'), 0o600)
-}
+func (a *Agent) store(file string, v any) error { return durable.WriteValue(a.path(file), v, 0o600) }
 
 // loadBundle restores what was last believed, so that neither a restart without a server leaves workloads without trust,
 // nor a restart lets an older bundle in again.
@@ -182,7 +176,7 @@ func (a *Agent) loadBundle(m *member) error {
 	}
 	b, err := parseBundle(m.td, s.Sequence, s.Roots)
 	if err != nil {
-		return fmt.Errorf("%s is damaged: %w; %s", a.path(bundleFile), err, remedyFor(bundleFile))
+		return a.damaged(bundleFile, err)
 	}
 	a.stored.loaded(b)
 	return a.bundles.Set(b)
@@ -223,7 +217,7 @@ func (a *Agent) loadRegistrations(m *member) error {
 	for _, r := range s.Registrations {
 		reg, err := registration(m, r)
 		if err != nil {
-			return fmt.Errorf("%s is damaged: %w; %s", a.path(registrationsFile), err, remedyFor(registrationsFile))
+			return a.damaged(registrationsFile, err)
 		}
 		list = append(list, reg)
 	}

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -44,12 +43,9 @@ type pendingBan struct {
 // open reads what the last run left.
 func (b *banBook) open(dir string) error {
 	b.path = filepath.Join(dir, bansFile)
-	raw, err := durable.ReadSecret(b.path, maxBansFile)
+	err := durable.ReadValue(b.path, maxBansFile, &b.bans)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	}
-	if err == nil {
-		err = json.Unmarshal(raw, &b.bans)
 	}
 	if err != nil {
 		return fmt.Errorf("read the bans that the state database did not have yet, %s: %w; ban those agents again once the file is out of the way", b.path, err)
@@ -65,10 +61,7 @@ func (b *banBook) keep(bans []pendingBan) error {
 			err = nil
 		}
 	} else {
-		var raw []byte
-		if raw, err = json.Marshal(bans); err == nil {
-			err = durable.WriteFile(b.path, raw, 0o600)
-		}
+		err = durable.WriteValue(b.path, bans, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("note a ban in %s: %w", b.path, err)

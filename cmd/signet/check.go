@@ -286,7 +286,7 @@ func enrolment(dir string) (*x509.Certificate, string, error) {
 		Chain          [][]byte `json:"chain"`
 		LogVerifierKey string   `json:"log_verifier_key"`
 	}
-	if err := json.Unmarshal(text, &e); err != nil {
+	if err := durable.DecodeValue(text, &e); err != nil {
 		return nil, "", fmt.Errorf("read enrolment: %w", err)
 	}
 	if len(e.Chain) == 0 {
