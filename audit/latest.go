@@ -32,7 +32,7 @@ func (r *Reader) Latest(ctx context.Context, kind string, most uint64) (_ Found,
 		}
 		for i := end - first; i > 0; i-- {
 			if eventOf(entries[i-1]) == wanted {
-				f, err := r.proven(ctx, first+i-1)
+				f, err := r.Proven(ctx, first+i-1)
 				return f, err == nil, err
 			}
 		}
@@ -41,21 +41,15 @@ func (r *Reader) Latest(ctx context.Context, kind string, most uint64) (_ Found,
 	return Found{}, false, nil
 }
 
-// proven returns an entry that the checkpoint holds.
-func (r *Reader) proven(ctx context.Context, index uint64) (Found, error) {
-	raw, e, err := r.Entry(ctx, index)
-	if err != nil {
-		return Found{}, err
-	}
+// Proven returns the entry at an index, of which a proof showed that the newest checkpoint holds these very bytes.
+// ErrNotInLog, ErrDamaged.
+func (r *Reader) Proven(ctx context.Context, index uint64) (Found, error) {
 	proof, err := r.Prove(ctx, index)
 	if err != nil {
 		return Found{}, err
 	}
-	if err := VerifyProof(proof, raw, r.vkey); err != nil {
-		return Found{}, fmt.Errorf("entry %d of the audit log in %s: %w", index, r.dir, err)
-	}
-	_, facts := read(raw)
-	return Found{Index: index, Raw: raw, Entry: e, Facts: facts}, nil
+	e, facts := read(proof.Entry)
+	return Found{Index: index, Raw: proof.Entry, Entry: e, Facts: facts}, nil
 }
 
 func fieldOf(kind string) (protoreflect.FieldNumber, bool) {

@@ -1,8 +1,14 @@
 package audit
 
 import (
+	"bytes"
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 )
@@ -49,6 +55,52 @@ func TestTheLatestOfAKindIsFoundBackwards(t *testing.T) {
 	})
 	if _, ok, err := r.Latest(t.Context(), "authority-changed", 1<<20); ok || !errors.Is(err, ErrBadProof) {
 		t.Errorf("a changed entry: %v %v", ok, err)
+	}
+}
+
+func TestWhatIsProvenIsRefusedOverAnyFlippedBitThatItStandsOn(t *testing.T) {
+	const index = 298 // of 300: its proof leads over the partial tile, and the full one beside it
+	dir, vkey := finished(t, 300)
+	proven := func() error {
+		f, err := reader(t, dir, vkey).Proven(t.Context(), index)
+		if err == nil && (f.Index != index || !proto.Equal(f.Entry, event(index)) || !f.Facts.Time.Equal(time.Unix(0, event(index).GetTime()))) {
+			t.Errorf("proven: %+v", f)
+		}
+		return err
+	}
+	if err := proven(); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := marshal(event(index))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Where its own bytes lie in the bundle; its sibling in the tile of leaves; the root of the first 256 in the tile above.
+	for path, all := range map[string]func(file []byte) (from, to int){
+		"tile/entries/001.p/44": func(file []byte) (int, int) { at := bytes.Index(file, raw); return at, at + len(raw) },
+		"tile/0/001.p/44":       func([]byte) (int, int) { return 43 * 32, 44 * 32 },
+		"tile/1/000.p/1":        func([]byte) (int, int) { return 0, 32 },
+		"checkpoint":            func(file []byte) (int, int) { return 0, len(file) },
+	} {
+		full := filepath.Join(dir, path)
+		good, err := os.ReadFile(full)
+		if err != nil {
+			t.Fatal(err)
+		}
+		from, to := all(good)
+		if from < 0 || to > len(good) || from == to {
+			t.Fatalf("%s: bytes %d to %d of %d", path, from, to, len(good))
+		}
+		for i := from; i < to; i++ {
+			rewrite(t, full, func(b []byte) []byte { b[i] ^= 1 << (i % 8); return b })
+			if err := proven(); err == nil {
+				t.Errorf("%s byte %d: it is still proven", path, i)
+			}
+			rewrite(t, full, func([]byte) []byte { return good })
+		}
+	}
+	if err := proven(); err != nil {
+		t.Errorf("after all is put back: %v", err)
 	}
 }
 

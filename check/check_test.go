@@ -1,8 +1,10 @@
 package check
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
@@ -16,6 +18,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/audit"
 )
 
 var now = time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
@@ -173,6 +178,48 @@ func TestASocketOnWhichNobodyAnswersIsFound(t *testing.T) {
 
 func TestAFolderThatIsNoLogCouldNotBeTold(t *testing.T) {
 	is(t, Log(t.Context(), t.TempDir(), "", now), Unknown, "log verify")
+}
+
+func TestALogIsHeldAgainstItsLastEntry(t *testing.T) {
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "log")
+	l, err := audit.Open(t.Context(), audit.Config{Dir: dir, Origin: "example.org/east/east-1", Signer: key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := &auditv1.Entry{Time: now.UnixNano(), Event: &auditv1.Entry_JoinTokenUsed{JoinTokenUsed: &auditv1.JoinTokenUsed{Agent: "node-1"}}}
+	_, err = l.Append(t.Context(), []*auditv1.Entry{used, used})
+	if err := errors.Join(err, l.Close(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	look := func(at time.Time) Findings { return Log(t.Context(), dir, l.VerifierKey(), at) }
+	is(t, look(now), OK, "checkpoint of 2 entries", "of 2026-05-04T03:02:01Z")
+	is(t, look(now.Add(-time.Hour)), Error, "it is 2026-05-04T02:02:01Z here: the clock went back", "timedatectl")
+	// The last byte of the last entry, the hash of its sibling, and the signature.
+	for path, at := range map[string]func(file []byte) int{
+		"tile/entries/000.p/2": func(file []byte) int { return len(file) - 1 },
+		"tile/0/000.p/2":       func([]byte) int { return 0 },
+		"checkpoint":           func(file []byte) int { return len(file) - 10 },
+	} {
+		full := filepath.Join(dir, path)
+		good, err := os.ReadFile(full)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad := bytes.Clone(good)
+		bad[at(bad)] ^= 1
+		if err := os.WriteFile(full, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		is(t, look(now), Error, "does not pass", "signet log verify --dir "+dir)
+		if err := os.WriteFile(full, good, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	is(t, look(now), OK)
 }
 
 func TestTheWorstComesFirst(t *testing.T) {
