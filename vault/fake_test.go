@@ -15,22 +15,14 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/signet-ca/signet/test/lab"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(tests{m}) }
+// theVault is the real one of all tests here that need it. Each has roles, policies and paths of its own.
+var theVault lab.OneVault
 
-// tests end what they share before leaks are looked for.
-type tests struct{ m *testing.M }
-
-var atEnd []func()
-
-func (t tests) Run() int {
-	code := t.m.Run()
-	for _, f := range atEnd {
-		f()
-	}
-	return code
-}
+func TestMain(m *testing.M) { goleak.VerifyTestMain(theVault.During(m)) }
 
 // fakeVault answers as a test tells it. It knows the logins and tokens, and else only what is in paths.
 type fakeVault struct {

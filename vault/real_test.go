@@ -18,25 +18,13 @@ import (
 	"github.com/signet-ca/signet/test/lab"
 )
 
-// shared is one real Vault for all tests of this package; each has its own roles, policies and paths in it.
+// shared is the real Vault with an engine for documents.
 var shared = sync.OnceValues(func() (*lab.Vault, error) {
-	dir, err := os.MkdirTemp("", "vault")
+	v, err := theVault.Get()
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	v, err := lab.StartVault(ctx, lab.VaultConfig{Dir: dir})
-	atEnd = append(atEnd, func() {
-		if v != nil {
-			v.Stop()
-		}
-		cancel()
-		_ = os.RemoveAll(dir)
-	})
-	if err != nil {
-		return nil, err
-	}
-	return v, v.Mount(ctx, "secret", "kv")
+	return v, v.Mount(context.Background(), "secret", "kv")
 })
 
 // realVault is the Vault, with a policy of the test's name for what is under secret/<name>/, and something to read there.

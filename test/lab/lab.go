@@ -147,7 +147,7 @@ func (l *Lab) Write(name, content string) error {
 // Passphrase makes a passphrase file.
 func (l *Lab) Passphrase(name string) error { return l.Write(name, rand.Text()+"\n") }
 
-// Process is a child that ends with the lab.
+// Process is a child of a lab or of a Vault, and ends with it.
 type Process struct {
 	Name string
 	cmd  *exec.Cmd
@@ -187,20 +187,30 @@ func (p *Process) ended() bool {
 
 // Start runs a long-lived signet; its output goes to <name>.log. The child dies with the thread that called.
 func (l *Lab) Start(name string, args ...string) (*Process, error) {
-	out, err := os.OpenFile(filepath.Join(l.Dir, name+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	cmd := exec.Command(l.signet, args...)
+	cmd.Dir = l.Dir
+	p, err := start(name, cmd, filepath.Join(l.Dir, name+".log"))
+	if err != nil {
+		return nil, err
+	}
+	l.procs = append(l.procs, p)
+	return p, nil
+}
+
+// start runs a child that dies with the thread that called, and is in that thread's namespaces. Its output is appended to a file.
+func start(name string, cmd *exec.Cmd, output string) (*Process, error) {
+	out, err := os.OpenFile(output, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer out.Close()
-	cmd := exec.Command(l.signet, args...)
-	cmd.Dir, cmd.Stdout, cmd.Stderr = l.Dir, out, out
+	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
 	p := &Process{Name: name, cmd: cmd, done: make(chan struct{})}
 	go func() { _ = cmd.Wait(); close(p.done) }()
-	l.procs = append(l.procs, p)
 	return p, nil
 }
 

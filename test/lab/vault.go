@@ -18,7 +18,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"syscall"
 	"time"
 )
 
@@ -53,19 +52,11 @@ type Vault struct {
 	binary    string
 	authority *throwAwayCA // nil with Plain
 	client    *http.Client
-	proc      *vaultProcess
+	proc      *Process
 }
 
-type vaultProcess struct {
-	cmd  *exec.Cmd
-	done chan struct{}
-}
-
-// vaultStart bounds a start with all that belongs to it, vaultStop an orderly end.
-const (
-	vaultStart = 30 * time.Second
-	vaultStop  = 5 * time.Second
-)
+// vaultStart bounds a start with all that belongs to it.
+const vaultStart = 30 * time.Second
 
 // StartVault starts a Vault, initialises and unseals it, and waits until it answers. It ends with ctx, with Stop or with this
 // process, whichever comes first.
@@ -160,31 +151,26 @@ func (v *Vault) begin() error {
 
 // start starts the process and waits until it listens, sealed.
 func (v *Vault) start(ctx context.Context) error {
-	out, err := os.OpenFile(v.LogPath(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return fmt.Errorf("start Vault: %w", err)
-	}
-	p := &vaultProcess{cmd: exec.CommandContext(v.life, v.binary, "server", "-config", v.configPath()), done: make(chan struct{})}
-	p.cmd.Dir, p.cmd.Stdout, p.cmd.Stderr = v.Dir, out, out
-	p.cmd.Env = []string{"HOME=" + v.Dir, "PATH=/usr/bin:/bin"} // none of the caller's VAULT_*
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd := exec.CommandContext(v.life, v.binary, "server", "-config", v.configPath())
+	cmd.Dir = v.Dir
+	cmd.Env = []string{"HOME=" + v.Dir, "PATH=/usr/bin:/bin"} // none of the caller's VAULT_*
 	started := make(chan error, 1)
 	go func() {
-		// Pdeathsig is sent when the thread that started the child ends, so that thread is held for as long.
+		// The thread that starts the child is held until it ends: the caller's may be gone before.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		defer close(p.done)
-		defer out.Close()
-		err := p.cmd.Start()
+		p, err := start("vault", cmd, v.LogPath())
+		if err == nil {
+			v.proc = p
+		}
 		started <- err
 		if err == nil {
-			_ = p.cmd.Wait()
+			<-p.done
 		}
 	}()
 	if err := <-started; err != nil {
 		return fmt.Errorf("start Vault: %w", err)
 	}
-	v.proc = p
 	return v.until(ctx, "listening", func() error {
 		var status struct{}
 		return v.As("").do(ctx, http.MethodGet, "sys/seal-status", nil, &status)
@@ -238,34 +224,22 @@ func (v *Vault) Unseal(ctx context.Context) error {
 }
 
 // Stop asks it to end (SIGTERM), by force after 5 s. Twice is once.
-func (v *Vault) Stop() {
-	if v.proc == nil {
-		return
-	}
-	_ = v.proc.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-v.proc.done:
-		v.client.CloseIdleConnections()
-	case <-time.After(vaultStop):
-		v.Kill()
-	}
-}
+func (v *Vault) Stop() { v.end((*Process).Stop) }
 
 // Kill ends it at once (SIGKILL), as a power cut would.
-func (v *Vault) Kill() {
+func (v *Vault) Kill() { v.end((*Process).Kill) }
+
+func (v *Vault) end(how func(*Process)) {
 	if v.proc == nil {
 		return
 	}
-	_ = v.proc.cmd.Process.Kill()
-	<-v.proc.done
+	how(v.proc)
 	v.client.CloseIdleConnections()
 }
 
 // Start starts it again after Stop or Kill, on what it had stored. It is sealed then.
 func (v *Vault) Start(ctx context.Context) error {
-	select {
-	case <-v.proc.done:
-	default:
+	if !v.proc.ended() {
 		return errors.New("start Vault: it runs")
 	}
 	ctx, cancel := context.WithTimeout(ctx, vaultStart)
@@ -283,7 +257,7 @@ func (v *Vault) Restart(ctx context.Context) error {
 }
 
 // PID of the process, for signals such as SIGSTOP.
-func (v *Vault) PID() int { return v.proc.cmd.Process.Pid }
+func (v *Vault) PID() int { return v.proc.PID() }
 
 // LogPath is the file with what Vault says.
 func (v *Vault) LogPath() string { return filepath.Join(v.Dir, "vault.log") }

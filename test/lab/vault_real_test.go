@@ -3,14 +3,21 @@
 package lab
 
 import (
+	"context"
 	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func startVault(t *testing.T, c VaultConfig) *Vault {
@@ -191,6 +198,78 @@ func TestAProxyOutlivesTheVaultBehindIt(t *testing.T) {
 	must(t, v.Restart(ctx))
 	if _, err := through.Read(ctx, "sys/mounts"); err != nil {
 		t.Error(err)
+	}
+}
+
+// inTests is what a package's tests do with the Vault they share.
+type inTests func() int
+
+func (f inTests) Run() int { return f() }
+
+func TestTheVaultOfAPackageEndsWithItsTests(t *testing.T) {
+	var unused OneVault
+	if code := unused.During(inTests(func() int { return 3 })).Run(); code != 3 {
+		t.Errorf("the tests' own exit status is %d, want 3", code)
+	}
+	if v, err := unused.Get(); err == nil || v != nil {
+		t.Errorf("after the tests somebody is given %v", v)
+	}
+
+	one := OneVault{Plain: true}
+	var v *Vault
+	one.During(inTests(func() int {
+		var err error
+		v, err = one.Get()
+		must(t, err)
+		if again, err := one.Get(); again != v || err != nil {
+			t.Errorf("another time it is %p, %v, not %p", again, err, v)
+		}
+		return 0
+	})).Run()
+	if !v.proc.ended() {
+		t.Error("it still runs")
+	}
+	if _, err := os.Stat(v.Dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("its folder is left: %v", err)
+	}
+}
+
+// dyingTests is set in a child that starts the Vault of its tests, says which process it is, and never ends by itself.
+const dyingTests = "SIGNET_LAB_DYING_TESTS"
+
+func TestTheVaultOfAPackageDiesWithItsTests(t *testing.T) {
+	if os.Getenv(dyingTests) != "" {
+		one := OneVault{Plain: true}
+		v, err := one.Get()
+		must(t, err)
+		fmt.Println("PID", v.PID())
+		select {}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	child := exec.CommandContext(ctx, os.Args[0], "-test.run=^"+t.Name()+"$", "-test.timeout=1m")
+	child.Env = append(os.Environ(), dyingTests+"=yes", "TMPDIR="+t.TempDir())
+	out, err := child.StdoutPipe()
+	must(t, err)
+	must(t, child.Start())
+	defer func() { _ = child.Wait() }()
+	pid := 0
+	if _, err := fmt.Fscanf(out, "PID %d\n", &pid); err != nil {
+		t.Fatalf("the child names no Vault: %v", err)
+	}
+	vault, err := unix.PidfdOpen(pid, 0)
+	must(t, err)
+	defer unix.Close(vault)
+	must(t, child.Process.Kill())
+	if err := Until(ctx, "Vault ended", 10*time.Second, func() error {
+		// A pidfd can be read once its process has ended.
+		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(vault), Events: unix.POLLIN}}, 0); n != 1 {
+			return fmt.Errorf("it runs: %v", err)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+		must(t, unix.Kill(pid, unix.SIGKILL))
 	}
 }
 

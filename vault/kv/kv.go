@@ -43,10 +43,7 @@ type Config struct {
 }
 
 // Folder is what the clusters share.
-type Folder struct {
-	vault       Vault
-	mount, path string
-}
+type Folder struct{ c Config }
 
 // New checks the configuration; it talks to nobody.
 func New(c Config) (*Folder, error) {
@@ -58,20 +55,21 @@ func New(c Config) (*Folder, error) {
 	case c.Path == "" || strings.Trim(c.Path, "/") != c.Path:
 		return nil, fmt.Errorf("shared trust in Vault: path %.64q: want a folder in the mount, without a slash at either end", c.Path)
 	}
-	return &Folder{vault: c.Vault, mount: c.Mount, path: c.Path}, nil
+	return &Folder{c}, nil
 }
 
-func (c Config) data(name string) string { return c.Mount + "/data/" + c.Path + "/" + name }
+// where is the path of a document.
+func (c Config) where(name string) string { return c.Mount + "/data/" + c.Path + "/" + name }
 
 // Needs is what a token has to be allowed.
 func Needs(c Config) []vault.Need {
 	ours := []string{"create", "read", "update"}
 	needs := []vault.Need{
-		{Path: c.data("trust"), Capabilities: ours, Why: "the roots that the clusters share"},
-		{Path: c.data("reports/" + c.Cluster), Capabilities: ours, Why: "how far this cluster is with a rotation"},
+		{Path: c.where("trust"), Capabilities: ours, Why: "the roots that the clusters share"},
+		{Path: c.where("reports/" + c.Cluster), Capabilities: ours, Why: "how far this cluster is with a rotation"},
 	}
 	for _, p := range c.Peers {
-		needs = append(needs, vault.Need{Path: c.data("reports/" + p), Capabilities: []string{"read"}, Why: "how far cluster " + p + " is with a rotation"})
+		needs = append(needs, vault.Need{Path: c.where("reports/" + p), Capabilities: []string{"read"}, Why: "how far cluster " + p + " is with a rotation"})
 	}
 	return needs
 }
@@ -91,11 +89,9 @@ func (f *Folder) failed(err error) error {
 	return err
 }
 
-func (f *Folder) where(name string) string { return f.mount + "/data/" + f.path + "/" + name }
-
 // Read returns a document and its version; nil for none, with the version of one that was deleted.
 func (f *Folder) Read(ctx context.Context, name string) ([]byte, uint64, error) {
-	secret, err := f.vault.Read(ctx, f.where(name))
+	secret, err := f.c.Vault.Read(ctx, f.c.where(name))
 	if errors.Is(err, vault.ErrNotFound) {
 		// Vault says the same where nothing is mounted, but with a reason.
 		if e := (*vault.Error)(nil); errors.As(err, &e) && len(e.Messages) > 0 {
@@ -118,9 +114,9 @@ func (f *Folder) Read(ctx context.Context, name string) ([]byte, uint64, error) 
 	note, isText := data[noteKey].(string)
 	switch {
 	case !ok || !isText || note == "":
-		return nil, 0, fmt.Errorf("version %d of %s was not written by a Signet server: it has no text %q; find out who wrote it, and delete it (vault kv delete -mount=%s %s/%s): then it is written again", version, f.where(name), noteKey, f.mount, f.path, name)
+		return nil, 0, fmt.Errorf("version %d of %s was not written by a Signet server: it has no text %q; find out who wrote it, and delete it (vault kv delete -mount=%s %s/%s): then it is written again", version, f.c.where(name), noteKey, f.c.Mount, f.c.Path, name)
 	case len(note) > MaxDocument:
-		return nil, 0, fmt.Errorf("version %d of %s has %d bytes: at most %d are read", version, f.where(name), len(note), MaxDocument)
+		return nil, 0, fmt.Errorf("version %d of %s has %d bytes: at most %d are read", version, f.c.where(name), len(note), MaxDocument)
 	}
 	return []byte(note), version, nil
 }
@@ -130,11 +126,11 @@ func (f *Folder) version(name string, of any) (uint64, error) {
 	metadata, _ := of.(map[string]any)
 	number, ok := metadata["version"].(json.Number)
 	if !ok {
-		return 0, fmt.Errorf("what Vault has at %s has no version: %s has to be a KV engine of version 2 (vault kv enable-versioning %s)", f.where(name), f.mount, f.mount)
+		return 0, fmt.Errorf("what Vault has at %s has no version: %s has to be a KV engine of version 2 (vault kv enable-versioning %s)", f.c.where(name), f.c.Mount, f.c.Mount)
 	}
 	version, err := strconv.ParseUint(number.String(), 10, 63)
 	if err != nil {
-		return 0, fmt.Errorf("version %.32q of %s in Vault: %w", number.String(), f.where(name), errors.Unwrap(err))
+		return 0, fmt.Errorf("version %.32q of %s in Vault: %w", number.String(), f.c.where(name), errors.Unwrap(err))
 	}
 	return version, nil
 }
@@ -143,9 +139,9 @@ func (f *Folder) version(name string, of any) (uint64, error) {
 // when the version is another one by now.
 func (f *Folder) Write(ctx context.Context, name string, text []byte, upon uint64) (bool, error) {
 	if len(text) == 0 || len(text) > MaxDocument || !utf8.Valid(text) {
-		return false, fmt.Errorf("write %s to Vault: %d bytes: want 1 to %d, of UTF-8", f.where(name), len(text), MaxDocument)
+		return false, fmt.Errorf("write %s to Vault: %d bytes: want 1 to %d, of UTF-8", f.c.where(name), len(text), MaxDocument)
 	}
-	secret, err := f.vault.Write(ctx, f.where(name), map[string]any{
+	secret, err := f.c.Vault.Write(ctx, f.c.where(name), map[string]any{
 		"data": map[string]any{noteKey: string(text)}, "options": map[string]any{"cas": upon},
 	})
 	switch {
@@ -154,7 +150,7 @@ func (f *Folder) Write(ctx context.Context, name string, text []byte, upon uint6
 	case err != nil:
 		return false, f.failed(err)
 	case secret == nil:
-		return false, fmt.Errorf("write %s to Vault: it answers without a version: %s has to be a KV engine of version 2 (vault kv enable-versioning %s)", f.where(name), f.mount, f.mount)
+		return false, fmt.Errorf("write %s to Vault: it answers without a version: %s has to be a KV engine of version 2 (vault kv enable-versioning %s)", f.c.where(name), f.c.Mount, f.c.Mount)
 	}
 	if _, err := f.version(name, secret.Data); err != nil {
 		return false, err

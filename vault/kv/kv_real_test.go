@@ -3,7 +3,6 @@
 package kv
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -17,22 +16,6 @@ import (
 	"github.com/signet-ca/signet/vault"
 )
 
-// shared is the one Vault of all tests here. Each mounts an engine of its own.
-var shared = sync.OnceValues(func() (*lab.Vault, error) {
-	dir, err := os.MkdirTemp("", "signet-kv-")
-	if err != nil {
-		return nil, err
-	}
-	v, err := lab.StartVault(context.Background(), lab.VaultConfig{Dir: dir})
-	atEnd = append(atEnd, func() {
-		if v != nil {
-			v.Stop()
-		}
-		_ = os.RemoveAll(dir)
-	})
-	return v, err
-})
-
 // engine is a KV engine in the real Vault, named after the test.
 type engine struct {
 	*lab.Vault
@@ -42,7 +25,7 @@ type engine struct {
 
 func newEngine(t *testing.T) *engine {
 	t.Helper()
-	v, err := shared()
+	v, err := theVault.Get()
 	must(t, err)
 	mount := strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-"))
 	must(t, v.Mount(t.Context(), mount, "kv"))
@@ -296,7 +279,7 @@ func TestEachPermissionThatIsMissingIsNamed(t *testing.T) {
 		return func(f *Folder) error { _, err := f.Write(t.Context(), name, []byte("a"), upon); return err }
 	}
 	for i, n := range all {
-		name := strings.TrimPrefix(n.Path, e.config.data(""))
+		name := strings.TrimPrefix(n.Path, e.config.where(""))
 		for _, capability := range n.Capabilities {
 			needs := append([]vault.Need{}, all...)
 			needs[i].Capabilities = nil

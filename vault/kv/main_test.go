@@ -1,23 +1,14 @@
 package kv
 
 import (
-	"os"
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/signet-ca/signet/test/lab"
 )
 
-// atEnd gives back what the tests share.
-var atEnd []func()
+// theVault is the real one of all tests here that need it. Each mounts an engine of its own.
+var theVault lab.OneVault
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	for _, end := range atEnd {
-		end()
-	}
-	if err := goleak.Find(); err != nil && code == 0 {
-		println(err.Error())
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { goleak.VerifyTestMain(theVault.During(m)) }

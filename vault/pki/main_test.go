@@ -1,11 +1,14 @@
-//go:build !real
-
 package pki
 
 import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/signet-ca/signet/test/lab"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// theVault is the real one of all tests here that need it. Each mounts an engine of its own.
+var theVault = lab.OneVault{Plain: true}
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(theVault.During(m)) }

@@ -3,7 +3,6 @@
 package pki
 
 import (
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -17,7 +16,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -28,24 +26,6 @@ import (
 	"github.com/signet-ca/signet/vault"
 )
 
-// theVault is one for all tests, each with mounts of its own. It dies with this process.
-var theVault = sync.OnceValues(func() (*lab.Vault, error) {
-	dir, err := os.MkdirTemp("", "signet-pki-")
-	if err != nil {
-		return nil, err
-	}
-	return lab.StartVault(context.Background(), lab.VaultConfig{Dir: dir, Plain: true})
-})
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if v, err := theVault(); err == nil {
-		v.Stop()
-		os.RemoveAll(v.Dir)
-	}
-	os.Exit(code)
-}
-
 // mount is a PKI mount in the real Vault.
 type mount struct {
 	*testing.T
@@ -55,7 +35,7 @@ type mount struct {
 
 func newMount(t *testing.T, name string) mount {
 	t.Helper()
-	v, err := theVault()
+	v, err := theVault.Get()
 	if err != nil {
 		t.Fatal(err)
 	}

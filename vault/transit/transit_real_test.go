@@ -39,23 +39,6 @@ import (
 	"github.com/signet-ca/signet/vault"
 )
 
-// shared is the one Vault of all tests here. Each mounts an engine of its own.
-var shared = sync.OnceValues(func() (*lab.Vault, error) {
-	dir, err := os.MkdirTemp("", "signet-transit-")
-	if err != nil {
-		return nil, err
-	}
-	v, err := lab.StartVault(context.Background(), lab.VaultConfig{Dir: dir})
-	if err != nil {
-		return nil, err
-	}
-	atEnd = append(atEnd, func() {
-		v.Stop()
-		_ = os.RemoveAll(dir)
-	})
-	return v, nil
-})
-
 // real is an engine in the real Vault, named after the test.
 type real struct {
 	*lab.Vault
@@ -66,7 +49,7 @@ const realPrefix = "signet-east-"
 
 func realTransit(t *testing.T) real {
 	t.Helper()
-	v, err := shared()
+	v, err := theVault.Get()
 	if err != nil {
 		t.Fatal(err)
 	}

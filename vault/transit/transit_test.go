@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -25,23 +24,14 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/test/lab"
 	"github.com/signet-ca/signet/vault"
 )
 
-// atEnd is for what all tests share.
-var atEnd []func()
+// theVault is the real one of all tests here that need it. Each mounts an engine of its own.
+var theVault lab.OneVault
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	for _, end := range atEnd {
-		end()
-	}
-	if err := goleak.Find(); err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { goleak.VerifyTestMain(theVault.During(m)) }
 
 func create(t *testing.T, s *Store, name string, alg keystore.Algorithm, after int) keystore.Key {
 	t.Helper()
