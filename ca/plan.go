@@ -37,6 +37,10 @@ const (
 	DefaultControlLife      = 10 * 365 * 24 * time.Hour
 )
 
+// MinIntermediateLife is the least that an intermediate may live when the end of a CA above it cuts its life short: the
+// default life of a leaf. A life that was asked for as such may be shorter.
+const MinIntermediateLife = 24 * time.Hour
+
 // PlanBackdate is how far before its start a CA certificate is valid already, for clocks that are late.
 const PlanBackdate = 5 * time.Minute
 
@@ -136,14 +140,13 @@ func (p Plan) complete(key crypto.PublicKey, start time.Time, life time.Duration
 	if err != nil {
 		return Plan{}, fmt.Errorf("plan of %s: %w", p.what(), err)
 	}
-	short := hex.EncodeToString(id[:4])
 	switch p.Kind {
 	case KindRoot:
-		p.CommonName = commonName("Signet root ", p.TrustDomain.Name(), " "+short)
+		p.CommonName = RootName(p.TrustDomain, id)
 	case KindIntermediate:
 		// A DN of its own for each key: Go leaves the authority key identifier out where issuer and subject are equal,
 		// and two CAs of one name make path building guess.
-		p.CommonName = commonName("Signet ", p.Cluster, " "+short)
+		p.CommonName = commonName("Signet ", p.Cluster, nameEnd(id))
 	case KindControl:
 		p.CommonName = commonName("Signet control CA ", p.Cluster, "")
 	}
@@ -157,6 +160,13 @@ func (p Plan) complete(key crypto.PublicKey, start time.Time, life time.Duration
 	}
 	return p, nil
 }
+
+// RootName is the common name of a root, which the first 4 bytes of an identifier tell from the others of its trust domain.
+func RootName(td spiffeid.TrustDomain, id []byte) string {
+	return commonName("Signet root ", td.Name(), nameEnd(id))
+}
+
+func nameEnd(id []byte) string { return " " + hex.EncodeToString(id[:4]) }
 
 // maxNamePart is ub-common-name and ub-organization-name of RFC 5280 appendix A.1, in characters.
 const maxNamePart = 64

@@ -49,10 +49,6 @@ import (
 	"github.com/signet-ca/signet/ca"
 )
 
-// MinUsefulLife is the least that an intermediate may live when its root's end cuts its life short: the default life of
-// a leaf. A life that was asked for as such may be shorter.
-const MinUsefulLife = 24 * time.Hour
-
 // Prepared is a certificate that has been planned, predicted and linted, and may be signed once.
 type Prepared struct {
 	plan   ca.Plan
@@ -134,13 +130,13 @@ func underIssuer(plan ca.Plan, issuer *x509.Certificate) (ca.Plan, error) {
 	}
 	if plan.NotAfter.After(issuer.NotAfter) {
 		plan.NotAfter = issuer.NotAfter.UTC()
-		if left := plan.NotAfter.Sub(begins); left < min(asked, MinUsefulLife) {
+		if left := plan.NotAfter.Sub(begins); left < min(asked, ca.MinIntermediateLife) {
 			if begins.After(now) {
 				return plan, fmt.Errorf("root %s ends on %s: what begins on %s would live shorter than the least useful %s; sign fewer, closer together, or make a new root",
-					name, stamp(issuer.NotAfter), stamp(begins), MinUsefulLife)
+					name, stamp(issuer.NotAfter), stamp(begins), ca.MinIntermediateLife)
 			}
 			return plan, fmt.Errorf("root %s ends on %s, in %s: what it signs now would live shorter than the least useful %s; make a new root",
-				name, stamp(issuer.NotAfter), left.Truncate(time.Second), MinUsefulLife)
+				name, stamp(issuer.NotAfter), left.Truncate(time.Second), ca.MinIntermediateLife)
 		}
 	}
 	if !plan.NotAfter.After(now) {

@@ -6,7 +6,6 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -240,17 +239,12 @@ func (c *RootConfig) makeWithEngine(ctx context.Context, r *Root, checkpoints ke
 // nameAfter names a root after the key of its log: its own key is not known before the certificate is there, and a root that
 // was made before an interruption must be told from somebody else's.
 func (c *RootConfig) nameAfter(checkpoints crypto.Signer) (string, error) {
-	const before, most = "Signet root ", 64 - len("Signet root ") - len(" 01234567") // ub-common-name
 	spki, err := x509.MarshalPKIXPublicKey(checkpoints.Public())
 	if err != nil {
 		return "", err
 	}
 	id := sha256.Sum256(spki)
-	td := c.TrustDomain.Name()
-	if len(td) > most {
-		td = td[:most-3] + "..."
-	}
-	return before + td + " " + hex.EncodeToString(id[:4]), nil
+	return ca.RootName(c.TrustDomain, id[:]), nil
 }
 
 // logMade logs a certificate that an engine has made.

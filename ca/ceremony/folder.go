@@ -103,8 +103,8 @@ func (c *RootConfig) Validate() error {
 		return errors.New("root: name the folder to make it in")
 	case c.TrustDomain.IsZero():
 		return errors.New("root: name its trust domain, for example example.org")
-	case c.Life < MinUsefulLife:
-		return fmt.Errorf("root: a life of %s is shorter than the least useful %s", c.Life, MinUsefulLife)
+	case c.Life < ca.MinIntermediateLife:
+		return fmt.Errorf("root: a life of %s is shorter than the least useful %s", c.Life, ca.MinIntermediateLife)
 	case c.Life > maxLife:
 		return fmt.Errorf("root: a life of %d years; at most 100 are allowed", c.Life/(365*24*time.Hour))
 	case c.PathLen < 1 || c.PathLen > ca.MaxChain-1:

@@ -25,10 +25,6 @@ import (
 	"github.com/signet-ca/signet/vault"
 )
 
-// MinUsefulLife is the least that an intermediate may live when the end of one above it cuts its life short. A life that was
-// asked for as such may be shorter.
-const MinUsefulLife = 24 * time.Hour
-
 const (
 	// maxIssuers bounds the issuers of a mount that are looked at.
 	maxIssuers = 256
@@ -426,13 +422,15 @@ func clamp(p *ca.Plan, path []*x509.Certificate, now time.Time) error {
 	}
 	if left := p.NotAfter.Sub(now); p.NotAfter.Before(first) && left < least(ca.Plan{NotAfter: first}, now) {
 		return fmt.Errorf("its chain ends on %s, in %s: what it signs now would live shorter than the least useful %s; make a new root or issuer",
-			stamp(p.NotAfter), left.Truncate(time.Second), MinUsefulLife)
+			stamp(p.NotAfter), left.Truncate(time.Second), ca.MinIntermediateLife)
 	}
 	return nil
 }
 
 // least is what must be left of a plan's life.
-func least(p ca.Plan, now time.Time) time.Duration { return min(p.NotAfter.Sub(now), MinUsefulLife) }
+func least(p ca.Plan, now time.Time) time.Duration {
+	return min(p.NotAfter.Sub(now), ca.MinIntermediateLife)
+}
 
 // backdate is how far before Vault's now the certificate begins. Vault refuses to begin before the issuer does. Its clock
 // may differ from ours: of a young issuer only half its age is used. And 0 is read as the default of 30 s.
