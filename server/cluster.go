@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -294,12 +293,11 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 			return InitResult{}, err
 		}
 	}
-	request, err := x509.ParseCertificateRequest(intermediate.CSR)
+	request, csr, err := storedRequest(intermediate)
 	if err != nil {
-		return InitResult{}, fmt.Errorf("stored request of %s can't be read: %w", intermediate.ID, err)
+		return InitResult{}, err
 	}
-	r.KeyFingerprint = ca.KeyFingerprint(request.RawSubjectPublicKeyInfo)
-	r.CSR = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: intermediate.CSR})
+	r.KeyFingerprint, r.CSR = ca.KeyFingerprint(request.RawSubjectPublicKeyInfo), csr
 	return r, nil
 }
 

@@ -117,10 +117,21 @@ type met struct {
 	at      time.Time
 }
 
-// trouble is something that does not work.
+// trouble is something that does not work. The zero value is none.
 type trouble struct {
 	since time.Time
 	err   error
+}
+
+// after is what it is after another try, and whether that has begun or ended it.
+func (t trouble) after(err error, now time.Time) (_ trouble, turned bool) {
+	switch {
+	case err == nil:
+		return trouble{}, t.err != nil
+	case t.err == nil:
+		return trouble{now, err}, true
+	}
+	return trouble{t.since, err}, false
 }
 
 // refusedRoot is one about which another cluster has decided what can't be followed here.
@@ -220,16 +231,14 @@ func (e *exchange) note(name string, err error) {
 }
 
 func (e *exchange) turned(t trouble, name string, err error) trouble {
+	after, turned := t.after(err, e.keeper.folder.Now())
 	switch {
-	case err != nil && t.err == nil:
+	case turned && err != nil:
 		e.log.Warn("what clusters share can't be exchanged; it is tried again", "document", name, "err", err)
-		return trouble{e.keeper.folder.Now(), err}
-	case err != nil:
-		return trouble{t.since, err}
-	case t.err != nil:
+	case turned:
 		e.log.Info("what clusters share can be exchanged again", "document", name, "since", stamp(t.since))
 	}
-	return trouble{}
+	return after
 }
 
 // shareTrust follows the shared document, and writes it if it lacks something.

@@ -717,6 +717,30 @@ func TestWhileNothingCanBeExchangedWorkGoesOn(t *testing.T) {
 	w.well()
 }
 
+func TestTroubleIsSinceItBeganAndNewsOnceAtEachEnd(t *testing.T) {
+	began := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
+	sealed, cut := errors.New("it is sealed"), errors.New("it hung up")
+	var now trouble
+	for i, try := range []struct {
+		err    error
+		since  time.Time
+		turned bool
+	}{
+		{nil, time.Time{}, false},
+		{sealed, began.Add(time.Minute), true},
+		{cut, began.Add(time.Minute), false},
+		{nil, time.Time{}, true},
+		{nil, time.Time{}, false},
+		{cut, began.Add(5 * time.Minute), true},
+	} {
+		next, turned := now.after(try.err, began.Add(time.Duration(i)*time.Minute))
+		if want := (trouble{try.since, try.err}); next != want || turned != try.turned {
+			t.Errorf("try %d: %v, news %v; want %v, %v", i, next, turned, want, try.turned)
+		}
+		now = next
+	}
+}
+
 func TestReportsAreKeptFresh(t *testing.T) {
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")

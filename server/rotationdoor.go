@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"slices"
@@ -58,10 +57,9 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 		if s.config.Upstream != nil || a.Kind != ca.KindIntermediate || a.State != ca.Prepared || len(a.Chain) > 0 {
 			continue
 		}
-		if csr, err := x509.ParseCertificateRequest(a.CSR); err == nil {
+		if request, csr, err := storedRequest(a); err == nil {
 			r.Requests = append(r.Requests, &adminv1.PendingRequest{
-				Authority: a.ID, Csr: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: a.CSR}),
-				KeyFingerprint: ca.KeyFingerprint(csr.RawSubjectPublicKeyInfo),
+				Authority: a.ID, Csr: csr, KeyFingerprint: ca.KeyFingerprint(request.RawSubjectPublicKeyInfo),
 			})
 		}
 	}

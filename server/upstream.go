@@ -37,27 +37,21 @@ const (
 // upstreamState is how it goes with the upstream authority.
 type upstreamState struct {
 	mu sync.Mutex
-	// failing is since when it does not sign; zero = it does, or was not asked.
-	failing time.Time
-	why     error
+	// trouble is why it does not sign; none where it does, or was not asked.
+	trouble trouble
 }
 
 func (u *upstreamState) note(err error, now time.Time) (news bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	news = (err == nil) != (u.why == nil)
-	if u.why = err; err == nil {
-		u.failing = time.Time{}
-	} else if u.failing.IsZero() {
-		u.failing = now
-	}
+	u.trouble, news = u.trouble.after(err, now)
 	return news
 }
 
 func (u *upstreamState) get() (since time.Time, why error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return u.failing, u.why
+	return u.trouble.since, u.trouble.err
 }
 
 // asking is how it goes with one request. The one goroutine in sign holds it.
@@ -150,6 +144,15 @@ func (k *keeper) signOne(ctx context.Context, row store.Authority, a *asking) er
 	return err
 }
 
+// storedRequest is a request as it is stored, read and in PEM.
+func storedRequest(row store.Authority) (*x509.CertificateRequest, []byte, error) {
+	request, err := x509.ParseCertificateRequest(row.CSR)
+	if err != nil {
+		return nil, nil, fmt.Errorf("stored request of %s can't be read: %w", row.ID, err)
+	}
+	return request, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: row.CSR}), nil
+}
+
 // ask has a request signed. There is no chain afterwards where it has to wait.
 func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error {
 	set, now := k.current.Load(), k.folder.Now()
@@ -163,9 +166,9 @@ func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error 
 		return fmt.Errorf("%s can't be signed now: there is not one root that is trusted, lives long enough and stays; see signet trust list", row.ID)
 	}
 	root := set.chains[under][0]
-	request, err := x509.ParseCertificateRequest(row.CSR)
+	request, csr, err := storedRequest(row)
 	if err != nil {
-		return fmt.Errorf("stored request of %s can't be read: %w", row.ID, err)
+		return err
 	}
 	plan, err := ca.NewIntermediatePlan(k.folder.TrustDomain, k.folder.Cluster, request.PublicKey, now, k.life)
 	if err != nil {
@@ -174,7 +177,7 @@ func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error 
 	plan.CommonName, plan.Under, plan.Now = request.Subject.CommonName, root, k.folder.Now
 	asking, cancel := context.WithTimeout(ctx, signTimeout)
 	defer cancel()
-	answer, err := k.upstream.Sign(asking, plan, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: row.CSR}))
+	answer, err := k.upstream.Sign(asking, plan, csr)
 	if err != nil {
 		return fmt.Errorf("have %s signed under %s: %w", row.ID, under, err)
 	}
