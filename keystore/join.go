@@ -2,7 +2,6 @@ package keystore
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 )
@@ -25,7 +24,7 @@ func (j Join) of(backend string, doing string) (Store, error) {
 	return nil, fmt.Errorf("%s: keys of the backend %q are not configured here; put its block back into the configuration", doing, backend)
 }
 
-// Create makes the next version of the named key where keys of that name belong.
+// Create asks the store where keys of that name belong, see Store.
 func (j Join) Create(ctx context.Context, name string, alg Algorithm, after int) (Key, error) {
 	home, ok := j.Homes[name]
 	if !ok {
@@ -69,6 +68,3 @@ func (j Join) Delete(ctx context.Context, ref Ref) error {
 	}
 	return s.Delete(ctx, ref)
 }
-
-// ErrKept is why a key can't be destroyed yet: its backend destroys the oldest version of a key only, and never the newest.
-var ErrKept = errors.New("the key can't be destroyed yet")

@@ -78,7 +78,7 @@ type Store interface {
 	// List returns the references of all keys, by name and version.
 	List(ctx context.Context) ([]Ref, error)
 	// Delete destroys a key, durably. One that is not there is no error. Some backends destroy the oldest version of a key
-	// only, and never the newest.
+	// only, and never the newest: ErrKept.
 	Delete(ctx context.Context, ref Ref) error
 }
 
@@ -88,6 +88,9 @@ var (
 	ErrWrongPassphrase = errors.New("wrong passphrase")
 	// ErrAway: the backend of a key can't be reached now.
 	ErrAway = errors.New("the keys are away")
+	// ErrKept: a key can't be destroyed yet, since its backend destroys only what is oldest and not newest, or is not
+	// configured (Join).
+	ErrKept = errors.New("the key can't be destroyed yet")
 )
 
 // validName allows 1 to 63 of [a-z0-9-], beginning with a letter: a file name and a path segment everywhere.
