@@ -265,9 +265,10 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 		if control, err = c.makeControlCA(ctx, o); err != nil {
 			return InitResult{}, err
 		}
-		if revision, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{control}, nil, trust.Bundle{}); err != nil {
+		if err = o.store.ChangeAuthorities(ctx, store.AuthorityChange{Base: revision, Next: revision + 1, Put: []store.Authority{control}}); err != nil {
 			return InitResult{}, err
 		}
+		revision++
 	}
 	r.ControlCA = ca.CertificateFingerprint(control.Chain[0])
 	if c.Upstream != nil {
@@ -289,7 +290,7 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 		if intermediate, err = k.request(ctx, &authorities{rows: rows}, nil); err != nil {
 			return InitResult{}, err
 		}
-		if _, err = o.store.ChangeAuthorities(ctx, revision, []store.Authority{intermediate}, nil, trust.Bundle{}); err != nil {
+		if err = o.store.ChangeAuthorities(ctx, store.AuthorityChange{Base: revision, Next: revision + 1, Put: []store.Authority{intermediate}}); err != nil {
 			return InitResult{}, err
 		}
 	}

@@ -45,11 +45,9 @@ type lost struct {
 // lost compares the database with what agents hold, and with the log.
 func (k *keeper) lost(set *authorities) lost {
 	l := lost{present: published{set.revision, set.bundle.Sequence()}}
-	l.newest = l.present
-	if in := k.logged.Load(); in != nil {
-		l.logged = in.revision > l.present.revision || in.sequence > l.present.sequence
-		l.newest.revision, l.newest.sequence = max(l.newest.revision, in.revision), max(l.newest.sequence, in.sequence)
-	}
+	in := k.newestLogged()
+	l.logged = k.outdated(set)
+	l.newest = published{max(l.present.revision, in.revision), max(l.present.sequence, in.sequence)}
 	if k.words == nil {
 		return l
 	}
@@ -69,6 +67,20 @@ func (k *keeper) lost(set *authorities) lost {
 		}
 	}
 	return l
+}
+
+// newestLogged is the newest state that the audit log knows of; zero where none is known.
+func (k *keeper) newestLogged() published {
+	if in := k.logged.Load(); in != nil {
+		return *in
+	}
+	return published{}
+}
+
+// outdated reports whether the audit log knows of a later state of the CAs than the database.
+func (k *keeper) outdated(set *authorities) bool {
+	in := k.newestLogged()
+	return in.revision > set.revision || in.sequence > set.bundle.Sequence()
 }
 
 // needed reports whether the trust bundle has to be published anew.
@@ -129,7 +141,7 @@ func (k *keeper) republish(ctx context.Context, d decision) (lost, trust.Bundle,
 		return l, bundle, err
 	}
 	if err := k.change(ctx, note, func(st *store.Store) error {
-		return st.Republish(ctx, set.revision, next.revision, bundle)
+		return st.ChangeAuthorities(ctx, store.AuthorityChange{Base: set.revision, Next: next.revision, Bundle: bundle})
 	}, func() { err = k.use(&next, issuers) }); err != nil {
 		return l, bundle, err
 	}

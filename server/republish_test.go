@@ -147,8 +147,24 @@ func TestADatabaseOlderThanTheLogIsFoundByTheLogAlone(t *testing.T) {
 	}
 	s = c.start(t, nil)
 	soon(t, "it is found", func() bool { return len(s.restored()) == 1 })
+	// Until somebody has looked, no step comes by itself; what a person asks for is done, and no revision is used twice.
+	set := s.keeper.current.Load()
+	if !s.keeper.heldBack(scheduled(), set) || s.keeper.heldBack(decision{verb: "advance"}, set) {
+		t.Error("steps are not held back until somebody asks for them")
+	}
+	s.addRoots(1)
+	if set := s.keeper.current.Load(); set.revision != now.revision+1 {
+		t.Errorf("revision %d, want one above %d, which the log has", set.revision, now.revision)
+	}
+	now.revision++
+	if len(s.restored()) != 1 {
+		t.Error("the trust bundle is older than the log, and nothing is found")
+	}
 	done, err := s.republish(false)
 	must(t, err)
+	if s.keeper.heldBack(scheduled(), s.keeper.current.Load()) {
+		t.Error("steps are still held back")
+	}
 	if done.After != now.bundle.Sequence()+1 {
 		t.Errorf("it publishes %d, want one above %d", done.After, now.bundle.Sequence())
 	}

@@ -378,10 +378,10 @@ func (k *keeper) myTurn(ctx context.Context) (done func(), err error) {
 }
 
 // heldBack reports whether no step is taken now, but for what a person has just asked for: steps depend on the time, and where
-// they are not automatic, on somebody's word. Without an issuer there is nothing to wait for: what a cluster begins with, or
-// goes on with after its key in memory was lost, needs no other word.
+// they are not automatic, or the database was restored from an older copy, on somebody's word. Without an issuer there is
+// nothing to wait for: what a cluster begins with, or goes on with after its key in memory was lost, needs no other word.
 func (k *keeper) heldBack(d decision, set *authorities) bool {
-	return k.doubt() || set.signs() && !k.policy.Automatic && d.verb != "advance"
+	return k.doubt() || set.signs() && (!k.policy.Automatic || k.outdated(set)) && d.verb != "advance"
 }
 
 // advance takes every step that can be taken. One that can't be made does not keep the others waiting.
@@ -463,7 +463,8 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 	if len(changes) == 0 {
 		return nil
 	}
-	next.revision = o.set.revision + 1
+	// Of two contents of a revision, nobody could tell from the log which one was in effect.
+	next.revision = max(o.set.revision, k.newestLogged().revision) + 1
 	forgotten := next.forget(keptRemoved)
 	if len(next.rows) > maxAuthorities {
 		return fmt.Errorf("the cluster would have %d CAs: at most %d are kept", len(next.rows), maxAuthorities)
@@ -498,8 +499,7 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 		bundle = next.bundle
 	}
 	if err := k.change(ctx, note, func(st *store.Store) error {
-		_, err := st.ChangeAuthorities(ctx, o.set.revision, rows, forgotten, bundle)
-		return err
+		return st.ChangeAuthorities(ctx, store.AuthorityChange{Base: o.set.revision, Next: next.revision, Put: rows, Drop: forgotten, Bundle: bundle})
 	}, func() { err = k.use(next, issuers) }); err != nil {
 		return err
 	}

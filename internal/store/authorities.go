@@ -129,42 +129,52 @@ func checkAuthority(a Authority) error {
 	return nil
 }
 
-// ChangeAuthorities puts authorities, each as a whole, and drops others, upon the given revision of the set, and, where the
-// trust bundle changes with them, that too: one transaction, since neither may be without the other. ErrConflict, trust.ErrRollback. It returns
-// the new revision.
-func (s *Store) ChangeAuthorities(ctx context.Context, base uint64, put []Authority, drop []string, bundle trust.Bundle) (uint64, error) {
-	for _, a := range put {
+// AuthorityChange is a change of the authorities upon revision Base, by which they become revision Next, a greater one. Put is
+// kept, each as a whole, Drop is dropped, and Bundle, unless it is zero, becomes the trust bundle.
+type AuthorityChange struct {
+	Base, Next uint64
+	Put        []Authority
+	Drop       []string
+	Bundle     trust.Bundle
+}
+
+// ChangeAuthorities makes a change in one transaction, since neither authorities nor bundle may be without the other.
+// ErrConflict, trust.ErrRollback.
+func (s *Store) ChangeAuthorities(ctx context.Context, c AuthorityChange) error {
+	if c.Next <= c.Base || c.Next > math.MaxInt64 {
+		return fmt.Errorf("revision %d upon %d of the authorities can't be kept", c.Next, c.Base)
+	}
+	for _, a := range c.Put {
 		if err := checkAuthority(a); err != nil {
-			return 0, err
+			return err
 		}
 		if _, err := keystore.ParseRef(a.Key.String()); err != nil && !a.Key.IsZero() {
-			return 0, fmt.Errorf("authority %s: %w", a.ID, err)
+			return fmt.Errorf("authority %s: %w", a.ID, err)
 		}
 	}
-	err := s.write(ctx, "change the authorities", func(tx *sql.Tx) error {
-		n, err := affected(tx.ExecContext(ctx, `UPDATE revisions SET value = value + 1 WHERE name = 'authorities' AND value = $1`, int64(base)))
+	return s.write(ctx, "change the authorities", func(tx *sql.Tx) error {
+		n, err := affected(tx.ExecContext(ctx, `UPDATE revisions SET value = $1 WHERE name = 'authorities' AND value = $2`, int64(c.Next), int64(c.Base)))
 		if err != nil {
 			return err
 		}
 		if n == 0 {
-			return refuse("change the authorities upon revision %d: %w", base, ErrConflict)
+			return refuse("change the authorities upon revision %d: %w", c.Base, ErrConflict)
 		}
-		for _, a := range put {
+		for _, a := range c.Put {
 			if err := putAuthority(ctx, tx, a); err != nil {
 				return err
 			}
 		}
-		for _, id := range drop {
+		for _, id := range c.Drop {
 			if _, err := tx.ExecContext(ctx, `DELETE FROM authorities WHERE id = $1`, id); err != nil {
 				return err
 			}
 		}
-		if bundle.IsZero() {
+		if c.Bundle.IsZero() {
 			return nil
 		}
-		return putBundle(ctx, tx, bundle)
+		return putBundle(ctx, tx, c.Bundle)
 	})
-	return base + 1, err
 }
 
 func putAuthority(ctx context.Context, tx *sql.Tx, a Authority) error {
@@ -195,24 +205,6 @@ func putAuthority(ctx context.Context, tx *sql.Tx, a Authority) error {
 		}
 	}
 	return nil
-}
-
-// Republish keeps the trust bundle under a greater sequence, upon the given revision of the authorities, which becomes a
-// greater one too. ErrConflict, trust.ErrRollback.
-func (s *Store) Republish(ctx context.Context, base, revision uint64, bundle trust.Bundle) error {
-	if revision <= base || revision > math.MaxInt64 {
-		return fmt.Errorf("revision %d upon %d of the authorities can't be kept", revision, base)
-	}
-	return s.write(ctx, "republish the trust bundle", func(tx *sql.Tx) error {
-		n, err := affected(tx.ExecContext(ctx, `UPDATE revisions SET value = $1 WHERE name = 'authorities' AND value = $2`, int64(revision), int64(base)))
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			return refuse("republish the trust bundle upon revision %d: %w", base, ErrConflict)
-		}
-		return putBundle(ctx, tx, bundle)
-	})
 }
 
 // ExtendLeaves notes that leaves under these issuers, and so under the roots above them, may live until then at least. What

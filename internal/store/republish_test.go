@@ -14,7 +14,7 @@ import (
 	"github.com/signet-ca/signet/trust"
 )
 
-func TestATrustBundleIsRepublishedUpwardsOnly(t *testing.T) {
+func TestRevisionAndSequenceGoUpwardsOnly(t *testing.T) {
 	s, ctx := newStore(t), t.Context()
 	root := newRoot(t)
 	if err := keepBundle(ctx, s, newBundle(t, 3, root)); err != nil {
@@ -24,19 +24,22 @@ func TestATrustBundleIsRepublishedUpwardsOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Republish(ctx, base+1, base+9, newBundle(t, 9, root)); !errors.Is(err, ErrConflict) {
+	change := func(s *Store, base, next, sequence uint64) error {
+		return s.ChangeAuthorities(ctx, AuthorityChange{Base: base, Next: next, Bundle: newBundle(t, sequence, root)})
+	}
+	if err := change(s, base+1, base+9, 9); !errors.Is(err, ErrConflict) {
 		t.Errorf("upon another revision: %v", err)
 	}
-	if err := s.Republish(ctx, base, base+9, newBundle(t, 2, root)); !errors.Is(err, trust.ErrRollback) {
+	if err := change(s, base, base+9, 2); !errors.Is(err, trust.ErrRollback) {
 		t.Errorf("a lower sequence: %v", err)
 	}
 	for _, revision := range []uint64{base, base - 1, math.MaxUint64} {
-		if err := s.Republish(ctx, base, revision, newBundle(t, 9, root)); err == nil {
+		if err := change(s, base, revision, 9); err == nil {
 			t.Errorf("revision %d upon %d was kept", revision, base)
 		}
 	}
 	note := &Note{Entries: entries("republished")}
-	if err := s.Telling(note).Republish(ctx, base, base+9, newBundle(t, 9, root)); err != nil {
+	if err := change(s.Telling(note), base, base+9, 9); err != nil {
 		t.Fatal(err)
 	}
 	s = reopened(t, s)

@@ -784,8 +784,7 @@ func keepAuthority(ctx context.Context, s *Store, a Authority) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ChangeAuthorities(ctx, revision, []Authority{a}, nil, trust.Bundle{})
-	return err
+	return s.ChangeAuthorities(ctx, AuthorityChange{Base: revision, Next: revision + 1, Put: []Authority{a}})
 }
 
 // keepBundle puts a bundle alone.
@@ -794,6 +793,5 @@ func keepBundle(ctx context.Context, s *Store, b trust.Bundle) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ChangeAuthorities(ctx, revision, nil, nil, b)
-	return err
+	return s.ChangeAuthorities(ctx, AuthorityChange{Base: revision, Next: revision + 1, Bundle: b})
 }
