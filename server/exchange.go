@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,12 +17,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/internal/bell"
-	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/server/shared"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -31,7 +29,7 @@ import (
 // signed by the cluster that wrote it, and foreign until that was verified: who can write there can withhold, and show what is
 // old; an old document adds no root, since a fresh report must speak of it too.
 //
-// There are the documents "trust", which each cluster writes (exchangetrust.go), and "reports/<cluster>", its own report.
+// There are the documents "trust", which each cluster writes (package shared), and "reports/<cluster>", its own report.
 // An error with a method Away() bool that returns true says that nothing can be read or written now.
 type Exchange interface {
 	// Read returns a document and its version. The text is nil where there is none; then the version may still be that of one
@@ -67,9 +65,6 @@ const (
 	reportRenewals, reportRenewalsLeaving = 2, 24
 )
 
-// taintedElsewhere is the reason of a taint that is followed: the document does not say whose it is.
-const taintedElsewhere = "tainted in another cluster"
-
 func reportDocument(cluster string) string { return reportsFolder + cluster }
 
 // exchange follows what the other clusters have decided, and tells them of this one. Nothing waits for it but rotations: when
@@ -97,7 +92,7 @@ type exchange struct {
 
 	mu sync.Mutex
 	// own is what is known of the shared document; nil before it was loaded.
-	own replica
+	own shared.Replica
 	// troubles are what can't be read or written, by document; away is for all of them.
 	troubles map[string]trouble
 	away     trouble
@@ -132,12 +127,6 @@ func (t trouble) after(err error, now time.Time) (_ trouble, turned bool) {
 		return trouble{now, err}, true
 	}
 	return trouble{t.since, err}, false
-}
-
-// refusedRoot is one about which another cluster has decided what can't be followed here.
-type refusedRoot struct {
-	id, by string
-	why    error
 }
 
 func newExchange(k *keeper, place Exchange, verifierKey string) *exchange {
@@ -257,14 +246,14 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 		if last := e.met; again && last.set == seen.set && last.version == version && last.reports == seen.reports && bytes.Equal(last.text, text) && now.Sub(last.at) < slowly*e.every && !now.Before(last.at) {
 			return trustDocument, nil
 		}
-		var theirs sharedTrust
+		var theirs shared.Trust
 		if text != nil {
 			known, err := e.load(ctx)
 			if err != nil {
 				return trustDocument, err
 			}
-			if theirs, err = openShared(text, e.keeper.folder.TrustDomain, append(slices.Clone(e.keeper.policy.Peers), e.self)); err == nil {
-				err = known.follows(theirs)
+			if theirs, err = shared.Open(text, e.keeper.folder.TrustDomain, writers(append(slices.Clone(e.keeper.policy.Peers), e.self))); err == nil {
+				err = known.Admits(theirs)
 			}
 			if err != nil {
 				return trustDocument, fmt.Errorf("version %d of the shared trust is not followed, and not replaced: %w", version, err)
@@ -274,16 +263,16 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 		if err != nil {
 			return trustDocument, err
 		}
-		ours, theirRoots := own.roots(), living(theirs.Roots, now)
+		ours, theirRoots := own.Roots(), shared.Living(theirs.Roots, now)
 		e.lacks(ours, theirRoots)
-		old := slices.ContainsFunc(theirs.Roots, func(r sharedRoot) bool { return now.After(r.NotAfter.Add(longOver)) })
-		if !old && slices.EqualFunc(ours, theirRoots, sharedRoot.equal) {
+		old := slices.ContainsFunc(theirs.Roots, func(r shared.Root) bool { return now.After(r.NotAfter.Add(longOver)) })
+		if !old && slices.EqualFunc(ours, theirRoots, shared.Root.Equal) {
 			if done {
 				e.met = seen
 			}
 			return trustDocument, nil
 		}
-		body, err := sharedTrust{TrustDomain: e.keeper.folder.TrustDomain.Name(), Cluster: e.self.Cluster, Roots: ours}.encode()
+		body, err := shared.Trust{TrustDomain: e.keeper.folder.TrustDomain.Name(), Cluster: e.self.Cluster, Roots: ours}.Encode()
 		if err != nil {
 			return trustDocument, err
 		}
@@ -305,16 +294,25 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 }
 
 // lacks remembers of which roots the document lacks a decision.
-func (e *exchange) lacks(ours, theirs []sharedRoot) {
+func (e *exchange) lacks(ours, theirs []shared.Root) {
 	var ids []string
 	for _, r := range ours {
-		if !slices.ContainsFunc(theirs, r.equal) {
+		if !slices.ContainsFunc(theirs, r.Equal) {
 			ids = append(ids, r.ID)
 		}
 	}
 	e.mu.Lock()
 	e.untold = ids
 	e.mu.Unlock()
+}
+
+// writers are clusters as those whose document is read.
+func writers(clusters []Peer) []shared.Writer {
+	var all []shared.Writer
+	for _, p := range clusters {
+		all = append(all, shared.Writer(p))
+	}
+	return all
 }
 
 // reportsSeen names the reports that are held: by them it is known that a root has gone.
@@ -327,239 +325,6 @@ func (e *exchange) reportsSeen() string {
 		fmt.Fprintf(&b, "%s %d ", p.Cluster, k.reports[p.Cluster].At.UnixNano())
 	}
 	return b.String()
-}
-
-// follow does here what the others have decided, and returns what all have decided, this cluster included; done says that
-// nothing is left to be tried again. What is known is kept before it is followed: then a crash in between leaves it to be
-// followed, and nothing that looks like a decision.
-func (e *exchange) follow(ctx context.Context, theirs sharedTrust, version uint64) (_ replica, done bool, err error) {
-	own, err := e.load(ctx)
-	if err != nil {
-		return nil, false, err
-	}
-	met := false
-	k := e.keeper
-	d := scheduled()
-	d.reason = fmt.Sprintf("the clusters share it: version %d, written by cluster %s", version, theirs.Cluster)
-	var refused []refusedRoot
-	o, err := k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-		next := own.meet(theirs.Roots, set.shares(now), e.self.Cluster, goneBy(w), now)
-		if err := e.keep(ctx, own, next); err != nil {
-			return nil, nil, err
-		}
-		own, met = next, true
-		var after *authorities
-		if after, refused = k.follow(set, w, own, now); after == set {
-			return nil, nil, nil
-		}
-		return after, nil, nil
-	})
-	e.mu.Lock()
-	for _, r := range refused {
-		if !slices.ContainsFunc(e.refused, func(x refusedRoot) bool { return x.id == r.id && x.why.Error() == r.why.Error() }) {
-			e.log.Warn("what another cluster has decided about a root can't be followed", "root", r.id, "cluster", r.by, "err", r.why)
-		}
-	}
-	e.refused = refused
-	e.mu.Unlock()
-	if err != nil && !met {
-		return nil, false, err
-	}
-	if err != nil {
-		e.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
-	}
-	settled := own.settle(o.set.shares(k.folder.Now()))
-	return settled, err == nil, e.keep(ctx, own, settled)
-}
-
-// goneBy reports of a root whether every cluster has said that it is not believed any more.
-func goneBy(w rotation.World) func(id string) bool {
-	return func(id string) bool {
-		for _, r := range append([]rotation.Report{w.Own}, w.Peers...) {
-			if r.At.IsZero() || slices.ContainsFunc(r.Roots, func(x rotation.RootReport) bool { return x.ID == id }) {
-				return false
-			}
-		}
-		return true
-	}
-}
-
-// load returns what is known of the shared document.
-func (e *exchange) load(ctx context.Context) (replica, error) {
-	e.mu.Lock()
-	own := e.own
-	e.mu.Unlock()
-	if own != nil {
-		return own, nil
-	}
-	text, err := e.keeper.store.SharedTrust(ctx, e.keeper.folder.TrustDomain)
-	if err != nil {
-		return nil, err
-	}
-	own = replica{}
-	if text != nil {
-		if err := json.Unmarshal(text, &own); err != nil {
-			return nil, fmt.Errorf("the stored shared trust can't be read: %w", err)
-		}
-	}
-	e.mu.Lock()
-	e.own = own
-	e.mu.Unlock()
-	return own, nil
-}
-
-// keep makes durable what is known of the shared document.
-func (e *exchange) keep(ctx context.Context, before, after replica) error {
-	if after.equal(before) {
-		return nil
-	}
-	text, err := json.Marshal(after)
-	if err != nil {
-		return err
-	}
-	if err := e.keeper.store.PutSharedTrust(ctx, e.keeper.folder.TrustDomain, text); err != nil {
-		return err
-	}
-	e.mu.Lock()
-	e.own = after
-	e.mu.Unlock()
-	return nil
-}
-
-// follow brings the roots to where the clusters want them, as far as each may go there: what is to be believed first, so that
-// something stays when the others leave. It returns the same set where nothing is to be done.
-func (k *keeper) follow(set *authorities, w rotation.World, shared replica, now time.Time) (*authorities, []refusedRoot) {
-	var refused []refusedRoot
-	try := func(r replicaRoot, change func() (*authorities, error)) {
-		next, err := change()
-		if err != nil {
-			refused = append(refused, refusedRoot{r.ID, r.By, err})
-			return
-		}
-		set, w.Authorities = next, next.lives()
-	}
-	at := map[string]standing{}
-	for _, l := range set.shares(now) {
-		at[l.Fingerprint] = l.stands
-	}
-	for _, r := range shared {
-		here, wanted := at[r.Fingerprint], r.standing()
-		switch {
-		case here == rootUnknown && (wanted == rootLeaving && len(k.policy.Peers) > 0 || wanted == rootBelieved && r.Tainted):
-			try(r, func() (*authorities, error) {
-				if found, err := k.vouched(w, r.ID, wanted, now); err != nil || !found {
-					return set, err // one that leaves and that nobody has is not needed here
-				}
-				return k.adopt(set, r.sharedRoot, now)
-			})
-		case wanted == rootBelieved && here != rootBelieved:
-			try(r, func() (*authorities, error) {
-				if _, err := k.vouched(w, r.ID, wanted, now); err != nil {
-					return nil, err
-				}
-				cert, err := set.room(r.sharedRoot)
-				if err != nil {
-					return nil, err
-				}
-				return set.addRoot(k.policy.Policy, w, cert, now)
-			})
-		}
-	}
-	for _, r := range shared {
-		here, wanted := at[r.Fingerprint], r.standing()
-		if row, ok := set.row(r.ID); r.Tainted && ok && row.Tainted.IsZero() && (here == rootBelieved || here == rootLeaving) {
-			try(r, func() (*authorities, error) {
-				lives, err := rotation.Taint(w, r.ID, now)
-				if err != nil {
-					return nil, err
-				}
-				row.TaintReason = taintedElsewhere
-				return set.edit(lives, row)
-			})
-		}
-		if here == rootBelieved && (wanted == rootLeaving || wanted == rootRemoved) {
-			try(r, func() (*authorities, error) {
-				lives, err := rotation.RemoveRoot(w, r.ID, now)
-				if err != nil {
-					return nil, err
-				}
-				return set.edit(lives)
-			})
-		}
-	}
-	return set, refused
-}
-
-// vouched reports whether a peer says, in a report that holds still, that a root is believed there and stays, or for one that
-// is leaving, that it may be met. The shared document has no time: an old one has good signatures, and a cluster without a
-// memory can't tell. It is an error when that is not known, or when nobody speaks of what is to be believed.
-func (k *keeper) vouched(w rotation.World, id string, wanted standing, now time.Time) (bool, error) {
-	var silent []string
-	for _, p := range w.Peers {
-		if !k.policy.Holds(p, now) {
-			silent = append(silent, p.Cluster)
-		} else if slices.ContainsFunc(p.Roots, func(x rotation.RootReport) bool { return x.ID == id && (wanted == rootLeaving || !x.Leaving) }) {
-			return true, nil
-		}
-	}
-	switch {
-	case len(w.Peers) == 0:
-		return false, errors.New("the document may be an old one, and rotation.peers names no cluster whose report could say that it is not: if it is right, add the root with signet trust add")
-	case len(silent) > 0:
-		return false, fmt.Errorf("no report says that another cluster believes it, and of %s there is none that holds: the document may be an old one; it is followed as soon as a report says so", check.Some(silent))
-	case wanted == rootBelieved:
-		return false, errors.New("all other clusters have reported, and none believes it to stay: the document may be an old one, or nobody has published the root yet; it is followed as soon as a report says so")
-	}
-	return false, nil
-}
-
-// room reads a shared root, if there is room for it.
-func (s *authorities) room(r sharedRoot) (*x509.Certificate, error) {
-	der, err := r.der()
-	if err != nil {
-		return nil, err
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, fmt.Errorf("its certificate can't be read: %w", err)
-	}
-	if !cert.NotAfter.Equal(r.NotAfter) {
-		return nil, fmt.Errorf("it is said to end at %s, and its certificate at %s", stamp(r.NotAfter), stamp(cert.NotAfter))
-	}
-	used := 0
-	for _, a := range s.rows {
-		if a.Kind == ca.KindRoot && a.State != ca.Removed && a.ID != r.ID {
-			used++
-		}
-	}
-	if used >= trust.MaxRoots || len(s.rows) >= maxAuthorities {
-		return nil, fmt.Errorf("%d roots are in use, of %d CAs: there is no room for another", used, len(s.rows))
-	}
-	return cert, nil
-}
-
-// adopt believes a root that others believe and that is on its way out or tainted: leaves under it may be met.
-func (k *keeper) adopt(set *authorities, r sharedRoot, now time.Time) (*authorities, error) {
-	cert, err := set.room(r)
-	if err != nil {
-		return nil, err
-	}
-	if err := ca.CheckRoot(k.folder.TrustDomain, cert, now); err != nil {
-		return nil, err
-	}
-	if _, ok := set.row(r.ID); ok {
-		return nil, fmt.Errorf("another root is known as %s: this one can't be told from it", r.ID)
-	}
-	row := store.Authority{
-		Authority: rotation.Authority{ID: r.ID, Kind: ca.KindRoot, State: ca.Published, Since: now}, Chain: [][]byte{cert.Raw}, Created: now,
-	}
-	if r.standing() == rootLeaving {
-		row.Leaving = now
-	}
-	if r.Tainted {
-		row.Tainted, row.TaintReason = now, taintedElsewhere
-	}
-	return set.edit(nil, row)
 }
 
 // hear takes the report of the peer whose turn it is.
@@ -716,10 +481,10 @@ func (e *exchange) waits(now time.Time) (string, bool) {
 	set := e.keeper.current.Load()
 	for _, l := range set.shares(now) {
 		row, _ := set.row(l.ID)
-		if l.stands == rootLeaving || l.stands == rootBelieved && row.State != ca.Active {
+		if l.Stands == shared.Leaving || l.Stands == shared.Believed && row.State != ca.Active {
 			moving = append(moving, l.ID)
 		}
-		if r, ok := e.own.find(l.Fingerprint); (!ok || r.Here != l.stands) && l.stands != rootRemoved && !slices.Contains(untold, l.ID) {
+		if r, ok := e.own.Find(l.Fingerprint); (!ok || r.Here != l.Stands) && l.Stands != shared.Removed && !slices.Contains(untold, l.ID) {
 			untold = append(untold, l.ID)
 		}
 	}
@@ -750,7 +515,7 @@ func Shared(ctx context.Context, place Exchange, td spiffeid.TrustDomain, peers 
 	fail := func(err error) (Trust, bool, error) {
 		return Trust{}, false, fmt.Errorf("version %d of the shared trust of %s: %w", version, td.Name(), err)
 	}
-	s, err := openShared(text, td, peers)
+	s, err := shared.Open(text, td, writers(peers))
 	if err != nil {
 		return fail(err)
 	}
@@ -762,7 +527,7 @@ func Shared(ctx context.Context, place Exchange, td spiffeid.TrustDomain, peers 
 		if r.State == ca.Removed {
 			continue
 		}
-		der, err := r.der()
+		der, err := r.DER()
 		if err != nil {
 			return fail(err)
 		}

@@ -21,6 +21,7 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/rotation"
+	"github.com/signet-ca/signet/server/shared"
 )
 
 // sharedPlace is an Exchange in memory.
@@ -134,6 +135,9 @@ func (c *cluster) share(t testing.TB, place Exchange) *live {
 	return l
 }
 
+// sharedTrust is the document, as tests ask it.
+type sharedTrust struct{ shared.Trust }
+
 // shared is the document, verified.
 func (p *sharedPlace) shared(t testing.TB, c *cluster) sharedTrust {
 	t.Helper()
@@ -143,9 +147,9 @@ func (p *sharedPlace) shared(t testing.TB, c *cluster) sharedTrust {
 	if d.text == nil {
 		return sharedTrust{}
 	}
-	s, err := openShared(d.text, td, append(slices.Clone(c.peers), Peer{Cluster: c.name, VerifierKey: info.LogVerifierKey}))
+	s, err := shared.Open(d.text, td, writers(append(slices.Clone(c.peers), Peer{Cluster: c.name, VerifierKey: info.LogVerifierKey})))
 	must(t, err)
-	return s
+	return sharedTrust{s}
 }
 
 // reports writes what a cluster reports of roots, as if it had been made now.
@@ -158,12 +162,12 @@ func (p *sharedPlace) reports(t testing.TB, s *live, roots ...rotation.RootRepor
 }
 
 // says is how the document has a root.
-func (s sharedTrust) says(r *root) standing {
-	i := slices.IndexFunc(s.Roots, func(x sharedRoot) bool { return x.ID == r.id() })
+func (s sharedTrust) says(r *root) shared.Standing {
+	i := slices.IndexFunc(s.Roots, func(x shared.Root) bool { return x.ID == r.id() })
 	if i < 0 {
-		return rootUnknown
+		return shared.Unknown
 	}
-	return s.Roots[i].standing()
+	return s.Roots[i].Standing()
 }
 
 // leaves reports whether a root is on its way out.
@@ -243,7 +247,7 @@ func TestARotationOfTheRootIsFollowedWithoutFiles(t *testing.T) {
 	}
 	soon(t, "one that joins now may be signed under the new root", func() bool {
 		s := place.shared(t, east)
-		return s.says(a) == rootLeaving && s.says(b) == rootBelieved && slices.ContainsFunc(s.Roots, func(x sharedRoot) bool { return x.ID == b.id() && x.State == ca.Active })
+		return s.says(a) == shared.Leaving && s.says(b) == shared.Believed && slices.ContainsFunc(s.Roots, func(x shared.Root) bool { return x.ID == b.id() && x.State == ca.Active })
 	})
 	for _, c := range []*cluster{east, west} {
 		c.ahead.Store(int64(26 * time.Hour)) // leaves have ended, and what was promised
@@ -253,7 +257,7 @@ func TestARotationOfTheRootIsFollowedWithoutFiles(t *testing.T) {
 		west.believesClock(w)
 		return e.state(a.id()) == ca.Removed && w.state(a.id()) == ca.Removed
 	})
-	soon(t, "the old root is only remembered", func() bool { return place.shared(t, east).says(a) == rootRemoved })
+	soon(t, "the old root is only remembered", func() bool { return place.shared(t, east).says(a) == shared.Removed })
 	e.well()
 	w.well()
 
@@ -305,16 +309,16 @@ func TestAClusterThatWasAwayFollowsAndRevivesNothing(t *testing.T) {
 	force("intermediate-2", ca.Active)
 	soon(t, "the old root is retired", func() bool { return e.state(a.id()) == ca.Retired })
 	force(a.id(), ca.Removed)
-	soon(t, "it is told", func() bool { return place.shared(t, east).says(a) == rootLeaving })
+	soon(t, "it is told", func() bool { return place.shared(t, east).says(a) == shared.Leaving })
 	// Vault was restored from an old copy, too.
 	place.put(trustDocument, old)
-	soon(t, "what is newer is written again", func() bool { return place.shared(t, east).says(a) == rootLeaving })
+	soon(t, "what is newer is written again", func() bool { return place.shared(t, east).says(a) == shared.Leaving })
 
 	w = west.share(t, place)
 	soon(t, "west believes the new root", func() bool { return w.state(b.id()) != "" })
 	soon(t, "west lets the old one go", func() bool { return w.leaves(a) })
 	w.well()
-	if e.state(a.id()) != ca.Removed || place.shared(t, east).says(a) != rootLeaving {
+	if e.state(a.id()) != ca.Removed || place.shared(t, east).says(a) != shared.Leaving {
 		t.Errorf("in east the old root is %s", e.state(a.id()))
 	}
 	w.signed(b, w.requested(), nil)
@@ -325,7 +329,7 @@ func TestAClusterThatWasAwayFollowsAndRevivesNothing(t *testing.T) {
 	soon(t, "nobody has it any more", func() bool {
 		east.believesClock(e)
 		west.believesClock(w)
-		return w.state(a.id()) == ca.Removed && place.shared(t, east).says(a) == rootRemoved
+		return w.state(a.id()) == ca.Removed && place.shared(t, east).says(a) == shared.Removed
 	})
 }
 
@@ -392,7 +396,7 @@ func TestTwoThatWriteAtOnceLoseNothing(t *testing.T) {
 		place.before = func(string) { ex[w].round(t.Context()) }
 	})
 	ex[e].round(t.Context())
-	if s := place.shared(t, east); s.says(b) != rootBelieved || s.says(c) != rootBelieved || s.Cluster != "east" {
+	if s := place.shared(t, east); s.says(b) != shared.Believed || s.says(c) != shared.Believed || s.Cluster != "east" {
 		t.Errorf("written: %+v", s)
 	}
 	ex[w].round(t.Context())
@@ -429,14 +433,14 @@ func TestWhatNoPeerHasSignedChangesNothing(t *testing.T) {
 	evil := newRoot(t)
 	e.well()
 	good := place.get(trustDocument).text
-	signed := func(s *live, cluster, td string, roots ...sharedRoot) []byte {
-		text, err := sharedTrust{TrustDomain: td, Cluster: cluster, Roots: roots}.encode()
+	signed := func(s *live, cluster, td string, roots ...shared.Root) []byte {
+		text, err := shared.Trust{TrustDomain: td, Cluster: cluster, Roots: roots}.Encode()
 		must(t, err)
 		note, err := s.keeper.signNote(t.Context(), text)
 		must(t, err)
 		return note
 	}
-	x := sharedOf(evil, rootBelieved, 9, "south")
+	x := sharedOf(evil, shared.Believed, 9, "south")
 	report, err := w.keeper.signReport(t.Context())
 	must(t, err)
 	for what, bad := range map[string]struct {
@@ -450,7 +454,7 @@ func TestWhatNoPeerHasSignedChangesNothing(t *testing.T) {
 		"a report":                {report, "no shared trust"},
 		"another trust domain's":  {signed(w, "west", "other.org", x), "other.org"},
 		"cut":                     {signed(w, "west", td.Name(), x)[:200], "not signed by"},
-		"too long":                {bytes.Repeat([]byte("x"), maxShared+5000), "at most"},
+		"too long":                {bytes.Repeat([]byte("x"), shared.MaxSize+5000), "at most"},
 	} {
 		place.put(trustDocument, bad.text)
 		version := place.get(trustDocument).version
@@ -471,7 +475,7 @@ func TestWhatNoPeerHasSignedChangesNothing(t *testing.T) {
 	place.reports(t, w, rotation.RootReport{ID: evil.id()})
 	soon(t, "what a peer has signed is followed", func() bool { return e.state(evil.id()) != "" })
 	place.put(trustDocument, good)
-	soon(t, "an older one is replaced", func() bool { return place.shared(t, east).says(evil) == rootBelieved })
+	soon(t, "an older one is replaced", func() bool { return place.shared(t, east).says(evil) == shared.Believed })
 }
 
 func TestAWriterOfKVCanReplayNoRoot(t *testing.T) {
@@ -484,7 +488,7 @@ func TestAWriterOfKVCanReplayNoRoot(t *testing.T) {
 	e.well()
 	n.well()
 	e.startRoot(b)
-	soon(t, "it is told, and followed", func() bool { return place.shared(t, east).says(b) == rootBelieved && n.state(b.id()) != "" })
+	soon(t, "it is told, and followed", func() bool { return place.shared(t, east).says(b) == shared.Believed && n.state(b.id()) != "" })
 	old := place.get(trustDocument).text
 	_, err := e.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: b.id()})
 	must(t, err)
@@ -531,8 +535,8 @@ func TestADocumentThatCountsAheadIsLeftAlone(t *testing.T) {
 	e, w := east.share(t, place), west.start(t, nil)
 	e.well()
 	a, evil := east.root, newRoot(t)
-	for _, x := range []sharedRoot{sharedOf(a, rootRemoved, maxDecisions, "west"), sharedOf(evil, rootBelieved, maxJump+1, "east")} {
-		text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "west", Roots: []sharedRoot{x}}.encode()
+	for _, x := range []shared.Root{sharedOf(a, shared.Removed, shared.MaxDecisions, "west"), sharedOf(evil, shared.Believed, shared.MaxJump+1, "east")} {
+		text, err := shared.Trust{TrustDomain: td.Name(), Cluster: "west", Roots: []shared.Root{x}}.Encode()
 		must(t, err)
 		note, err := w.keeper.signNote(t.Context(), text)
 		must(t, err)
@@ -544,7 +548,7 @@ func TestADocumentThatCountsAheadIsLeftAlone(t *testing.T) {
 		place.put(trustDocument, nil)
 		soon(t, "after it was deleted it is written again, without it", func() bool {
 			s := place.shared(t, east)
-			return s.says(a) == rootBelieved && s.says(evil) == rootUnknown
+			return s.says(a) == shared.Believed && s.says(evil) == shared.Unknown
 		})
 		e.well()
 	}
@@ -563,12 +567,12 @@ func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
 	c.URIs = []*url.URL{spiffeid.RequireTrustDomainFromString("other.org").ID().URL()}
 	other.cert = sign(t, c, c, other.key.Public(), other.key)
 	lies := newRoot(t)
-	lying := sharedOf(lies, rootBelieved, 1, "west")
+	lying := sharedOf(lies, shared.Believed, 1, "west")
 	lying.NotAfter = lying.NotAfter.Add(-time.Hour)
 	var listed []rotation.RootReport
-	write := func(roots ...sharedRoot) {
+	write := func(roots ...shared.Root) {
 		t.Helper()
-		text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "west", Roots: joinAll(roots)}.encode()
+		text, err := shared.Trust{TrustDomain: td.Name(), Cluster: "west", Roots: shared.Join(roots)}.Encode()
 		must(t, err)
 		note, err := w.keeper.signNote(t.Context(), text)
 		must(t, err)
@@ -579,7 +583,7 @@ func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
 	}
 	place.reports(t, w, listed...)
 	// The only root does not go.
-	write(sharedOf(a, rootLeaving, 2, "west"), sharedOf(other, rootBelieved, 1, "west"), sharedOf(short, rootBelieved, 1, "west"), lying)
+	write(sharedOf(a, shared.Leaving, 2, "west"), sharedOf(other, shared.Believed, 1, "west"), sharedOf(short, shared.Believed, 1, "west"), lying)
 	e.shares(check.Warning, a.id(), "cluster west", "the only root that stays")
 	e.shares(check.Warning, other.id(), "cluster west", "other.org")
 	e.shares(check.Warning, short.id(), "cluster west", "ends at")
@@ -587,13 +591,13 @@ func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
 	if e.leaves(a) || len(e.keeper.current.Load().bundle.Roots()) != 1 {
 		t.Error("the only root leaves")
 	}
-	write(sharedOf(a, rootLeaving, 2, "west"), sharedOf(other, rootBelieved, 1, "west"), sharedOf(b, rootBelieved, 1, "west"))
+	write(sharedOf(a, shared.Leaving, 2, "west"), sharedOf(other, shared.Believed, 1, "west"), sharedOf(b, shared.Believed, 1, "west"))
 	soon(t, "with another one that is good it goes", func() bool { return e.leaves(a) && e.state(b.id()) != "" })
 	e.shares(check.Warning, other.id(), "other.org")
 	// What is refused here is not this cluster's to take from the others.
 	soon(t, "the refused ones stay listed", func() bool {
 		s := place.shared(t, east)
-		return s.says(other) == rootBelieved && s.says(short) == rootBelieved
+		return s.says(other) == shared.Believed && s.says(short) == shared.Believed
 	})
 }
 
@@ -608,9 +612,9 @@ func TestARootThatHasExpiredIsForgotten(t *testing.T) {
 	over := newRootUntil(t, time.Now().Add(-time.Minute))
 	say := func(notAfter time.Time) {
 		t.Helper()
-		x := sharedOf(over, rootRemoved, 1, "west")
+		x := sharedOf(over, shared.Removed, 1, "west")
 		x.NotAfter = notAfter
-		text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "west", Roots: joinAll([]sharedRoot{x, sharedOf(east.root, rootBelieved, 1, "west")})}.encode()
+		text, err := shared.Trust{TrustDomain: td.Name(), Cluster: "west", Roots: shared.Join([]shared.Root{x, sharedOf(east.root, shared.Believed, 1, "west")})}.Encode()
 		must(t, err)
 		note, err := w.keeper.signNote(t.Context(), text)
 		must(t, err)
@@ -619,11 +623,11 @@ func TestARootThatHasExpiredIsForgotten(t *testing.T) {
 	}
 	say(time.Now().Add(time.Hour)) // and this cluster has the root active, which is written
 	say(time.Now().Add(time.Hour))
-	if got := place.shared(t, east); got.Cluster != "east" || got.says(over) != rootRemoved {
+	if got := place.shared(t, east); got.Cluster != "east" || got.says(over) != shared.Removed {
 		t.Errorf("what lives: %+v", got)
 	}
 	say(time.Now().Add(-25 * time.Hour))
-	if got := place.shared(t, east); got.Cluster != "east" || got.says(over) != rootRemoved {
+	if got := place.shared(t, east); got.Cluster != "east" || got.says(over) != shared.Removed {
 		t.Errorf("the later end counts: %+v", got)
 	}
 	east.ahead.Store(int64(2 * time.Hour))
@@ -631,12 +635,12 @@ func TestARootThatHasExpiredIsForgotten(t *testing.T) {
 	before := place.get(trustDocument).version
 	east.ahead.Store(int64(3 * time.Hour))
 	e.round(t.Context())
-	if got := place.get(trustDocument).version; got != before || place.shared(t, east).says(over) != rootRemoved {
+	if got := place.get(trustDocument).version; got != before || place.shared(t, east).says(over) != shared.Removed {
 		t.Errorf("because of a root that has just expired version %d follows %d", got, before)
 	}
 	east.ahead.Store(int64(26 * time.Hour))
 	e.round(t.Context())
-	if place.shared(t, east).says(over) != rootUnknown {
+	if place.shared(t, east).says(over) != shared.Unknown {
 		t.Error("a root that expired a day ago is still listed")
 	}
 }
@@ -650,7 +654,7 @@ func TestNobodyRevivesWhatIsNotThere(t *testing.T) {
 	e, w := east.share(t, place), west.start(t, nil)
 	e.well()
 	old, gone := newRoot(t), newRoot(t)
-	text, err := sharedTrust{TrustDomain: td.Name(), Cluster: "west", Roots: joinAll([]sharedRoot{sharedOf(old, rootLeaving, 2, "west"), sharedOf(gone, rootRemoved, 2, "west")})}.encode()
+	text, err := shared.Trust{TrustDomain: td.Name(), Cluster: "west", Roots: shared.Join([]shared.Root{sharedOf(old, shared.Leaving, 2, "west"), sharedOf(gone, shared.Removed, 2, "west")})}.Encode()
 	must(t, err)
 	note, err := w.keeper.signNote(t.Context(), text)
 	must(t, err)
@@ -867,7 +871,7 @@ func TestNothingIsDecidedOrPromisedByAWrongClock(t *testing.T) {
 	west.ahead.Store(int64(-2 * time.Hour))
 	b := newRoot(t)
 	e.startRoot(b)
-	soon(t, "east tells", func() bool { return place.shared(t, east).says(b) == rootBelieved })
+	soon(t, "east tells", func() bool { return place.shared(t, east).says(b) == shared.Believed })
 	ex.round(t.Context())
 	if w.state(b.id()) != "" || place.get(reportDocument("west")).text != nil {
 		t.Errorf("with a wrong clock the root is %q", w.state(b.id()))
@@ -897,7 +901,7 @@ func TestAClusterBeginsWithWhatTheOthersShare(t *testing.T) {
 	b := newRoot(t)
 	e.signed(b, e.startRoot(b), nil)
 	soon(t, "east tells", func() bool {
-		return place.shared(t, east).says(b) == rootBelieved && place.shared(t, east).says(east.root) == rootLeaving
+		return place.shared(t, east).says(b) == shared.Believed && place.shared(t, east).says(east.root) == shared.Leaving
 	})
 
 	_, _, err := Shared(t.Context(), place, td, nil, pinned(b))

@@ -1,5 +1,5 @@
 -- +goose Up
--- What the clusters have decided about their roots, as far as this one knows (server/exchangetrust.go). One row.
+-- What the clusters have decided about their roots, as far as this one knows (server/shared). One row.
 CREATE TABLE shared_trust (
     trust_domain TEXT  NOT NULL PRIMARY KEY,
     roots        BYTEA NOT NULL,
