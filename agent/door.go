@@ -21,6 +21,7 @@ import (
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 )
 
 const (
@@ -128,8 +129,8 @@ type link struct {
 
 	mu      sync.Mutex
 	current *connection
-	// replaced is closed when current is replaced.
-	replaced chan struct{}
+	// replaced rings when current is replaced.
+	replaced bell.Bell
 }
 
 type connection struct {
@@ -166,10 +167,7 @@ func (l *link) retire() {
 		}
 		l.current = nil
 	}
-	if l.replaced != nil {
-		close(l.replaced)
-		l.replaced = nil
-	}
+	l.replaced.Ring()
 }
 
 // close ends the link; calls under way are cut off by their contexts.
@@ -186,12 +184,9 @@ func (l *link) begin() (c *connection, replaced <-chan struct{}, done func(), er
 	if l.current == nil {
 		return nil, nil, nil, errNotEnrolled
 	}
-	if l.replaced == nil {
-		l.replaced = make(chan struct{})
-	}
 	c = l.current
 	c.users++
-	return c, l.replaced, func() {
+	return c, l.replaced.Next(), func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if c.users--; c.users == 0 && c.retired {
@@ -219,8 +214,8 @@ func (c *connection) explain(err error) error {
 	return err
 }
 
-// issue implements issuer.
-func (l *link) issue(ctx context.Context, items []*signetv1.IssueItem) ([]*signetv1.IssueResult, error) {
+// call makes one call at the agent door, and takes from the answer that the server is there, and its time.
+func call[Q, R any](ctx context.Context, l *link, method func(signetv1.AgentsClient, context.Context, *Q, ...grpc.CallOption) (*R, error), request *Q) (*R, error) {
 	c, _, done, err := l.begin()
 	if err != nil {
 		return nil, err
@@ -228,31 +223,25 @@ func (l *link) issue(ctx context.Context, items []*signetv1.IssueItem) ([]*signe
 	defer done()
 	c.nudge()
 	var header metadata.MD
-	r, err := signetv1.NewAgentsClient(c.grpc).Issue(ctx, &signetv1.IssueRequest{Items: items}, grpc.WaitForReady(true), grpc.Header(&header))
+	r, err := method(signetv1.NewAgentsClient(c.grpc), ctx, request, grpc.WaitForReady(true), grpc.Header(&header))
 	l.hearTime(header)
 	if err != nil {
 		return nil, c.explain(err)
 	}
 	l.heard()
-	return r.Results, nil
+	return r, nil
+}
+
+// issue implements issuer.
+func (l *link) issue(ctx context.Context, items []*signetv1.IssueItem) ([]*signetv1.IssueResult, error) {
+	r, err := call(ctx, l, signetv1.AgentsClient.Issue, &signetv1.IssueRequest{Items: items})
+	return r.GetResults(), err
 }
 
 // renew asks for a new control certificate.
 func (l *link) renew(ctx context.Context, csr []byte) ([][]byte, error) {
-	c, _, done, err := l.begin()
-	if err != nil {
-		return nil, err
-	}
-	defer done()
-	c.nudge()
-	var header metadata.MD
-	r, err := signetv1.NewAgentsClient(c.grpc).Renew(ctx, &signetv1.RenewRequest{Csr: csr}, grpc.WaitForReady(true), grpc.Header(&header))
-	l.hearTime(header)
-	if err != nil {
-		return nil, c.explain(err)
-	}
-	l.heard()
-	return r.CertificateChain, nil
+	r, err := call(ctx, l, signetv1.AgentsClient.Renew, &signetv1.RenewRequest{Csr: csr})
+	return r.GetCertificateChain(), err
 }
 
 // heard notes that the server is there.

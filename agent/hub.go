@@ -244,7 +244,7 @@ func (h *hub) match(v *view) {
 		return
 	}
 	if !same {
-		v.notify()
+		v.changed.Ring()
 	}
 }
 
@@ -326,7 +326,7 @@ func (h *hub) end(v *view, err error) {
 	}
 	v.granted, v.kept, v.err = nil, nil, err
 	delete(h.views, v)
-	v.notify()
+	v.changed.Ring()
 }
 
 // drop forgets an entry, its key and its certificate. Called with mu held.
@@ -732,7 +732,7 @@ func (h *hub) took(j *job, got *held) {
 		h.plan(j.name, e, e.due())
 	}
 	for v := range e.wanted {
-		v.notify()
+		v.changed.Ring()
 	}
 }
 
@@ -811,7 +811,7 @@ func (h *hub) bundleChanged() {
 		}
 	}
 	for v := range h.views {
-		v.notify()
+		v.changed.Ring()
 	}
 	h.mu.Unlock()
 	b, ok := h.bundles.Get(td)

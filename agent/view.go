@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/sds"
 	"github.com/signet-ca/signet/trust"
 )
@@ -21,7 +22,7 @@ import (
 // knowWait bounds how long a caller waits for an agent that has just been started for the first time.
 const knowWait = 10 * time.Second
 
-// view is what one stream's caller may see: it implements sds.View. Everything but the constants is guarded by hub.mu.
+// view is what one stream's caller may see: it implements sds.View. Everything but the constants and the bell is guarded by hub.mu.
 type view struct {
 	hub       *hub
 	workload  identity.Workload
@@ -33,11 +34,11 @@ type view struct {
 	// wants are the entries of this view, by registration.
 	wants map[string]*entry
 	// kept, mostly nil, are certificates that it was given under a registration that is gone, while another still gives the ID.
-	kept map[spiffeid.ID]*held
-	err  error
-	// changed is closed at the next change; nil while nobody waits.
-	changed chan struct{}
-	closed  bool
+	kept   map[spiffeid.ID]*held
+	err    error
+	closed bool
+	// changed rings at every change. It has a lock of its own, so that waiting streams are not in each other's way.
+	changed bell.Bell
 }
 
 var _ sds.View = (*view)(nil)
@@ -138,14 +139,6 @@ func (v *view) refusal(agent string) string {
 		which, agent, strings.Join(seen, ", "))
 }
 
-// notify tells who waits on Changed. Called with hub.mu held.
-func (v *view) notify() {
-	if v.changed != nil {
-		close(v.changed)
-		v.changed = nil
-	}
-}
-
 // Identities implements sds.View. An ID that several registrations give is named once, at its first place.
 func (v *view) Identities() []spiffeid.ID {
 	v.hub.mu.Lock()
@@ -210,14 +203,7 @@ func (v *view) Bundle(td spiffeid.TrustDomain) (trust.Bundle, bool) {
 }
 
 // Changed implements sds.View.
-func (v *view) Changed() <-chan struct{} {
-	v.hub.mu.Lock()
-	defer v.hub.mu.Unlock()
-	if v.changed == nil {
-		v.changed = make(chan struct{})
-	}
-	return v.changed
-}
+func (v *view) Changed() <-chan struct{} { return v.changed.Next() }
 
 // errClosed is what Err says after Close.
 var errClosed = errors.New("view is closed")

@@ -6,6 +6,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -30,9 +31,11 @@ func (b belief) olderThan(c belief) bool {
 
 // beliefs counts, for each trust domain, what the live streams that subscribe to its bundle have acknowledged.
 type beliefs struct {
-	mu      sync.Mutex
-	count   map[spiffeid.TrustDomain]map[belief]int
-	changed chan struct{}
+	// changed rings when the oldest belief about a trust domain is another.
+	changed bell.Bell
+
+	mu    sync.Mutex
+	count map[spiffeid.TrustDomain]map[belief]int
 }
 
 // join counts a stream that has acknowledged nothing.
@@ -64,9 +67,8 @@ func (a *beliefs) move(td spiffeid.TrustDomain, from, to *belief) {
 	if len(m) == 0 {
 		delete(a.count, td)
 	}
-	if after, has := a.oldest(td); (after != before || has != had) && a.changed != nil {
-		close(a.changed)
-		a.changed = nil
+	if after, has := a.oldest(td); after != before || has != had {
+		a.changed.Ring()
 	}
 }
 
@@ -93,11 +95,4 @@ func (s *Server) OldestBundle(td spiffeid.TrustDomain) (trust.Version, bool) {
 
 // AcksChanged returns a channel that is closed when OldestBundle next has another answer for any trust domain.
 // Take it before asking, or a change between is missed.
-func (s *Server) AcksChanged() <-chan struct{} {
-	s.beliefs.mu.Lock()
-	defer s.beliefs.mu.Unlock()
-	if s.beliefs.changed == nil {
-		s.beliefs.changed = make(chan struct{})
-	}
-	return s.beliefs.changed
-}
+func (s *Server) AcksChanged() <-chan struct{} { return s.beliefs.changed.Next() }

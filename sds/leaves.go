@@ -1,35 +1,10 @@
 package sds
 
-import (
-	"sync"
-	"time"
-)
-
-// leavesBell rings when a stream may use another certificate than before.
-type leavesBell struct {
-	mu      sync.Mutex
-	changed chan struct{}
-}
-
-func (b *leavesBell) ring() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.changed != nil {
-		close(b.changed)
-		b.changed = nil
-	}
-}
+import "time"
 
 // LeavesChanged returns a channel that is closed when a certificate is next sent, answered or given up by a stream.
 // Take it before asking, or a change between is missed.
-func (s *Server) LeavesChanged() <-chan struct{} {
-	s.leaves.mu.Lock()
-	defer s.leaves.mu.Unlock()
-	if s.leaves.changed == nil {
-		s.leaves.changed = make(chan struct{})
-	}
-	return s.leaves.changed
-}
+func (s *Server) LeavesChanged() <-chan struct{} { return s.leaves.Next() }
 
 // Leaves returns, for each issuer by its key identifier, when the last certificate of it ends that a live stream uses or may
 // use: what it has acknowledged last, until it has acknowledged another, and what it has not answered yet. What was

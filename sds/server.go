@@ -17,6 +17,8 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/signet-ca/signet/internal/bell"
 )
 
 // Limits bound what one caller may hold. A zero field is its default.
@@ -57,7 +59,8 @@ type Server struct {
 	secrets   *renderer
 
 	beliefs beliefs
-	leaves  leavesBell
+	// leaves rings when a stream may use another certificate than before.
+	leaves  bell.Bell
 	callers callers
 	live    liveStreams
 	streams atomic.Uint64 // number of the last stream

@@ -91,7 +91,7 @@ func converse[R request](s *Server, p protocol[R]) error {
 		started: started, first: true, validator: s.validator, prefix: hex.EncodeToString(prefix[:]) + "-",
 	}
 	s.live.add(st)
-	defer s.leaves.ring()
+	defer s.leaves.Ring()
 	defer s.live.remove(st)
 	count := s.metrics.streams.WithLabelValues(st.protocol)
 	count.Inc()
@@ -208,7 +208,7 @@ func (st *stream) answer(nonce string, e *rpcstatus.Status) bool {
 	}
 	c, w := d.content, st.sub.find(d.name)
 	if c != nil && c.kind == kindSVID {
-		defer st.leaves.ring()
+		defer st.leaves.Ring()
 	}
 	switch {
 	case c == nil && e == nil: // of a withdrawal
@@ -266,7 +266,7 @@ func (st *stream) forget(dropped []*want) {
 		w.believed = nil
 	}
 	if len(dropped) > 0 {
-		st.leaves.ring()
+		st.leaves.Ring()
 	}
 }
 
@@ -422,7 +422,7 @@ func (st *stream) note(w *want, c *content, nonce string) {
 	defer st.mu.Unlock()
 	st.sub.pushed(w, c, nonce, st.now())
 	if c != nil && c.kind == kindSVID {
-		st.leaves.ring()
+		st.leaves.Ring()
 	}
 }
 

@@ -17,6 +17,8 @@ import (
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-ca/signet/internal/bell"
 )
 
 // Digest is the SHA-256 over the sorted DER of a bundle's roots, each preceded by its length.
@@ -114,9 +116,10 @@ var ErrRollback = errors.New("older or conflicting trust bundle")
 
 // Bundles is the current bundle of every trust domain, and a bell that rings at changes. The zero value is ready.
 type Bundles struct {
+	changed bell.Bell
+
 	mu      sync.Mutex
 	current map[spiffeid.TrustDomain]Bundle
-	changed chan struct{}
 }
 
 // Get returns the current bundle of the trust domain.
@@ -148,19 +151,9 @@ func (s *Bundles) Set(b Bundle) error {
 		s.current = map[spiffeid.TrustDomain]Bundle{}
 	}
 	s.current[b.td] = b
-	if s.changed != nil {
-		close(s.changed)
-		s.changed = nil
-	}
+	s.changed.Ring()
 	return nil
 }
 
 // Changed returns a channel that is closed at the next change. Take it before Get, or a change between is missed.
-func (s *Bundles) Changed() <-chan struct{} {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.changed == nil {
-		s.changed = make(chan struct{})
-	}
-	return s.changed
-}
+func (s *Bundles) Changed() <-chan struct{} { return s.changed.Next() }
