@@ -146,7 +146,6 @@ func ParseCheckpoint(raw []byte, verifierKey string) (Checkpoint, error) {
 	return parseCheckpoint(raw, v)
 }
 
-// parseCheckpoint verifies a checkpoint. The origin must be the key's name.
 // signedBy names who signed a note that v did not sign at all; a spoiled signature of v's is not that.
 func signedBy(raw []byte, v note.Verifier) (string, bool) {
 	_, err := note.Open(raw, note.VerifierList())
@@ -163,6 +162,7 @@ func signedBy(raw []byte, v note.Verifier) (string, bool) {
 	return fmt.Sprintf("%.256q+%08x", s.Name, s.Hash), true
 }
 
+// parseCheckpoint verifies a checkpoint. The origin must be the key's name.
 func parseCheckpoint(raw []byte, v note.Verifier) (Checkpoint, error) {
 	if len(raw) > maxCheckpoint {
 		return Checkpoint{}, damage(layout.CheckpointPath, "is longer than the %d bytes it can have", maxCheckpoint)

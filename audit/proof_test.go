@@ -2,6 +2,8 @@ package audit
 
 import (
 	"bytes"
+	"encoding/base64"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -187,6 +189,85 @@ func TestAProofOfSomethingElseIsRefused(t *testing.T) {
 	if _, err := r.Prove(t.Context(), 70); !errors.Is(err, ErrNotInLog) {
 		t.Errorf("proved what is not there: %v", err)
 	}
+}
+
+// A changed bit is damage, wherever it is: also where what is left can't be decoded any more.
+func TestEveryFlippedBitOfAnEntryIsDamageToItsProof(t *testing.T) {
+	dir, vkey := finished(t, 5)
+	r := reader(t, dir, vkey)
+	good, err := r.Prove(t.Context(), 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	undecodable := 0
+	path := filepath.Join(dir, "tile/entries/000.p/5")
+	for bit := range 8 * len(good.Entry) {
+		flip := func(b []byte) []byte { b[len(b)-len(good.Entry)+bit/8] ^= 1 << (bit % 8); return b }
+		if _, err := DecodeEntry(flip(bytes.Clone(good.Entry))); err != nil {
+			undecodable++
+		}
+		rewrite(t, path, flip)
+		if _, err := r.Prove(t.Context(), 4); !errors.Is(err, ErrDamaged) || errors.Is(err, ErrNotAnEntry) {
+			t.Errorf("bit %d: %v", bit, err)
+		}
+		rewrite(t, path, flip)
+	}
+	if undecodable == 0 {
+		t.Error("every flip left what can be decoded: the case is not tried")
+	}
+	if _, err := r.Prove(t.Context(), 4); err != nil {
+		t.Errorf("after all is put back: %v", err)
+	}
+}
+
+// Who has the log's key can append anything. It is in the log, and the log is not damaged.
+func TestWhatIsInTheLogAndNoEntryIsSaidToBeThat(t *testing.T) {
+	rubbish := []byte{0xff}
+	dir, vkey := handmade(t, rubbish)
+	r := reader(t, dir, vkey)
+	if err := r.Verify(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.Prove(t.Context(), 0)
+	if !errors.Is(err, ErrNotAnEntry) || errors.Is(err, ErrDamaged) || !strings.HasPrefix(err.Error(), "prove entry 0: the log holds it, but its bytes are not an entry: ") {
+		t.Errorf("rubbish that is in the log: %v", err)
+	}
+	// Not so when the log does not hold it.
+	rewrite(t, filepath.Join(dir, "tile/entries/000.p/1"), func(b []byte) []byte { b[2] ^= 1; return b })
+	if _, err := r.Prove(t.Context(), 0); !errors.Is(err, ErrDamaged) || errors.Is(err, ErrNotAnEntry) {
+		t.Errorf("rubbish that is not in the log: %v", err)
+	}
+}
+
+// handmade is the folder of a log that has these bytes as its only entry, and its verifier key.
+func handmade(t *testing.T, entry []byte) (dir, vkey string) {
+	t.Helper()
+	skey, vkey, err := note.GenerateKey(nil, testOrigin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := note.NewSigner(skey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := LeafHash(entry)
+	checkpoint, err := note.Sign(&note.Note{Text: fmt.Sprintf("%s\n1\n%s\n", testOrigin, base64.StdEncoding.EncodeToString(leaf))}, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir = t.TempDir()
+	for name, data := range map[string][]byte{
+		"checkpoint":           checkpoint,
+		verifierKeyFile:        []byte(vkey + "\n"),
+		"tile/0/000.p/1":       leaf,
+		"tile/entries/000.p/1": append(binary.BigEndian.AppendUint16(nil, uint16(len(entry))), entry...), //nolint:gosec // short
+	} {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, data, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir, vkey
 }
 
 func TestAProofHasOneText(t *testing.T) {

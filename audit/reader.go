@@ -95,27 +95,17 @@ func (r *Reader) Checkpoint(context.Context) (Checkpoint, error) {
 	return cp, nil
 }
 
-// Entry reads an entry, as stored and decoded. It does not check it against the Merkle tree: Prove does. ErrNotInLog.
+// Entry reads an entry, as stored and decoded. It does not check it against the Merkle tree: Prove does. ErrNotInLog,
+// ErrDamaged, ErrNotAnEntry.
 func (r *Reader) Entry(ctx context.Context, index uint64) ([]byte, *auditv1.Entry, error) {
 	cp, err := r.Checkpoint(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	return r.entry(cp, index)
-}
-
-func (r *Reader) entry(cp Checkpoint, index uint64) ([]byte, *auditv1.Entry, error) {
-	if index >= cp.Size {
-		return nil, nil, fmt.Errorf("read entry %d: %w: its checkpoint has %d entries", index, ErrNotInLog, cp.Size)
-	}
-	entries, path, err := r.folder.bundle(index/layout.EntryBundleWidth, layout.PartialTileSize(0, index/layout.EntryBundleWidth, cp.Size))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = damage(path, "is missing")
-	}
+	raw, err := r.stored(cp, index)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read entry %d: %w", index, err)
+		return nil, nil, err
 	}
-	raw := entries[index%layout.EntryBundleWidth]
 	e, err := DecodeEntry(raw)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read entry %d: %w", index, err)
@@ -123,17 +113,35 @@ func (r *Reader) entry(cp Checkpoint, index uint64) ([]byte, *auditv1.Entry, err
 	return raw, e, nil
 }
 
-// DecodeEntry reads the bytes of an entry. Fields of a newer version are kept as unknown.
+// stored reads the bytes of an entry.
+func (r *Reader) stored(cp Checkpoint, index uint64) ([]byte, error) {
+	if index >= cp.Size {
+		return nil, fmt.Errorf("read entry %d: %w: its checkpoint has %d entries", index, ErrNotInLog, cp.Size)
+	}
+	entries, path, err := r.folder.bundle(index/layout.EntryBundleWidth, layout.PartialTileSize(0, index/layout.EntryBundleWidth, cp.Size))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = damage(path, "is missing")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read entry %d: %w", index, err)
+	}
+	return entries[index%layout.EntryBundleWidth], nil
+}
+
+// ErrNotAnEntry: these bytes can't be decoded, whether or not the log holds them.
+var ErrNotAnEntry = errors.New("its bytes are not an entry")
+
+// DecodeEntry reads the bytes of an entry. Fields of a newer version are kept as unknown. ErrNotAnEntry.
 func DecodeEntry(raw []byte) (*auditv1.Entry, error) {
 	e := &auditv1.Entry{}
 	if err := proto.Unmarshal(raw, e); err != nil {
-		return nil, fmt.Errorf("its bytes are not an entry: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrNotAnEntry, err)
 	}
 	return e, nil
 }
 
 // Prove makes a proof for the entry at an index, under the newest checkpoint. The proof holds: it was verified.
-// ErrNotInLog, ErrDamaged.
+// ErrNotInLog, ErrDamaged, ErrNotAnEntry.
 func (r *Reader) Prove(ctx context.Context, index uint64) (Proof, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -141,7 +149,7 @@ func (r *Reader) Prove(ctx context.Context, index uint64) (Proof, error) {
 	if err != nil {
 		return Proof{}, err
 	}
-	raw, _, err := r.entry(cp, index)
+	raw, err := r.stored(cp, index)
 	if err != nil {
 		return Proof{}, err
 	}
@@ -163,6 +171,10 @@ func (r *Reader) Prove(ctx context.Context, index uint64) (Proof, error) {
 			return Proof{}, fmt.Errorf("prove entry %d: %w", index, err)
 		}
 		return Proof{}, fmt.Errorf("prove entry %d: %w: its tiles and entries do not lead to its checkpoint: %w", index, ErrDamaged, err)
+	}
+	// Only now: a flipped bit can make an entry that can't be decoded, and must not pass for one that was logged so.
+	if _, err := DecodeEntry(raw); err != nil {
+		return Proof{}, fmt.Errorf("prove entry %d: the log holds it, but %w; what appended it was at fault or was not signet: keep the folder as it is, and find out who has the log's key", index, err)
 	}
 	return p, nil
 }
