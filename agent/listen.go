@@ -6,14 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/signet-ca/signet/internal/sockets"
 )
 
 const (
@@ -47,49 +47,16 @@ func (c *socketConn) Close() error {
 	return c.UnixConn.Close()
 }
 
-// crowd bounds connections, in all and of each peer, so that none can lock out the rest.
-type crowd[K comparable] struct {
-	most, each int
-
-	mu   sync.Mutex
-	open int
-	by   map[K]int
-}
-
-func newCrowd[K comparable](most, each int) *crowd[K] {
-	return &crowd[K]{most: most, each: each, by: map[K]int{}}
-}
-
-// workloadCrowd is that of so many sockets together. One user may take three quarters.
-func workloadCrowd(sockets int) *crowd[uint32] {
+// workloadCrowd bounds the connections of so many sockets together. One user may take three quarters.
+func workloadCrowd(listeners int) *sockets.Crowd[uint32] {
 	most := maxConnections
 	var files unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil {
-		ours := min(files.Cur/4, filesOfOurs) + uint64(sockets) //nolint:gosec // a count
+		ours := min(files.Cur/4, filesOfOurs) + uint64(listeners) //nolint:gosec // a count
 		left := files.Cur - min(files.Cur, ours)
 		most = int(min(uint64(most), left/filesPerConnection)) //nolint:gosec // at most maxConnections
 	}
-	return newCrowd[uint32](most, most/4*3)
-}
-
-func (c *crowd[K]) enter(who K) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.open >= c.most || c.by[who] >= c.each {
-		return false
-	}
-	c.open++
-	c.by[who]++
-	return true
-}
-
-func (c *crowd[K]) leave(who K) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.open--
-	if c.by[who]--; c.by[who] == 0 {
-		delete(c.by, who)
-	}
+	return sockets.NewCrowd[uint32](most, most/4*3)
 }
 
 // socketListener is a Unix socket whose connections know its name.
@@ -98,7 +65,7 @@ type socketListener struct {
 	// name of a dedicated socket; "" = the common one.
 	name, path string
 	inode      uint64
-	crowd      *crowd[uint32]
+	crowd      *sockets.Crowd[uint32]
 	// allowed says which users may come in.
 	allowed func(uid uint32) bool
 }
@@ -110,31 +77,18 @@ func (l *socketListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		uid, err := peerUID(c)
-		if err != nil || !l.allowed(uid) || !l.crowd.enter(uid) {
+		uid, err := sockets.PeerUID(c)
+		if err != nil || !l.allowed(uid) {
 			c.Close()
 			continue
 		}
-		return &socketConn{UnixConn: c, socket: l.name, leave: sync.OnceFunc(func() { l.crowd.leave(uid) })}, nil
+		leave, ok := l.crowd.Enter(uid)
+		if !ok {
+			c.Close()
+			continue
+		}
+		return &socketConn{UnixConn: c, socket: l.name, leave: leave}, nil
 	}
-}
-
-func peerUID(c *net.UnixConn) (uint32, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var inner error
-	if err := raw.Control(func(fd uintptr) {
-		cred, inner = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if inner != nil {
-		return 0, inner
-	}
-	return cred.Uid, nil
 }
 
 // Close closes the socket and takes its name away, unless the name is another's by now.
@@ -150,16 +104,16 @@ func inodeOf(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino 
 // listen opens a socket for workloads. One that somebody listens on is left alone, one that a dead process left behind is
 // replaced. It is bound under another name and renamed, so that it is never there with the wrong mode, and a connection
 // finds the old or the new one, never none.
-func listen(s Socket, c *crowd[uint32]) (*socketListener, error) {
+func listen(s Socket, c *sockets.Crowd[uint32]) (*socketListener, error) {
 	return listenUnix(s, c, socketMode, func(uint32) bool { return true })
 }
 
 // listenAdmin opens the socket of this agent's admin, which has its own few places.
 func listenAdmin(path string) (*socketListener, error) {
-	return listenUnix(Socket{Path: path}, newCrowd[uint32](adminMaxConns, adminMaxConns/4*3), adminSocketMode, mayAdminister)
+	return listenUnix(Socket{Path: path}, sockets.NewCrowd[uint32](adminMaxConns, adminMaxConns/4*3), adminSocketMode, mayAdminister)
 }
 
-func listenUnix(s Socket, c *crowd[uint32], mode fs.FileMode, allowed func(uid uint32) bool) (*socketListener, error) {
+func listenUnix(s Socket, c *sockets.Crowd[uint32], mode fs.FileMode, allowed func(uid uint32) bool) (*socketListener, error) {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("open socket %s: %w", s.Path, fmt.Errorf(format, args...))
 	}
@@ -306,38 +260,5 @@ func listenHTTP(address string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open http at %s: %w", address, cause(err))
 	}
-	return &httpListener{Listener: l, crowd: newCrowd[netip.Addr](maxHTTP, maxHTTPFrom)}, nil
-}
-
-// httpListener keeps to its number of connections: what is too many is closed at once, before a byte of it is read.
-type httpListener struct {
-	net.Listener
-	crowd *crowd[netip.Addr]
-}
-
-// Accept passes over connections that are too many.
-func (l *httpListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap() //nolint:forcetypeassert // the listener is TCP's
-		if !l.crowd.enter(from) {
-			c.Close()
-			continue
-		}
-		return &httpConn{Conn: c, leave: sync.OnceFunc(func() { l.crowd.leave(from) })}, nil
-	}
-}
-
-type httpConn struct {
-	net.Conn
-	leave func()
-}
-
-// Close closes the connection and gives its place back.
-func (c *httpConn) Close() error {
-	defer c.leave()
-	return c.Conn.Close()
+	return sockets.Limit(l, maxHTTP, maxHTTPFrom), nil
 }

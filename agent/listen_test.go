@@ -107,25 +107,20 @@ func TestWhatMakesASocketUnsafeIsRefused(t *testing.T) {
 }
 
 func TestOneUserCannotTakeAllConnections(t *testing.T) {
-	c := newCrowd[uint32](8, 6)
-	for range 6 {
-		if !c.enter(1) {
-			t.Fatal("refused within its share")
+	c := workloadCrowd(1)
+	takes := func(uid uint32) (n int) {
+		for {
+			if _, ok := c.Enter(uid); !ok {
+				return n
+			}
+			n++
 		}
 	}
-	if c.enter(1) {
-		t.Fatal("one user took more than three quarters")
+	one, others := takes(1), takes(2)
+	if one == 0 || one != (one+others)/4*3 {
+		t.Errorf("one user took %d places, which left %d for the others; it may take three quarters", one, others)
 	}
-	for range 2 {
-		if !c.enter(2) {
-			t.Fatal("the rest is not for the others")
-		}
-	}
-	if c.enter(3) {
-		t.Fatal("all together are not bounded")
-	}
-	c.leave(1)
-	if !c.enter(3) {
-		t.Fatal("a place that was given back is not given out")
+	if n := takes(3); n != 0 {
+		t.Errorf("all together are not bounded: %d more came in", n)
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +21,8 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/signet-ca/signet/internal/sockets"
 )
 
 // Limits on every door; grpc-go's own are open or absent.
@@ -192,76 +193,18 @@ func clip(s string) string {
 	return s
 }
 
-// limited is a listener that keeps to a door's number of connections: what is too many is closed at once, before a
-// byte of it is read.
-type limited struct {
-	net.Listener
-	door door
-
-	mu   sync.Mutex
-	open int
-	from map[string]int
-}
-
-func limit(l net.Listener, d door) *limited {
+// places is how many connections a door takes, and at most half of the files this process may open: the log and the store
+// need theirs.
+func (d door) places() int {
 	var files unix.Rlimit
-	// Half of the files this process may open: the log and the store need theirs.
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur/2 < uint64(d.connections) {
-		d.connections = int(files.Cur / 2)
+		return int(files.Cur / 2)
 	}
-	return &limited{Listener: l, door: d, from: map[string]int{}}
+	return d.connections
 }
 
-func (l *limited) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		host := ""
-		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-			host = a.IP.String()
-		}
-		if !l.enter(host) {
-			c.Close()
-			continue
-		}
-		return &conn{Conn: c, leave: sync.OnceFunc(func() { l.leave(host) })}, nil
-	}
-}
-
-func (l *limited) enter(host string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open >= l.door.connections || l.from[host] >= l.door.perPeer {
-		return false
-	}
-	l.open++
-	l.from[host]++
-	return true
-}
-
-func (l *limited) leave(host string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.open--
-	if l.from[host]--; l.from[host] == 0 {
-		delete(l.from, host)
-	}
-}
-
-type conn struct {
-	net.Conn
-	leave func()
-}
-
-func (c *conn) Close() error {
-	defer c.leave()
-	return c.Conn.Close()
-}
-
-// NetConn returns the connection beneath.
-func (c *conn) NetConn() net.Conn { return c.Conn }
+// limit makes a listener keep to a door's number of connections.
+func limit(l net.Listener, d door) net.Listener { return sockets.Limit(l, d.places(), d.perPeer) }
 
 // listenTCP opens a TCP door.
 func listenTCP(what, address string, d door) (net.Listener, error) {
@@ -349,32 +292,14 @@ func (localPeers) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, e
 		c.Close()
 		return nil, nil, err
 	}
-	inner := c
-	if w, ok := c.(interface{ NetConn() net.Conn }); ok {
-		inner = w.NetConn()
-	}
-	u, ok := inner.(*net.UnixConn)
-	if !ok {
-		return fail(errors.New("not a Unix socket"))
-	}
-	raw, err := u.SyscallConn()
+	uid, err := sockets.PeerUID(c)
 	if err != nil {
 		return fail(err)
 	}
-	var cred *unix.Ucred
-	var inErr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, inErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return fail(err)
+	if !mayAdminister(uid) {
+		return fail(fmt.Errorf("uid %d may not use the admin socket", uid))
 	}
-	if inErr != nil {
-		return fail(inErr)
-	}
-	if !mayAdminister(cred.Uid) {
-		return fail(fmt.Errorf("uid %d may not use the admin socket", cred.Uid))
-	}
-	return c, localPeer{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, uid: cred.Uid}, nil
+	return c, localPeer{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, uid: uid}, nil
 }
 
 // mayAdminister: the socket's mode lets in nobody else, but a mode can be changed, and root passes any.

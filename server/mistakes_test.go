@@ -19,7 +19,7 @@ func TestMistake37TheLogsFilesAreNotForPeers(t *testing.T) {
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1000, Max: old.Max}))
 	defer func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old)) }()
 	for _, d := range []door{agentDoor, enrolDoor, adminDoor} {
-		if got := limit(nil, d).door.connections; got != min(d.connections, 500) {
+		if got := d.places(); got != min(d.connections, 500) {
 			t.Errorf("the %s door takes %d connections of 1000 files", d.name, got)
 		}
 	}

@@ -20,7 +20,6 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -30,6 +29,7 @@ import (
 
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/durable"
+	"github.com/signet-ca/signet/internal/sockets"
 	"github.com/signet-ca/signet/rotation"
 )
 
@@ -75,7 +75,7 @@ func (s agentSocket) dial(ctx context.Context, path string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	uid, err := peerUID(c)
+	uid, err := sockets.PeerUID(c)
 	if err == nil && uid != 0 && uid != uint32(os.Geteuid()) && int64(uid) != s.uid {
 		err = fmt.Errorf("uid %d listens there, which is neither root nor you: nothing of it is believed; if the agent runs as that user, say so with --agent-uid %d", uid, uid)
 	}
@@ -90,29 +90,6 @@ func (s agentSocket) dial(ctx context.Context, path string) (net.Conn, error) {
 type strangerError struct{ err error }
 
 func (e *strangerError) Error() string { return e.err.Error() }
-
-// peerUID is who listens at the other end of a Unix socket: the kernel notes it at listen(2) (unix(7), SO_PEERCRED).
-func peerUID(c net.Conn) (uint32, error) {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return 0, fmt.Errorf("a %T has no user behind it", c)
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var inner error
-	if err := raw.Control(func(fd uintptr) {
-		cred, inner = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if inner != nil {
-		return 0, inner
-	}
-	return cred.Uid, nil
-}
 
 // sdsClient is a stream of secrets from an agent.
 type sdsClient struct {
