@@ -95,6 +95,12 @@ type hub struct {
 	orders map[string]reissueOrder
 	// banned are the identities that the server has refused as banned since it last told its registrations.
 	banned map[spiffeid.ID]struct{}
+	// pause holds calls off while they fail as a whole; troubles are why certificates can't be had, by reason.
+	pause    pause
+	troubles map[string]*trouble
+	// unsaidExpired certificates have run out since the log has heard of some, which was at saidExpired.
+	saidExpired   time.Time
+	unsaidExpired int
 }
 
 // entry is the certificate of one registration on this host. Guarded by hub.mu.
@@ -111,9 +117,12 @@ type entry struct {
 	again bool
 	// hurried: what failed before may work now, whatever becomes of what is in flight.
 	hurried bool
-	// attempts that have failed in a row, and why the last one did.
+	// attempts that have failed in a row, and why the last one did; trouble is what it waits for.
 	attempts  int
 	lastError string
+	trouble   *trouble
+	// parked: it waits for the end of the pause.
+	parked bool
 	// expiryReported is set once the log has heard that current has run out.
 	expiryReported bool
 }
@@ -138,6 +147,7 @@ func newHub(is issuer, bundles *trust.Bundles, now func() time.Time, log *slog.L
 		known:    make(chan struct{}),
 		entries:  map[string]*entry{},
 		views:    map[*view]struct{}{},
+		troubles: map[string]*trouble{},
 	}
 }
 
@@ -331,6 +341,9 @@ func (h *hub) end(v *view, err error) {
 
 // drop forgets an entry, its key and its certificate. Called with mu held.
 func (h *hub) drop(name string) {
+	if e, ok := h.entries[name]; ok {
+		h.waitsNoMore(name, e)
+	}
 	delete(h.entries, name)
 	h.schedule.Remove(name)
 	h.cache.touch(name)
@@ -406,12 +419,16 @@ func (h *hub) issueSoon(name string, e *entry) {
 func (h *hub) hurry() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	at := h.now().Add(rotation.RetryAfter([]byte(h.agent), 1, 0))
+	if h.pause.attempts > 0 && !h.pause.probing {
+		h.pause.until = at
+	}
 	for name, e := range h.entries {
 		switch {
 		case e.inFlight:
 			e.hurried = true
-		case e.attempts > 0:
-			h.plan(name, e, h.now().Add(rotation.RetryAfter([]byte(h.agent), 1, 0)))
+		case e.attempts > 0 || e.parked:
+			h.plan(name, e, at)
 		}
 	}
 }
@@ -426,17 +443,19 @@ type job struct {
 	// attempts and left are from before the call; left is zero where there is no good certificate.
 	attempts int
 	left     time.Duration
+	// pause is how many calls in a row had failed as a whole by then.
+	pause int
 }
 
 // due starts calls for what the scheduler hands out.
 func (h *hub) due(ctx context.Context, names []string) {
 	h.mu.Lock()
-	var jobs []*job
 	now := h.now()
-	for _, name := range names {
+	var expired []*entry
+	ready := slices.DeleteFunc(names, func(name string) bool {
 		e, ok := h.entries[name]
 		if !ok || e.inFlight { // asked for once more between being handed out and getting here: the call has begun since
-			continue
+			return true
 		}
 		if len(e.wanted) == 0 {
 			// Not renewed for nobody, but kept while it is good: a workload, or all of them after a restart of this
@@ -447,27 +466,34 @@ func (h *hub) due(ctx context.Context, names []string) {
 				if !e.replaceAt.IsZero() && e.replaceAt.Before(end) {
 					end = e.replaceAt
 				}
+				h.waitsNoMore(name, e)
+				e.parked = false
 				h.plan(name, e, end)
 			} else {
 				h.drop(name)
 			}
-			continue
+			return true
 		}
-		j := &job{name: name, entry: e, id: e.registration.ID, attempts: e.attempts, item: &signetv1.IssueItem{Registration: name}}
+		if e.current != nil && !e.current.good(now) && !e.expiryReported {
+			e.expiryReported = true
+			expired = append(expired, e)
+		}
+		return false
+	})
+	h.sayExpired(expired)
+	var jobs []*job
+	for _, name := range h.admit(ready, now) {
+		e := h.entries[name]
+		j := &job{name: name, entry: e, id: e.registration.ID, attempts: e.attempts, pause: h.pause.attempts, item: &signetv1.IssueItem{Registration: name}}
 		if e.current != nil {
 			j.left = max(e.current.svid.NotAfter.Sub(now), 0)
-			if j.left == 0 && !e.expiryReported {
-				e.expiryReported = true
-				h.log.Error("a certificate has expired before it could be renewed and is withheld", "registration", name,
-					"spiffe_id", j.id.String(), "serial", e.current.svid.Serial, "not_after", utc(e.current.svid.NotAfter))
-			}
 		}
 		for v := range e.wanted {
 			// The word of one of those who want it now.
 			j.item.Instance, j.item.Selectors = clip(v.workload.Instance, maxInstance-len("…")), selectorStrings(v.selectors)
 			break
 		}
-		e.inFlight, e.again, e.hurried = true, false, false
+		e.inFlight, e.parked, e.again, e.hurried = true, false, false, false
 		jobs = append(jobs, j)
 	}
 	h.mu.Unlock()
@@ -484,16 +510,32 @@ func (h *hub) issueBatch(ctx context.Context, jobs []*job) {
 	case <-ctx.Done():
 		return
 	}
+	if h.stands(jobs) {
+		return
+	}
 	results, err := h.ask(ctx, jobs)
 	if err != nil {
 		if ctx.Err() == nil {
 			h.turnedAway(err)
-			h.failedAll(jobs, err)
+			if aboutAll(err) {
+				h.failedAll(jobs, err, true)
+				return
+			}
+			for _, j := range jobs {
+				h.failed(j, err)
+			}
+			h.answered()
 		}
 		return
 	}
+	var putOff []*job
+	var why error
 	for i, j := range jobs {
 		got, err := h.check(j, results[i])
+		if putOffByServer(err) {
+			putOff, why = append(putOff, j), err
+			continue
+		}
 		if err != nil {
 			if r := (refused{}); errors.As(err, &r) {
 				switch {
@@ -507,6 +549,14 @@ func (h *hub) issueBatch(ctx context.Context, jobs []*job) {
 			continue
 		}
 		h.took(j, got)
+	}
+	if len(putOff) == len(jobs) {
+		h.failedAll(jobs, why, false)
+		return
+	}
+	h.answered()
+	for _, j := range putOff {
+		h.failed(j, why)
 	}
 }
 
@@ -718,6 +768,7 @@ func (h *hub) took(j *job, got *held) {
 		return
 	}
 	h.taken.Add(1)
+	h.waitsNoMore(j.name, e)
 	first := e.current == nil
 	e.current, e.attempts, e.lastError, e.expiryReported = got, 0, "", false
 	h.cache.touch(j.name)
@@ -736,56 +787,34 @@ func (h *hub) took(j *job, got *held) {
 	}
 }
 
-// failed puts one request off.
+// failed puts one request off: never does it give up, and the more life is left, the longer it waits.
 func (h *hub) failed(j *job, err error) {
 	result := resultFailed
-	if r := (refused{}); errors.As(err, &r) && r.refusal.GetReason() != signetv1.Refusal_REASON_UNAVAILABLE {
+	if errors.As(err, &refused{}) && !putOffByServer(err) {
 		result = resultRefused
 	}
-	h.putOff([]*job{j}, []byte(h.agentName()+"/"+j.name), result, err)
-}
-
-// failedAll puts a whole call off, so that it stays one call.
-func (h *hub) failedAll(jobs []*job, err error) {
-	h.putOff(jobs, []byte(h.agentName()), resultFailed, err)
-}
-
-// putOff sets the time of the next try: never does it give up, and the more life is left, the longer it waits.
-func (h *hub) putOff(jobs []*job, jitter []byte, result string, err error) {
-	attempts, left := jobs[0].attempts, jobs[0].left
-	for _, j := range jobs {
-		attempts, left = min(attempts, j.attempts), min(left, j.left)
-	}
-	wait := notBefore(err, rotation.RetryAfter(jitter, attempts+1, left))
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	names := make([]string, 0, len(jobs))
-	for _, j := range jobs {
-		names = append(names, j.name)
-		h.metrics.renewals.WithLabelValues(result).Inc()
-		if e := j.entry; h.entries[j.name] == e {
-			e.inFlight = false
-			if e.again {
-				h.issueSoon(j.name, e)
-				continue
-			}
-			e.attempts++
-			e.lastError = clip(err.Error(), 512)
-			next := wait
-			if e.hurried {
-				next = notBefore(err, rotation.RetryAfter(jitter, 1, 0))
-			}
-			h.plan(j.name, e, h.now().Add(next))
-		}
+	h.metrics.renewals.WithLabelValues(result).Inc()
+	e := j.entry
+	if h.entries[j.name] != e {
+		return
 	}
-	h.log.Warn("could not get a certificate; trying again", "registrations", clip(strings.Join(names, " "), 512), "attempt", attempts+1,
-		"in", wait.Round(time.Millisecond).String(), "life_left", left.Round(time.Second).String(), "err", clip(err.Error(), 512))
-}
-
-func (h *hub) agentName() string {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.agent
+	e.inFlight = false
+	if e.again {
+		h.issueSoon(j.name, e)
+		return
+	}
+	e.attempts++
+	e.lastError = clip(err.Error(), 512)
+	jitter := []byte(h.agent + "/" + j.name)
+	wait := notBefore(err, rotation.RetryAfter(jitter, e.attempts, j.left))
+	if e.hurried {
+		wait = notBefore(err, rotation.RetryAfter(jitter, 1, 0))
+	}
+	h.plan(j.name, e, h.now().Add(wait))
+	h.waits(j.name, e, err)
+	h.say(err, wait)
 }
 
 // watchBundle tells all views of a new bundle and re-issues what doesn't lead to it.
@@ -888,7 +917,7 @@ func (h *hub) life() life {
 			expired = first(expired, c)
 		default:
 			l.valid++
-			if e.attempts > 0 {
+			if e.attempts > 0 || e.parked {
 				l.overdue++
 			}
 			l.earliest = first(l.earliest, c)

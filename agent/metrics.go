@@ -86,7 +86,7 @@ func newMetrics(reg prometheus.Registerer, now func() time.Time, lives func() li
 		states("pending", func(l life) int { return l.pending }),
 		gauge("signet_agent_reissues_pending", "Certificates of workloads that are to be replaced ahead of time because the server wants their issuer replaced.",
 			func() float64 { return float64(lives().replacing) }),
-		gauge("signet_renewals_overdue", "Certificates of workloads whose renewal has failed at least once, or that have expired.",
+		gauge("signet_renewals_overdue", "Certificates of workloads whose renewal has failed at least once or waits because others' have, or that have expired.",
 			func() float64 { return float64(lives().overdue) }),
 		gauge("signet_agent_earliest_svid_not_after_timestamp_seconds", "End of the valid workload certificate that ends first; where all have expired, of the one that ended first; NaN = there is none.",
 			func() float64 {

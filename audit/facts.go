@@ -3,6 +3,7 @@ package audit
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -32,11 +33,15 @@ type Facts struct {
 	Agent string
 	// Registration is the name of the one it is about, or by which a certificate was given; Token the id of a join token.
 	Registration, Token string
-	// Authority is the CA the event is about; Change is what became of it, or why an identity was banned, for people.
+	// Authority is the CA the event is about; Change is what became of it, why an identity was banned, or what another cluster
+	// has reported, for people.
 	Authority, Change string
 	// Certificate is what of the entry's certificate was logged: its signature is not. Nil where there is none.
 	Certificate *x509.Certificate
-	Evidence    *auditv1.Evidence
+	// KeySHA256 is of the public key that the event is about (SubjectPublicKeyInfo, DER), lower-case hex: the certificate's, the
+	// request's or the agent's.
+	KeySHA256 string
+	Evidence  *auditv1.Evidence
 }
 
 var entryEvents = (&auditv1.Entry{}).ProtoReflect().Descriptor().Oneofs().ByName("event")
@@ -87,6 +92,13 @@ func FactsOf(e *auditv1.Entry) (Facts, error) {
 		f.Authority, f.Change = ev.GetAuthority(), changeOf(ev)
 	case *auditv1.IdentityBanned:
 		f.Change = ev.GetReason()
+	case *auditv1.AuthorityRequested:
+		f.Authority, f.Change = ev.GetAuthority(), "asked of "+ev.GetUpstream()+" under "+ev.GetRoot()
+	case *auditv1.PeerReported:
+		f.Change = reportOf(ev)
+	}
+	if ev, ok := event.(interface{ GetPublicKey() []byte }); ok {
+		f.KeySHA256 = keyText(ev.GetPublicKey())
 	}
 	var err error
 	switch ev := event.(type) {
@@ -101,7 +113,7 @@ func FactsOf(e *auditv1.Entry) (Facts, error) {
 		return f, fmt.Errorf("the certificate in the entry: %w", err)
 	}
 	if c := f.Certificate; c != nil {
-		f.Serial = serialText(c.SerialNumber)
+		f.Serial, f.KeySHA256 = serialText(c.SerialNumber), keyText(c.RawSubjectPublicKeyInfo)
 		f.NotBefore, f.NotAfter = c.NotBefore.UTC(), c.NotAfter.UTC()
 		if len(c.URIs) == 1 {
 			f.SPIFFEID = c.URIs[0].String()
@@ -124,6 +136,15 @@ func changeOf(ev *auditv1.AuthorityChanged) string {
 		text += " (forced: " + strings.Join(forced, "; ") + ")"
 	}
 	return text
+}
+
+// reportOf puts what another cluster has reported into one line.
+func reportOf(ev *auditv1.PeerReported) string {
+	says := "nothing new"
+	if len(ev.GetSays()) > 0 {
+		says = strings.Join(ev.GetSays(), "; ")
+	}
+	return "report of cluster " + ev.GetCluster() + ", made at " + time.Unix(0, ev.GetMade()).UTC().Format(time.RFC3339) + ": " + says
 }
 
 // nameIn is the name of a registration in its JSON form; "" where there is none.
@@ -174,6 +195,11 @@ func parseTBS(tbs []byte) (*x509.Certificate, error) {
 }
 
 func serialText(n *big.Int) string { return hex.EncodeToString(n.Bytes()) }
+
+func keyText(spki []byte) string {
+	sum := sha256.Sum256(spki)
+	return hex.EncodeToString(sum[:])
+}
 
 // ParseSerial reads a serial number as people write it, in hex with or without colons, in any case, and gives it as Facts has it.
 func ParseSerial(s string) (string, error) {

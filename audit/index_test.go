@@ -3,8 +3,10 @@ package audit
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"database/sql"
+	"encoding/hex"
 	"errors"
 	"os"
 	"path/filepath"
@@ -41,6 +43,8 @@ func mixed(t testing.TB) ([]*auditv1.Entry, []*x509.Certificate) {
 		{Time: at(12), Event: &auditv1.Entry_AuthorityChanged{AuthorityChanged: &auditv1.AuthorityChanged{Authority: "intermediate-2", To: "active"}}},
 		{Time: at(13), Event: &auditv1.Entry_IdentityBanned{IdentityBanned: &auditv1.IdentityBanned{SpiffeId: "spiffe://example.org/ns/bad/sa/one"}}},
 		{Time: at(14), Event: &auditv1.Entry_IdentityUnbanned{IdentityUnbanned: &auditv1.IdentityUnbanned{SpiffeId: "spiffe://example.org/ns/bad/sa/one"}}},
+		{Time: at(15), Event: &auditv1.Entry_AuthorityRequested{AuthorityRequested: &auditv1.AuthorityRequested{Authority: "intermediate-3", PublicKey: certs[3].RawSubjectPublicKeyInfo, Upstream: "Vault", Root: "root-1"}}},
+		{Time: at(16), Event: &auditv1.Entry_PeerReported{PeerReported: &auditv1.PeerReported{Cluster: "west", Made: at(15), Says: []string{"root-1 is believed"}}}},
 	}, certs
 }
 
@@ -74,8 +78,8 @@ func TestEntriesAreFoundByWhatTheySay(t *testing.T) {
 			q    Query
 			want []uint64
 		}{
-			"all":               {Query{}, []uint64{14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}},
-			"limit":             {Query{Limit: 2}, []uint64{14, 13}},
+			"all":               {Query{}, []uint64{16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}},
+			"limit":             {Query{Limit: 2}, []uint64{16, 15}},
 			"serial":            {Query{Serial: "0abc"}, []uint64{6}},
 			"serial of a CA":    {Query{Serial: "4d"}, []uint64{1, 0}},
 			"SPIFFE ID":         {Query{SPIFFEID: "spiffe://example.org/ns/shop/sa/frontend"}, []uint64{8, 6}},
@@ -84,7 +88,7 @@ func TestEntriesAreFoundByWhatTheySay(t *testing.T) {
 			"banned identity":   {Query{SPIFFEID: "spiffe://example.org/ns/bad/sa/one"}, []uint64{14, 13}},
 			"kind":              {Query{Kind: "certificate-issued"}, []uint64{8, 7, 6}},
 			"agent and kind":    {Query{Agent: "node-1", Kind: "agent-enrolled"}, []uint64{5}},
-			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{14, 13, 12, 11, 10, 9, 8}},
+			"since is included": {Query{Since: testTime.Add(8 * time.Minute)}, []uint64{16, 15, 14, 13, 12, 11, 10, 9, 8}},
 			"until is not":      {Query{Until: testTime.Add(time.Minute)}, []uint64{0}},
 			"a window":          {Query{Since: testTime.Add(3 * time.Minute), Until: testTime.Add(5 * time.Minute)}, []uint64{4, 3}},
 			"registration":      {Query{Registration: "frontend"}, []uint64{8, 7, 6, 2}},
@@ -141,6 +145,24 @@ func TestEveryKindHasAName(t *testing.T) {
 	broken.GetCertificateIssued().Tbs[0] ^= 1
 	if f, err := FactsOf(broken); err == nil || f.Agent != "node-1" || f.Kind != "certificate-issued" {
 		t.Errorf("with a broken certificate: %+v, %v", f, err)
+	}
+}
+
+// An auditor compares what an authority above has signed with what it was asked for, by the key.
+func TestARequestAndItsCertificateHaveOneKey(t *testing.T) {
+	entries, certs := mixed(t)
+	sum := sha256.Sum256(certs[3].RawSubjectPublicKeyInfo)
+	for _, i := range []int{0, 1, 15} {
+		f, err := FactsOf(entries[i])
+		if err != nil || f.KeySHA256 != hex.EncodeToString(sum[:]) {
+			t.Errorf("%s: key %q, %v", f.Kind, f.KeySHA256, err)
+		}
+	}
+	if f, err := FactsOf(entries[15]); err != nil || f.Authority != "intermediate-3" || f.Change != "asked of Vault under root-1" {
+		t.Errorf("%+v, %v", f, err)
+	}
+	if f, err := FactsOf(entries[10]); err != nil || f.KeySHA256 != "" {
+		t.Errorf("a ban has the key %q, %v", f.KeySHA256, err)
 	}
 }
 

@@ -57,11 +57,20 @@ type Authority struct {
 
 // unsigned is a signature that failed.
 type unsigned struct {
-	at  time.Time
-	err error
+	// since is of the first that failed, at of the newest.
+	since, at time.Time
+	err       error
+	// stays: it counts until the key was looked at and found well (Look). seen: a look has found it, not a signature.
+	stays, seen bool
 }
 
-// unsignedNews is how long a signature that failed counts when none is asked for after it.
+// looker is a key that can say without a signature whether it would give one. ErrAway says that it can't be told now.
+type looker interface {
+	Look(ctx context.Context) error
+}
+
+// unsignedNews is how long a signature that failed counts at least, when none is asked for after it; for a key that can't be
+// looked at, at most.
 const unsignedNews = time.Minute
 
 // New refuses a configuration that contradicts itself.
@@ -327,7 +336,12 @@ func (a *Authority) sign(d *draft) ([][]byte, error) {
 	newest := &a.unsigned[i.hierarchy]
 	fail := func(err error) ([][]byte, error) {
 		a.metrics.signErrors.WithLabelValues(backend).Inc()
-		newest.Store(&unsigned{a.now(), err})
+		_, looks := i.key.(looker)
+		u := &unsigned{since: a.now(), at: a.now(), err: err, stays: looks}
+		if before := newest.Load(); before != nil {
+			u.since = before.since
+		}
+		newest.Store(u)
 		return nil, &Error{ReasonSign, fmt.Errorf("cannot sign for %s with key %s of issuer %s: %w", d.terms.ID, i.key.Ref(), i.name, err)}
 	}
 	h := i.builder.hash.New()
@@ -353,12 +367,48 @@ func (a *Authority) sign(d *draft) ([][]byte, error) {
 	return append([][]byte{der}, i.chain...), nil
 }
 
-// Unsigned says why the newest signature of a hierarchy failed; nil if it didn't, or is of more than a minute ago.
-func (a *Authority) Unsigned(h identity.Hierarchy) error {
-	if u := a.unsigned[h].Load(); u != nil && a.now().Sub(u.at) < unsignedNews {
-		return u.err
+// Look asks the keys that sign whether they would, so that one that is gone is known before it is needed, and one that is back
+// though nobody asks. Where a signature has failed, that it has says more, for a while.
+func (a *Authority) Look(ctx context.Context) {
+	snapshot := a.issuers.Snapshot()
+	for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
+		issuer, ok := snapshot.Active(h)
+		if !ok {
+			continue
+		}
+		key, ok := issuer.key.(looker)
+		if !ok {
+			continue
+		}
+		before := a.unsigned[h].Load()
+		err := key.Look(ctx)
+		passing := before == nil || before.seen || errors.Is(before.err, keystore.ErrAway)
+		now := a.now()
+		switch {
+		case errors.Is(err, keystore.ErrAway), ctx.Err() != nil:
+		case err == nil && before != nil && (passing || now.Sub(before.at) >= unsignedNews):
+			if a.unsigned[h].CompareAndSwap(before, nil) && before.seen {
+				a.logger.Info("the key of an issuer signs again", "issuer", issuer.name)
+			}
+		case err != nil && passing:
+			u := &unsigned{since: now, at: now, err: err, stays: true, seen: true}
+			if before != nil {
+				u.since = before.since
+			}
+			if a.unsigned[h].CompareAndSwap(before, u) && (before == nil || !before.seen) {
+				a.logger.Error("the key of an issuer does not sign", "issuer", issuer.name, "error", err)
+			}
+		}
 	}
-	return nil
+}
+
+// Unsigned says why the newest signature of a hierarchy failed, or would, and since when all have; nil if it didn't, or, for a
+// key that can't be looked at, is of more than a minute ago.
+func (a *Authority) Unsigned(h identity.Hierarchy) (since time.Time, err error) {
+	if u := a.unsigned[h].Load(); u != nil && (u.stays || a.now().Sub(u.at) < unsignedNews) {
+		return u.since, u.err
+	}
+	return time.Time{}, nil
 }
 
 // sampled picks one in 256 signatures of in-process keys to be verified: a check costs twice what it checks.

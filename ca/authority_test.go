@@ -23,6 +23,7 @@ import (
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/keystore"
 )
 
 func weakKey(t *testing.T) *ecdsa.PrivateKey {
@@ -395,14 +396,20 @@ func TestAWrongSignatureOfARemoteKeyIsNeverReleased(t *testing.T) {
 
 func TestASignatureThatFailedIsToldOfUntilTheNextOrForAMinute(t *testing.T) {
 	w := newWorld(t, func(o *worldOptions) { o.remote = true })
+	first := w.now
 	bad := func() bool {
-		if err := w.authority.Unsigned(identity.ControlPlane); err != nil {
+		if _, err := w.authority.Unsigned(identity.ControlPlane); err != nil {
 			t.Error(err)
 		}
-		err := w.authority.Unsigned(identity.Mesh)
+		since, err := w.authority.Unsigned(identity.Mesh)
+		if err != nil && !since.Equal(first) {
+			t.Errorf("since %s, and the first failed at %s", since, first)
+		}
 		return err != nil && strings.Contains(err.Error(), "the signature it gave is wrong")
 	}
 	w.meshKey.flip = true
+	w.refused(w.grant("web"), ReasonSign)
+	w.now = w.now.Add(time.Second)
 	w.refused(w.grant("web"), ReasonSign)
 	w.issue(w.serverGrant()) // another key
 	if !bad() {
@@ -419,6 +426,73 @@ func TestASignatureThatFailedIsToldOfUntilTheNextOrForAMinute(t *testing.T) {
 	if bad() {
 		t.Error("it is told of for ever")
 	}
+}
+
+// seenKey is a key that can be looked at.
+type seenKey struct {
+	*signerKey
+	looked error
+}
+
+func (k *seenKey) Look(context.Context) error { return k.looked }
+
+// TestAKeyThatIsGoneIsToldOfUntilItIsBack although nobody asks it for a signature.
+func TestAKeyThatIsGoneIsToldOfUntilItIsBack(t *testing.T) {
+	w := newWorld(t, func(o *worldOptions) { o.remote = true })
+	key := &seenKey{signerKey: w.meshKey}
+	c := w.meshConfig
+	c.Key = key
+	mesh, err := NewIssuer(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.authority.issuers.Replace(mesh, w.control); err != nil {
+		t.Fatal(err)
+	}
+	look := func(want string) time.Time {
+		t.Helper()
+		w.authority.Look(t.Context())
+		if _, err := w.authority.Unsigned(identity.ControlPlane); err != nil {
+			t.Error(err)
+		}
+		since, err := w.authority.Unsigned(identity.Mesh)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("told of: %v, want %q", err, want)
+		}
+		return since
+	}
+	look("")
+	key.looked = fmt.Errorf("nobody is there: %w", keystore.ErrAway)
+	look("") // the key may be well
+	begun := w.now
+	key.looked = errors.New("it was deleted")
+	look("it was deleted")
+	w.now = w.now.Add(time.Hour)
+	if since := look("it was deleted"); !since.Equal(begun) {
+		t.Errorf("since %s, want %s", since, begun)
+	}
+	key.looked = fmt.Errorf("nobody is there: %w", keystore.ErrAway)
+	look("it was deleted") // as far as is known
+	key.looked = nil
+	look("")
+
+	// A signature that fails says more than a look, for a while.
+	key.flip = true
+	w.refused(w.grant("web"), ReasonSign)
+	look("the signature it gave is wrong")
+	key.looked = errors.New("it was deleted")
+	w.now = w.now.Add(time.Minute)
+	look("the signature it gave is wrong")
+	key.looked, key.flip = nil, false
+	look("")
+	// One that was away is known to be back as soon as it answers.
+	key.fail = fmt.Errorf("overloaded: %w", keystore.ErrAway)
+	w.refused(w.grant("web"), ReasonSign)
+	w.now = w.now.Add(time.Hour)
+	key.looked = fmt.Errorf("overloaded: %w", keystore.ErrAway)
+	look("overloaded")
+	key.looked = nil
+	look("")
 }
 
 func TestNothingIsLoggedForAKeyThatIsAway(t *testing.T) {

@@ -67,7 +67,7 @@ const (
 	CodeServed    = "SGN1014" // certificates of an agent's workloads
 	CodeServer    = "SGN1015" // an agent's way to its server
 	CodeSeal      = "SGN1016" // what protects keys at rest
-	CodeIssuing   = "SGN1017" // from when on nothing can be issued
+	CodeIssuing   = "SGN1017" // nothing can be issued, since when, or from when on
 	CodeSuccessor = "SGN1018" // who takes over from the intermediate that signs
 	CodeSignature = "SGN1019" // a request that the root's holder has to sign
 	CodeRootEnd   = "SGN1020" // a root whose end cuts the life of intermediates short

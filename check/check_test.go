@@ -222,6 +222,28 @@ func TestALogIsHeldAgainstItsLastEntry(t *testing.T) {
 	is(t, look(now), OK)
 }
 
+func TestTheUseOfAnIssuerEndsBeforeItsLife(t *testing.T) {
+	const least = 10 * time.Minute
+	for left, want := range map[time.Duration]struct {
+		level Level
+		words []string
+	}{
+		90 * time.Hour:   {OK, nil},
+		30 * time.Hour:   {Warning, []string{"30 % of its life are left, until 2026-05-05T09:02:01Z, in 30h; it can sign until 2026-05-05T08:52:02Z"}},
+		9 * time.Hour:    {Error, []string{"9 %", "it can sign until"}},
+		5 * time.Minute:  {Error, []string{"it ends at 2026-05-04T03:07:01Z, too soon for a certificate that lives 10m: it was of use until 2026-05-04T02:57:02Z", "mend it"}},
+		-5 * time.Minute: {Error, []string{"it expired at 2026-05-04T02:57:01Z", "mend it"}},
+		101 * time.Hour:  {Error, []string{"it begins at"}},
+	} {
+		until := now.Add(left)
+		found := IssuerLife("i-1", until.Add(-100*time.Hour), until, least, now, "mend it")
+		is(t, found, want.level, want.words...)
+		if len(found) != 1 {
+			t.Errorf("%s before its end: %+v", left, found)
+		}
+	}
+}
+
 func TestTheWorstComesFirst(t *testing.T) {
 	f := Findings{{Code: "b", Level: OK}, {Code: "c", Level: Warning}, {Code: "a", Level: OK}, {Code: "d", Level: Error}, {Code: "e", Level: Unknown}}
 	f.Sort()

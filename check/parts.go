@@ -39,7 +39,7 @@ func Life(about string, from, until, now time.Time, mend string) (found Findings
 	message := fmt.Sprintf("%.0f %% of its life are left, until %s, in %s", share*100, stamp(until), short(left))
 	switch {
 	case now.Before(from):
-		found.add(CodeClock, Error, about, fmt.Sprintf("it begins at %s, and it is %s here: the clock is behind", stamp(from), stamp(now)), "timedatectl set-ntp true")
+		found.add(CodeClock, Error, about, fmt.Sprintf("it begins at %s, and it is %s here: the clock is behind", stamp(from), stamp(now)), mendClock)
 	case left <= 0:
 		found.add(CodeExpiry, Error, about, fmt.Sprintf("it expired at %s", stamp(until)), mend)
 	case share < lifeError:
@@ -48,6 +48,21 @@ func Life(about string, from, until, now time.Time, mend string) (found Findings
 		found.add(CodeExpiry, Warning, about, message, mend)
 	default:
 		found.add(CodeExpiry, OK, about, message, "")
+	}
+	return found
+}
+
+// IssuerLife is Life of a CA whose certificates have to live for least: it is of use until that much before its end.
+func IssuerLife(about string, from, until time.Time, least time.Duration, now time.Time, mend string) Findings {
+	found := Life(about, from, until, now, mend)
+	last := until.Add(time.Second - least) // until is inclusive (RFC 5280 §4.1.2.5)
+	switch f := &found[0]; {
+	case now.After(until) || now.Before(from):
+	case !now.Before(last):
+		f.Level, f.Mend = Error, mend
+		f.Message = fmt.Sprintf("it ends at %s, too soon for a certificate that lives %s: it was of use until %s", stamp(until), short(least), stamp(last))
+	case f.Level != OK:
+		f.Message += "; it can sign until " + stamp(last)
 	}
 	return found
 }
@@ -159,7 +174,7 @@ func Log(ctx context.Context, dir, verifierKey string, now time.Time) (found Fin
 	at := last.Facts.Time
 	found.add(CodeLog, OK, dir, fmt.Sprintf("the checkpoint of %d entries is signed and holds the last one, of %s", cp.Size, stamp(at)), "")
 	if at.Sub(now) > allowedSkew {
-		found.add(CodeClock, Error, dir, fmt.Sprintf("the last entry of the log is of %s, and it is %s here: the clock went back", stamp(at), stamp(now)), "timedatectl set-ntp true")
+		found.add(CodeClock, Error, dir, fmt.Sprintf("the last entry of the log is of %s, and it is %s here: the clock went back", stamp(at), stamp(now)), mendClock)
 	} else {
 		found.add(CodeClock, OK, "clock", "it is not behind the log's last entry", "")
 	}

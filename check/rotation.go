@@ -29,6 +29,18 @@ type Rotation struct {
 	Forged []Forged
 	// Restored is what was published that the state database does not know of.
 	Restored Restored
+	// Halt keeps leaves from being made although an intermediate that lives is active; nil = nothing does.
+	Halt *Halt
+	// Offline: no server works here that a command could ask.
+	Offline bool
+}
+
+// Halt is a key that can't be used, or a clock that is not believed.
+type Halt struct {
+	// Since is when it began; zero = that is not known.
+	Since time.Time
+	// Why is a clause, Mend a command.
+	Why, Mend string
 }
 
 // Restored is a state database against what agents hold, and against the log.
@@ -46,10 +58,10 @@ type Restored struct {
 type Forged struct {
 	ID      string
 	Cluster string
-	// Accepting is how many validators believe the root above it; Until is the end of its chain.
-	Accepting int
-	Until     time.Time
-	Advice    string
+	// By says of each cluster who believes the root above it, in words; empty = nobody does. Until is the end of its chain.
+	By     []string
+	Until  time.Time
+	Advice string
 }
 
 // Commands that mend; FILE is the server's configuration.
@@ -57,22 +69,25 @@ const (
 	mendStatus  = "signet rotation status --config FILE"
 	mendStart   = "signet rotation start --config FILE intermediate"
 	mendAdvance = "signet rotation advance --config FILE"
+	mendServe   = "signet serve --config FILE"
+	mendClock   = "timedatectl set-ntp true"
 	mendTrust   = "signet trust republish --config FILE --dry-run"
-	mendRoot    = "signet root init; then: signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…"
+	// MendRoot helps against the end of a root.
+	MendRoot = "signet root init; then: signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…"
 )
 
 // Findings says what of the rotation waits for a person, and what will be bad when nobody comes.
 func (r Rotation) Findings(now time.Time) (found Findings) {
 	steps := rotation.Next(r.Policy, r.World, now)
-	active, ok := r.first(func(a rotation.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+	active, ok := r.active()
+	found = append(found, r.issuing(steps, now)...)
 	if ok {
-		found = append(found, r.issuing(active, steps, now)...)
 		found = append(found, r.successor(active, steps, now)...)
 		found = append(found, r.rootEnd(active, now)...)
 	}
 	found = append(found, r.signatures(active, now)...)
 	found = append(found, r.peers(steps)...)
-	found = append(found, r.forged(now)...)
+	found = append(found, r.forged()...)
 	found = append(found, r.Restored.findings()...)
 	if !r.Automatic {
 		found = append(found, due(steps)...)
@@ -89,6 +104,10 @@ func (r Rotation) first(is func(rotation.Authority) bool) (rotation.Authority, b
 		return rotation.Authority{}, false
 	}
 	return r.Authorities[i], true
+}
+
+func (r Rotation) active() (rotation.Authority, bool) {
+	return r.first(func(a rotation.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
 }
 
 // at is when a fraction of an intermediate's life is over.
@@ -111,15 +130,15 @@ func signed(a rotation.Authority) bool { return !a.NotAfter.IsZero() }
 // IssuableUntil is until when leaves can be made if only time passes: no signature, acknowledgement or report comes any
 // more. Zero = nothing can be made now.
 func (r Rotation) IssuableUntil(now time.Time) time.Time {
-	active, ok := r.first(func(a rotation.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
-	if !ok || now.Before(active.NotBefore) {
+	active, ok := r.active()
+	if !ok || now.Before(active.NotBefore) || r.Halt != nil {
 		return time.Time{}
 	}
 	return r.issuableUntil(active, rotation.Next(r.Policy, r.World, now), now)
 }
 
 func (r Rotation) issuableUntil(active rotation.Authority, steps []rotation.Step, now time.Time) time.Time {
-	until := active.NotAfter.Add(time.Second - r.LeastLife)
+	until := r.lastUse(active)
 	for _, x := range r.waiting(signed) {
 		i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID })
 		if i < 0 || !r.Automatic || !x.NotAfter.After(active.NotAfter) {
@@ -131,13 +150,18 @@ func (r Rotation) issuableUntil(active rotation.Authority, steps []rotation.Step
 			continue
 		}
 		if takes := rotation.At(s, now); !takes.IsZero() && takes.Before(until) {
-			until = later(until, x.NotAfter.Add(time.Second-r.LeastLife))
+			until = later(until, r.lastUse(x))
 		}
 	}
 	if !now.Before(until) {
 		return time.Time{}
 	}
 	return until
+}
+
+// lastUse is when a leaf of an intermediate's would live too short; NotAfter is inclusive (RFC 5280 §4.1.2.5).
+func (r Rotation) lastUse(x rotation.Authority) time.Time {
+	return x.NotAfter.Add(time.Second - r.LeastLife)
 }
 
 func later(a, b time.Time) time.Time {
@@ -147,13 +171,19 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// issuing says that nothing can be made from some time on. That nothing can be made now is another finding, which stops
-// the server (Usable).
-func (r Rotation) issuing(active rotation.Authority, steps []rotation.Step, now time.Time) (found Findings) {
-	until := r.issuableUntil(active, steps, now)
-	if until.IsZero() {
-		return nil
+// issuing says whether leaves can be made, to all who ask: readiness, signet check and (IssuableUntil) the metric. There is a
+// finding from the first warning on, without a gap, until they can be made for long again; while none can be made it stops
+// the server.
+func (r Rotation) issuing(steps []rotation.Step, now time.Time) (found Findings) {
+	active, ok := r.active()
+	if since, why, mend := r.stopped(active, ok, steps, now); why != "" {
+		message := "nothing can be issued: " + why
+		if !since.IsZero() {
+			message = fmt.Sprintf("nothing can be issued since %s: %s", stamp(since), why)
+		}
+		return Findings{{Code: CodeIssuing, Level: Error, About: Issuing, Message: message, Mend: mend, Stops: []string{Issuing}}}
 	}
+	until := r.issuableUntil(active, steps, now)
 	level, share := OK, float64(until.Sub(now))/float64(active.NotAfter.Sub(active.NotBefore))
 	switch {
 	case share < lifeError:
@@ -164,24 +194,81 @@ func (r Rotation) issuing(active rotation.Authority, steps []rotation.Step, now 
 		return nil
 	}
 	message := fmt.Sprintf("nothing can be issued from %s on, in %s", stamp(until), short(until.Sub(now)))
-	mend := mendStart
-	for _, x := range r.waiting(func(rotation.Authority) bool { return true }) {
-		if !signed(x) {
-			message, mend = message+": "+x.ID+", which is to take over, is not signed", mendSign(x.ID)
-			break
-		}
-		if i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID }); i >= 0 && len(steps[i].Waits) > 0 {
-			message, mend = message+": "+x.ID+", which is to take over, waits: "+steps[i].Waits[0].For, mendStatus
-		} else if !r.Automatic {
-			message, mend = message+": "+x.ID+" is to take over, and rotation.automatic is off", mendAdvance+" "+x.ID
-		}
+	why, mend := r.next(steps)
+	if why != "" {
+		message += ": " + why
 	}
-	found.add(CodeIssuing, level, "issuing", message, mend)
+	found.add(CodeIssuing, level, Issuing, message, mend)
 	return found
 }
 
-func mendSign(id string) string {
-	return "signet ca show --config FILE " + id + "; then, at the root: signet root sign; then: signet cluster install --config FILE --chain CHAIN --root-fingerprint SHA256:…"
+// stopped says since when, and why, no leaf can be made now; without a why one can.
+func (r Rotation) stopped(active rotation.Authority, ok bool, steps []rotation.Step, now time.Time) (since time.Time, why, mend string) {
+	switch {
+	case !ok:
+		for _, a := range r.Authorities {
+			if a.Kind == ca.KindIntermediate && a.State == ca.Retired {
+				since = later(since, a.Since)
+			}
+		}
+		why = "no intermediate is active"
+	case now.Before(active.NotBefore):
+		return since, fmt.Sprintf("%s begins at %s, and it is %s here", active.ID, stamp(active.NotBefore), stamp(now)), mendClock
+	case r.issuableUntil(active, steps, now).IsZero():
+		since = later(r.lastUse(active), active.Since)
+		why = fmt.Sprintf("%s ends at %s, and a leaf has to live %s", active.ID, stamp(active.NotAfter), short(r.LeastLife))
+		if now.After(active.NotAfter) {
+			why = fmt.Sprintf("%s expired at %s", active.ID, stamp(active.NotAfter))
+		}
+	case r.Halt != nil:
+		return r.Halt.Since, r.Halt.Why, r.Halt.Mend
+	default:
+		return since, "", ""
+	}
+	next, mend := r.next(steps)
+	if next != "" {
+		why += "; " + next
+	}
+	return since, why, mend
+}
+
+// next says what keeps the intermediate that is to take over from it, and what helps.
+func (r Rotation) next(steps []rotation.Step) (why, mend string) {
+	mend = mendStart
+	if r.Offline {
+		mend = r.mendSign("")
+	}
+	for _, x := range r.waiting(func(rotation.Authority) bool { return true }) {
+		who := x.ID + ", which is to take over, "
+		if !signed(x) {
+			return who + "is not signed", r.mendSign(x.ID)
+		}
+		i := slices.IndexFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID && s.To != ca.Removed })
+		switch {
+		case i < 0:
+		case len(steps[i].Waits) > 0:
+			why, mend = who+"waits: "+steps[i].Waits[0].For, mendStatus
+		case !r.Automatic:
+			why, mend = x.ID+" is to take over, and rotation.automatic is off", mendAdvance+" "+x.ID
+		case r.Offline:
+			why, mend = x.ID+" takes over as soon as the server runs", mendServe
+		}
+	}
+	return why, mend
+}
+
+// mendSign has the request of an intermediate signed; without an ID, that of a new one.
+func (r Rotation) mendSign(id string) string {
+	show := "signet ca show --config FILE " + id
+	switch {
+	case r.Online && r.Offline:
+		return mendServe // it asks the upstream
+	case r.Online:
+		return mendStatus
+	case r.Offline: // a server that could not issue would not start, and so not show it
+		show = "signet cluster init --config FILE --csr-out CSR"
+	}
+	return show + "; then, at the root: signet root sign; then: signet cluster install --config FILE --chain CHAIN --root-fingerprint SHA256:…"
 }
 
 // successor says that the one who is to take over is missing, or will come too late.
@@ -207,7 +294,7 @@ func (r Rotation) successor(active rotation.Authority, steps []rotation.Step, no
 		takes := rotation.At(steps[i], now)
 		switch blocked := waits(steps[i]); {
 		case !x.NotAfter.After(active.NotAfter):
-			found.add(CodeSuccessor, Warning, x.ID, fmt.Sprintf("it is to follow %s, and ends no later, at %s: the root above ends", active.ID, stamp(x.NotAfter)), mendRoot)
+			found.add(CodeSuccessor, Warning, x.ID, fmt.Sprintf("it is to follow %s, and ends no later, at %s: the root above ends", active.ID, stamp(x.NotAfter)), MendRoot)
 		case blocked != "" && late:
 			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it can't take over from %s, which ends at %s: %s", active.ID, stamp(active.NotAfter), blocked), mendStatus)
 		case !takes.IsZero() && !takes.Before(active.NotAfter.Add(-r.LeastLife)):
@@ -246,7 +333,7 @@ func (r Rotation) rootEnd(active rotation.Authority, now time.Time) (found Findi
 	if float64(left) < lifeError*float64(root.NotAfter.Sub(root.NotBefore)) || left < life/2 {
 		level = Error
 	}
-	found.add(CodeRootEnd, level, root.ID, fmt.Sprintf("it ends at %s, in %s: no intermediate under it can live %s any more", stamp(root.NotAfter), short(left), short(life)), mendRoot)
+	found.add(CodeRootEnd, level, root.ID, fmt.Sprintf("it ends at %s, in %s: no intermediate under it can live %s any more", stamp(root.NotAfter), short(left), short(life)), MendRoot)
 	return found
 }
 
@@ -260,7 +347,7 @@ func (r Rotation) signatures(active rotation.Authority, now time.Time) (found Fi
 		if signed(active) && (!now.Before(at(active, r.SwitchAt)) || !active.Tainted.IsZero()) {
 			level = Error
 		}
-		found.add(CodeSignature, level, x.ID, fmt.Sprintf("its request waits for a signature since %s", stamp(x.Since)), mendSign(x.ID))
+		found.add(CodeSignature, level, x.ID, fmt.Sprintf("its request waits for a signature since %s", stamp(x.Since)), r.mendSign(x.ID))
 	}
 	return found
 }
@@ -283,16 +370,16 @@ func (r Rotation) peers(steps []rotation.Step) (found Findings) {
 }
 
 // forged says who still accepts what a thief makes.
-func (r Rotation) forged(now time.Time) (found Findings) {
+func (r Rotation) forged() (found Findings) {
 	for _, f := range r.Forged {
-		if f.Accepting == 0 || now.After(f.Until) {
+		if len(f.By) == 0 {
 			continue
 		}
 		mend := f.Advice
 		if mend == "" {
 			mend = mendStatus
 		}
-		found.add(CodeTaint, Error, f.ID, fmt.Sprintf("its key (of cluster %s) is lost, and certificates forged with it are accepted by %d validators, until %s at the latest", f.Cluster, f.Accepting, stamp(f.Until)), mend)
+		found.add(CodeTaint, Error, f.ID, fmt.Sprintf("its key (of cluster %s) is lost, and certificates forged with it are accepted, until %s at the latest, by %s", f.Cluster, stamp(f.Until), Some(f.By)), mend)
 	}
 	return found
 }

@@ -37,11 +37,11 @@ func successor(root string, from, to time.Duration) rotation.Authority {
 func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	published := rotation.Authority{ID: "root-2", Kind: ca.KindRoot, State: ca.Published, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(9000 * time.Hour)}
 	tainted := cluster(0.1)
-	tainted.Forged = []Forged{{ID: "i-0", Cluster: "east", Accepting: 3, Until: now.Add(time.Hour), Advice: "replace it"}, {ID: "i-9", Accepting: 0, Until: now.Add(time.Hour)}, {ID: "i-8", Accepting: 1, Until: now.Add(-time.Hour)}}
+	tainted.Forged = []Forged{{ID: "i-0", Cluster: "east", By: []string{"east (its trust bundle, 3 agents)", "west (has never reported)"}, Until: now.Add(time.Hour), Advice: "replace it"}, {ID: "i-9", Until: now.Add(time.Hour)}}
 	manual := cluster(0.6)
 	manual.Automatic = false
 	west := cluster(0.1, published)
-	west.Peers = []rotation.Report{{Cluster: "west", At: now.Add(-48 * time.Hour)}}
+	west.Peers = []rotation.Report{{Cluster: "west", At: now.Add(-48 * time.Hour), Until: now.Add(-24 * time.Hour)}}
 	west.Own.Roots = []rotation.RootReport{{ID: "root-2"}}
 	exchanged := west
 	exchanged.Shared = true
@@ -57,6 +57,24 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	ahead.Restored = Restored{Sequence: 4, Newest: 9, Agents: []string{"n1", "n2", "n3", "n4", "n5", "n6", "n7"}}
 	wild.Restored = Restored{Sequence: 4, Newest: 4, Wild: []string{"n1"}}
 	logged.Restored = Restored{Sequence: 4, Newest: 9, Logged: true, Revision: 7, LoggedRevision: 12}
+	brief := cluster(0, request())
+	brief.LeastLife = 55 * time.Second
+	brief.Authorities[1].NotBefore, brief.Authorities[1].NotAfter = now.Add(-35*time.Second), now.Add(50*time.Second)
+	stopped := cluster(1.1, request())
+	stopped.Offline = true
+	next := successor("root-1", -200*time.Hour, 800*time.Hour)
+	asleep := cluster(1.1, next)
+	asleep.Offline = true
+	byHand := cluster(1.1, next)
+	byHand.Automatic = false
+	online := cluster(1.1, request())
+	online.Online = true
+	none := cluster(0.5, request())
+	none.Authorities[1].State, none.Authorities[1].Since = ca.Retired, now.Add(-time.Hour)
+	away := cluster(0.1)
+	away.Halt = gone().Halt("i-1")
+	doubted := cluster(0.1)
+	doubted.Halt = &Halt{Why: "the clock is not to be believed", Mend: mendClock}
 	lost := cluster(0.1, request())
 	lost.Authorities[1].Tainted = now
 
@@ -80,19 +98,29 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 		"a root at its end":             {atEnd, CodeRootEnd, Error, nil},
 		"a peer's old report":           {west, CodePeer, Warning, []string{"the report of cluster west is of 2026-05-02T03:02:01Z", "rotation report", "--report"}},
 		"a peer's, that are exchanged":  {exchanged, CodePeer, Warning, []string{"the report of cluster west is of", "reports are exchanged by themselves: wait", CodeShared}},
-		"a lost key":                    {tainted, CodeTaint, Error, []string{"i-0", "3 validators", "replace it"}},
+		"a lost key":                    {tainted, CodeTaint, Error, []string{"i-0", "accepted, until 2026-05-04T04:02:01Z at the latest, by east (its trust bundle, 3 agents), west (has never reported)", "replace it"}},
 		"agents that are ahead":         {ahead, CodeRestored, Error, []string{"restored from an older copy", "7 agents (n1, n2, n3, n4, n5 and 2 more) hold trust bundles up to number 9, and the newest here is 4", "signet trust republish --config FILE"}},
 		"an agent that claims too much": {wild, CodeRestored, Warning, []string{"agent n1 holds", "can't have been published", "signet agent ban"}},
 		"a log that is ahead":           {logged, CodeRestored, Error, []string{"change 12", "none after 7", "trust republish"}},
 		"a step for a person":           {manual, CodeStep, Warning, []string{"prepared", "rotation.automatic is off", "rotation advance"}},
 		"the end in sight":              {cluster(0.75), CodeIssuing, Warning, []string{"nothing can be issued from ", "in 249h59m"}},
 		"the end is near":               {cluster(0.997, request()), CodeIssuing, Error, []string{"in 2h59m", "i-2, which is to take over, is not signed", "root sign"}},
+		"one that begins later":         {cluster(-0.1), CodeIssuing, Error, []string{"nothing can be issued: i-1 begins at 2026-05-08T07:02:01Z, and it is 2026-05-04T03:02:01Z here", "timedatectl"}},
+		"too little is left":            {brief, CodeIssuing, Error, []string{"nothing can be issued since 2026-05-04T03:01:57Z: i-1 ends at 2026-05-04T03:02:51Z, and a leaf has to live 55s; i-2, which is to take over, is not signed", "signet ca show --config FILE i-2; then, at the root: signet root sign; then: signet cluster install"}},
+		"it has expired":                {cluster(1.1), CodeIssuing, Error, []string{"nothing can be issued since 2026-04-29T23:01:02Z: i-1 expired at 2026-04-29T23:02:01Z", "rotation start"}},
+		"expired, with no server":       {stopped, CodeIssuing, Error, []string{"i-2, which is to take over, is not signed", "signet cluster init --config FILE --csr-out CSR; then, at the root: signet root sign"}},
+		"a successor in time, stopped":  {asleep, CodeIssuing, Error, []string{"i-1 expired at", "i-2 takes over as soon as the server runs", "signet serve --config FILE"}},
+		"a successor, by hand":          {byHand, CodeIssuing, Error, []string{"i-1 expired at", "i-2 is to take over, and rotation.automatic is off", "signet rotation advance --config FILE i-2"}},
+		"expired, with an upstream":     {online, CodeIssuing, Error, []string{"i-2, which is to take over, is not signed", "signet rotation status --config FILE"}},
+		"none is active":                {none, CodeIssuing, Error, []string{"nothing can be issued since 2026-05-04T02:02:01Z: no intermediate is active; i-2, which is to take over, is not signed", "signet ca show --config FILE i-2"}},
+		"the key is away":               {away, CodeIssuing, Error, []string{"nothing can be issued since 2026-05-04T02:52:01Z: the key of i-1 can't be used (Vault at https://v:8200 is away since", "vault status"}},
+		"the clock is doubted":          {doubted, CodeIssuing, Error, []string{"nothing can be issued: the clock is not to be believed", "timedatectl"}},
 	} {
 		t.Run(what, func(t *testing.T) {
 			var of Findings
 			for _, f := range try.r.Findings(now) {
-				if f.Blocks() {
-					t.Errorf("what will be bad stops nothing: %+v", f)
+				if now := f.Code == CodeIssuing && !strings.Contains(f.Message, " from "); f.Blocks() != now {
+					t.Errorf("what is bad now stops issuing, what will be bad nothing: %+v", f)
 				}
 				if f.Code == try.code {
 					of = append(of, f)
@@ -109,6 +137,59 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 				t.Errorf("what nobody accepts is found: %+v", of)
 			}
 		})
+	}
+}
+
+// An intermediate of 85 s whose leaves have to live 55 s, and whose successor is not signed: second by second.
+func TestTheEndOfIssuingIsFoundWithoutAGap(t *testing.T) {
+	begun := now
+	r := cluster(0, rotation.Authority{ID: "i-2", Kind: ca.KindIntermediate, State: ca.Prepared, Since: begun})
+	r.LeastLife = 55 * time.Second
+	r.Policy.LongestLeaf = 55 * time.Second
+	r.Authorities[1].Since, r.Authorities[1].NotAfter = begun, begun.Add(85*time.Second)
+	last := begun.Add(31 * time.Second)
+	level, warned := OK, time.Time{}
+	for at := begun; at.Before(begun.Add(300 * time.Second)); at = at.Add(time.Second) {
+		var of Findings
+		for _, f := range r.Findings(at) {
+			if f.Code == CodeIssuing {
+				of = append(of, f)
+			}
+		}
+		if len(of) == 0 {
+			if !warned.IsZero() || !at.Before(last.Add(-8*time.Second)) {
+				t.Fatalf("%s after its beginning nothing is said of it (warned since %s)", at.Sub(begun), stamp(warned))
+			}
+			continue
+		}
+		if warned.IsZero() {
+			warned = at
+		}
+		if len(of) > 1 || of[0].Level < level {
+			t.Errorf("%s after its beginning: %+v, and it was %s before", at.Sub(begun), of, level)
+		}
+		level = of[0].Level
+		over := !at.Before(last)
+		says := "nothing can be issued from " + stamp(last) + " on, in "
+		if over {
+			says = "nothing can be issued since " + stamp(last) + ": i-1 "
+		}
+		f := of[0]
+		if !strings.HasPrefix(f.Message, says) || f.Blocks() != over || over && f.Level != Error || r.IssuableUntil(at).IsZero() != over ||
+			!strings.Contains(f.Message, "i-2, which is to take over, is not signed") || f.Mend != r.mendSign("i-2") {
+			t.Errorf("%s after its beginning: %+v, until %s", at.Sub(begun), f, r.IssuableUntil(at))
+		}
+	}
+	if warned.IsZero() || !warned.Before(last) || level != Error {
+		t.Errorf("warned since %s, and at the end %s", warned, level)
+	}
+}
+
+func TestWhatKeepsFromIssuingIsCountedInTheMetricToo(t *testing.T) {
+	r := cluster(0.1)
+	r.Halt = &Halt{Why: "the key is away"}
+	if got := r.IssuableUntil(now); !got.IsZero() {
+		t.Errorf("until %s", got)
 	}
 }
 

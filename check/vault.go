@@ -13,16 +13,34 @@ import (
 type Vault struct {
 	// Address is for people.
 	Address string
-	// Away: it can't be used, since Since, and Why says it in a sentence. Refused: it is there, and our login is not accepted.
+	// Away: it can't be used, since Since, and Why says it in a sentence. Refused: it is there, and our login is not accepted, which
+	// Mend is for; if not Away, the token of the login before is still good, until Ends (zero: without end) unless it is renewed.
 	Away, Refused bool
-	Since         time.Time
-	Why           string
+	Since, Ends   time.Time
+	Why, Mend     string
 	// Asked is when Vault last said what the token may do; zero = never, and Unasked says why not.
 	Asked   time.Time
 	Unasked string
-	Missing []Lack
+	// Signing, Certifying and Sharing are what is wrong with the engine that has keys, with the one that signs intermediates, and
+	// with the one in which clusters share: each may fail while the others work.
+	Signing, Certifying, Sharing Trouble
+	Missing                      []Lack
 	// Token is how the login ends, if it ends for good.
 	Token Token
+}
+
+// Trouble is what does not work, since when; none with a zero time. Why says it in a sentence.
+type Trouble struct {
+	Since time.Time
+	Why   string
+}
+
+// of adds what all of Vault suffers from: what began first is told of.
+func (t Trouble) of(v Vault) Trouble {
+	if v.Away && (t.Since.IsZero() || v.Since.Before(t.Since)) {
+		return Trouble{v.Since, v.Why}
+	}
+	return t
 }
 
 // Lack is something that will be asked of Vault and that the token may not do.
@@ -63,8 +81,13 @@ const (
 
 // Findings says which abilities are impaired, and until when that does no harm.
 func (v Vault) Findings(d Duties, now time.Time) (found Findings) {
-	if v.Away {
-		found = append(found, v.away(d, now)...)
+	found = append(found, v.away(d, now)...)
+	if !v.Away && v.Refused {
+		ends := "is revoked"
+		if !v.Ends.IsZero() {
+			ends = "ends, at " + stamp(v.Ends) + " unless it is renewed"
+		}
+		found.add(CodeVault, Warning, aboutVault, fmt.Sprintf("a new login is refused, so all that needs Vault stops when the present token %s (%s)", ends, v.Why), v.Mend)
 	}
 	for _, l := range v.Missing {
 		found.add(CodePolicy, Error, l.Path, fmt.Sprintf("the token of Vault lacks %s on %s, which is needed to %s", strings.Join(l.Capabilities, ", "), l.Path, l.Why), mendPolicy)
@@ -85,16 +108,29 @@ func (v Vault) Findings(d Duties, now time.Time) (found Findings) {
 
 // away is one finding for each ability that is impaired.
 func (v Vault) away(d Duties, now time.Time) (found Findings) {
-	mend := "VAULT_ADDR=" + v.Address + " vault status"
-	if v.Refused {
-		mend = ""
-	}
-	for _, a := range d.impaired(v.Since, now) {
+	mend := v.mend()
+	for _, a := range d.impaired(v, now) {
 		found = append(found, Finding{
-			Code: CodeVault, Level: a.level, About: aboutVault + "-" + a.engine, Stops: a.stops, Message: a.what + " (" + v.Why + ")", Mend: mend,
+			Code: CodeVault, Level: a.level, About: aboutVault + "-" + a.engine, Stops: a.stops, Message: a.what + " (" + a.why + ")", Mend: mend,
 		})
 	}
 	return found
+}
+
+func (v Vault) mend() string {
+	if v.Away && v.Refused {
+		return v.Mend
+	}
+	return "VAULT_ADDR=" + v.Address + " vault status"
+}
+
+// Halt is what a Vault that is away, or does not sign, is for an intermediate whose key is in it; nil if it does.
+func (v Vault) Halt(id string) *Halt {
+	t := v.Signing.of(v)
+	if t.Since.IsZero() {
+		return nil
+	}
+	return &Halt{Since: t.Since, Why: "the key of " + id + " can't be used (" + t.Why + ")", Mend: v.mend()}
 }
 
 // ability is one that a server has through an engine of Vault.
@@ -102,24 +138,26 @@ type ability struct {
 	engine, what string
 	level        Level
 	stops        []string
+	why          string
 }
 
-func (d Duties) impaired(since, now time.Time) (all []ability) {
-	if d.Leaves {
+func (d Duties) impaired(v Vault, now time.Time) (all []ability) {
+	signing, certifying, sharing := v.Signing.of(v), v.Certifying.of(v), v.Sharing.of(v)
+	if d.Leaves && !signing.Since.IsZero() {
 		all = append(all, ability{
-			"transit", fmt.Sprintf("nothing can be issued: the first certificates of workloads end at %s", stamp(since.Add(d.LeafSpare))), Error, []string{Issuing},
+			"transit", fmt.Sprintf("nothing can be issued: the first certificates of workloads end at %s", stamp(signing.Since.Add(d.LeafSpare))), Error, []string{Issuing}, signing.Why,
 		})
 	}
-	if d.Control {
+	if d.Control && !signing.Since.IsZero() {
 		all = append(all, ability{
-			"control", fmt.Sprintf("no agent can enrol, or renew its own certificate: the first of these end at %s", stamp(since.Add(d.ControlSpare))), Error, []string{Enrolling},
+			"control", fmt.Sprintf("no agent can enrol, or renew its own certificate: the first of these end at %s", stamp(signing.Since.Add(d.ControlSpare))), Error, []string{Enrolling}, signing.Why,
 		})
 	}
-	if d.Upstream {
-		all = append(all, ability{"pki", "no intermediate can be signed: " + d.unsigned(now), d.unsignedLevel(now), []string{Rotating}})
+	if d.Upstream && !certifying.Since.IsZero() {
+		all = append(all, ability{"pki", "no intermediate can be signed: " + d.unsigned(now), d.unsignedLevel(now), []string{Rotating}, certifying.Why})
 	}
-	if d.Shared {
-		all = append(all, ability{"kv", "roots and reports are not exchanged with other clusters: a rotation of the root waits", Warning, nil})
+	if d.Shared && !sharing.Since.IsZero() {
+		all = append(all, ability{"kv", "roots and reports are not exchanged with other clusters: a rotation of the root waits", Warning, nil, sharing.Why})
 	}
 	return all
 }

@@ -1,6 +1,8 @@
 package check
 
 import (
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -65,15 +67,67 @@ func TestWhatAVaultThatIsAwayImpairsIsSaidWithItsTime(t *testing.T) {
 		t.Errorf("%+v", all)
 	}
 	shut := gone()
-	shut.Refused, shut.Why = true, "the login is refused"
+	shut.Refused, shut.Why, shut.Mend = true, "the login is refused", "vault list auth/approle/role"
 	for _, f := range shut.Findings(Duties{Shared: true}, now) {
-		if f.Mend != "" || f.Level != Warning {
+		if f.Mend != shut.Mend || f.Level != Warning {
 			t.Errorf("what would vault status say: %+v", f)
 		}
 	}
 	back := gone()
 	back.Away = false
 	is(t, back.Findings(Duties{Leaves: true}, now), OK, "it answers")
+}
+
+func TestALoginThatIsRefusedIsSaidWhileTheTokenLives(t *testing.T) {
+	v := Vault{Address: "https://v:8200", Refused: true, Since: now, Ends: now.Add(time.Hour), Why: "the login is refused (400)", Mend: "vault list auth/approle/role", Asked: now}
+	found := v.Findings(Duties{Leaves: true}, now)
+	is(t, found, Warning, "a new login is refused", "ends, at 2026-05-04T04:02:01Z unless it is renewed", "the login is refused (400)", v.Mend)
+	if len(found) != 1 || found[0].Code != CodeVault || !found.Ready() {
+		t.Errorf("%+v", found)
+	}
+	v.Ends = time.Time{}
+	is(t, v.Findings(Duties{}, now), Warning, "when the present token is revoked")
+}
+
+// TestWhatOneEngineDoesNotDoImpairsWhatItIsFor, and nothing else.
+func TestWhatOneEngineDoesNotDoImpairsWhatItIsFor(t *testing.T) {
+	all := Duties{Leaves: true, LeafSpare: time.Hour, Control: true, ControlSpare: 2 * time.Hour, Upstream: true, Shared: true}
+	ill := Trouble{now.Add(-time.Minute), "it has answered no write: too many requests"}
+	for what, try := range map[string]struct {
+		v     Vault
+		d     Duties
+		ready bool
+		about []string
+	}{
+		"keys":               {Vault{Signing: ill}, all, false, []string{"vault-transit", "vault-control"}},
+		"keys that are none": {Vault{Signing: ill}, Duties{Upstream: true, Shared: true}, true, nil},
+		"PKI":                {Vault{Certifying: ill}, all, true, []string{"vault-pki"}},
+		"KV":                 {Vault{Sharing: ill}, all, true, []string{"vault-kv"}},
+		"nothing":            {Vault{}, all, true, nil},
+	} {
+		found := try.v.Findings(try.d, now)
+		var about []string
+		for _, f := range found {
+			if f.Level != OK {
+				about = append(about, f.About)
+				if f.Code != CodeVault || !strings.Contains(f.Message, "too many requests") {
+					t.Errorf("%s: %+v", what, f)
+				}
+			}
+		}
+		if !slices.Equal(about, try.about) || found.Ready() != try.ready {
+			t.Errorf("%s: ready %v, findings about %v, want %v", what, found.Ready(), about, try.about)
+		}
+		if halts := try.v.Halt("i-1") != nil; halts != strings.HasPrefix(what, "keys") {
+			t.Errorf("%s: issuing halts: %v", what, halts)
+		}
+	}
+	// What began first is told of.
+	both := gone()
+	both.Signing = Trouble{both.Since.Add(-time.Minute), "slow"}
+	is(t, both.Findings(Duties{Leaves: true, LeafSpare: time.Hour}, now), Error, "end at 2026-05-04T03:51:01Z (slow)")
+	both.Signing.Since = now
+	is(t, both.Findings(Duties{Leaves: true, LeafSpare: time.Hour}, now), Error, "end at 2026-05-04T03:52:01Z (Vault at https://v:8200 is away")
 }
 
 func TestAMissingCapabilityIsSaidBeforeItIsNeeded(t *testing.T) {

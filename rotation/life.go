@@ -58,9 +58,13 @@ type Policy struct {
 	Quorum float64
 	// PrepareAt and SwitchAt are fractions of an intermediate's life: when its successor is made, and when it takes over.
 	PrepareAt, SwitchAt float64
-	// ReportLife is how long a cluster keeps what it has told its peers: what a report says of trust holds for so long.
+	// ReportLife is how long this cluster keeps what it has told its peers, and the longest for which it relies on what they
+	// have told.
 	ReportLife time.Duration
 }
+
+// MaxReportLife is the longest that a report may hold.
+const MaxReportLife = 30 * 24 * time.Hour
 
 // LeavesUntil bounds the life of every leaf that was made here by now.
 func (p Policy) LeavesUntil(now time.Time) time.Time {
@@ -71,10 +75,16 @@ func (p Policy) LeavesUntil(now time.Time) time.Time {
 type Report struct {
 	Cluster string `json:"cluster"`
 	// At is when it was made; zero = this peer has never reported.
-	At    time.Time    `json:"at"`
+	At time.Time `json:"at"`
+	// Until is how long the cluster keeps what it says here of trust: its own ReportLife from At on.
+	Until time.Time    `json:"until"`
 	Roots []RootReport `json:"roots,omitempty"`
 	// Tainted are the CAs whose keys this cluster takes for lost.
 	Tainted []TaintReport `json:"tainted,omitempty"`
+	// Accepting are the roots under which something is accepted in the cluster, whoever has made it; see Accepts.
+	Accepting []Acceptance `json:"accepting,omitempty"`
+	// Gone are exposed roots under which nothing is accepted any more in the cluster. They can't be brought back (AddRoot).
+	Gone []string `json:"gone,omitempty"`
 }
 
 // RootReport is what a cluster knows of one root.
@@ -197,6 +207,8 @@ type Wait struct {
 	Until time.Time
 	// Missing names who has not acknowledged.
 	Missing []string
+	// Cluster is whose leaves are waited for; "" = those of this cluster.
+	Cluster string
 }
 
 // WaitCode names what is waited for.
@@ -247,6 +259,7 @@ func Next(p Policy, w World, now time.Time) []Step {
 	if s, ok := d.successor(); ok {
 		steps = append(steps, s)
 	}
+	d.inTurn(steps)
 	// Of several intermediates that could take over, one does.
 	if best, ok := d.next(steps); ok {
 		steps = slices.DeleteFunc(steps, func(s Step) bool {
@@ -333,6 +346,9 @@ func (d decision) peersUnder(r Authority) []Wait {
 		switch {
 		case d.now.Before(promised):
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " may rely on our last report until " + stamp(promised), Until: promised})
+			if p.At.Before(promised) {
+				waits = append(waits, Wait{Code: WaitPeer, For: "then cluster " + p.Cluster + " has to report once more"})
+			}
 		case p.At.IsZero():
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has never reported"})
 		case d.fromTheFuture(p, d.now):
@@ -343,7 +359,7 @@ func (d decision) peersUnder(r Authority) []Wait {
 			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " still signs under it"})
 		case !x.LeavesUntil.IsZero() && d.now.Before(d.over(x.LeavesUntil)) && (x.Holding > 0 || d.exposed(r.ID, d.now).IsZero()):
 			waits = append(waits, Wait{
-				Code: WaitLeaves, Until: d.over(x.LeavesUntil),
+				Code: WaitLeaves, Until: d.over(x.LeavesUntil), Cluster: p.Cluster,
 				For: "leaves of cluster " + p.Cluster + " under it are valid until " + stamp(x.LeavesUntil),
 			})
 		}
@@ -351,10 +367,27 @@ func (d decision) peersUnder(r Authority) []Wait {
 	return waits
 }
 
-// Holds reports whether a peer's report can be relied upon: there is one, and what it promises is not over. That ends a
-// little earlier for us than for those who gave it.
+// Holds reports whether a peer's report can be relied upon: there is one, and what it promises is not over.
 func (p Policy) Holds(r Report, now time.Time) bool {
-	return !r.At.IsZero() && !p.fromTheFuture(r, now) && !now.After(r.At.Add(p.ReportLife-p.Skew))
+	return !r.At.IsZero() && !p.fromTheFuture(r, now) && !now.After(p.holdsUntil(r))
+}
+
+// holdsUntil is until when a peer's report can be relied upon: as long as it promises, but not longer than one of ours would.
+// That ends a little earlier for us than for those who gave it.
+func (p Policy) holdsUntil(r Report) time.Time {
+	return earlier(r.Until, r.At.Add(p.ReportLife)).Add(-p.Skew)
+}
+
+// Relied is for how long every peer relies on a report of ours: each for as long as one of its own holds, as far as that is
+// known, less how far clocks are apart there. That is less than half of it wherever it is set.
+func (p Policy) Relied(peers []Report) time.Duration {
+	life := p.ReportLife
+	for _, r := range peers {
+		if !r.At.IsZero() {
+			life = min(life, r.Until.Sub(r.At))
+		}
+	}
+	return max(life-p.Skew, life/2)
 }
 
 // fromTheFuture: a report that was made later than now says nothing of how long its promises hold. A clock is wrong.
@@ -415,7 +448,10 @@ func (d decision) peersTrust(root string) []Wait {
 		case d.fromTheFuture(p, d.now):
 			w = d.wrongClock(p)
 		case !d.Holds(p, d.now):
-			w.For = fmt.Sprintf("the report of cluster %s is of %s, and holds for %s", p.Cluster, stamp(p.At), d.ReportLife)
+			w.For = fmt.Sprintf("the report of cluster %s is of %s, and could be relied upon until %s", p.Cluster, stamp(p.At), stamp(d.holdsUntil(p)))
+			if life := p.Until.Sub(p.At); life <= d.Skew {
+				w.For = fmt.Sprintf("the reports of cluster %s hold for %s, and clocks may be %s apart: set rotation.report_life there to what it is here", p.Cluster, life, d.Skew)
+			}
 		case !known:
 			w.For = "cluster " + p.Cluster + " does not trust it"
 		case x.Leaving:
@@ -513,8 +549,12 @@ func (d decision) due(x Authority) (because string, at time.Time) {
 	case worn(x, now):
 		return now.ID + " lives longer", x.NotAfter
 	}
-	at = d.at(now, d.SwitchAt)
-	return fmt.Sprintf("%.0f %% of the life of %s", d.SwitchAt*100, now.ID), at
+	return d.share(now), d.at(now, d.SwitchAt)
+}
+
+// share is why the next one takes over from an intermediate.
+func (d decision) share(x Authority) string {
+	return fmt.Sprintf("%.0f %% of the life of %s", d.SwitchAt*100, x.ID)
 }
 
 // at is when a fraction of an intermediate's life is over, and never so late that it could not sign the longest leaf.
@@ -536,6 +576,42 @@ func (d decision) next(steps []Step) (best string, ok bool) {
 		}
 	}
 	return chosen.ID, ok
+}
+
+// inTurn has intermediates that wait for their time wait for those before them as well: of several with staggered starts each
+// takes over from the last. It keeps no step waiting that is ready, nor one whose turn may come before that of the last.
+func (d decision) inTurn(steps []Step) {
+	type turn struct {
+		a Authority
+		s *Step
+	}
+	var queue []turn
+	for i := range steps {
+		if s := &steps[i]; s.Kind == ca.KindIntermediate && s.To == ca.Active {
+			a, _ := d.authority(s.Authority)
+			queue = append(queue, turn{a, s})
+		}
+	}
+	slices.SortStableFunc(queue, func(x, y turn) int {
+		switch {
+		case d.before(x.a, y.a):
+			return -1
+		case d.before(y.a, x.a):
+			return 1
+		}
+		return 0
+	})
+	for i := 1; i < len(queue); i++ {
+		last, x := queue[i-1], queue[i]
+		if slices.ContainsFunc(last.s.Waits, func(w Wait) bool { return w.Code != WaitTime }) {
+			return
+		}
+		j := slices.IndexFunc(x.s.Waits, func(w Wait) bool { return w.Code == WaitTime })
+		if at := d.at(last.a, d.SwitchAt); j >= 0 && at.After(x.s.Waits[j].Until) && !worn(x.a, last.a) {
+			x.s.Because = d.share(last.a)
+			x.s.Waits[j].Until, x.s.Waits[j].For = at, "its time is "+stamp(at)
+		}
+	}
 }
 
 func (d decision) before(x, y Authority) bool {

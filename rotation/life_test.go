@@ -46,7 +46,7 @@ func worldOf(all ...Authority) World {
 
 // west reports like a cluster that believes the roots and signs under the first.
 func west(at time.Time, roots ...string) Report {
-	r := Report{Cluster: "west", At: at}
+	r := Report{Cluster: "west", At: at, Until: at.Add(testPolicy.ReportLife)}
 	for i, id := range roots {
 		r.Roots = append(r.Roots, RootReport{ID: id, Trusting: 3, Validators: 3, Signing: i == 0, LeavesUntil: at.Add(day), Holding: 3})
 	}
@@ -214,7 +214,6 @@ func TestEachGuardSaysWhatItWaitsFor(t *testing.T) {
 	gone := leaving(lived(named("b", rootA(ca.Retired)), noon.Add(-day)), noon.Add(-10*day))
 	late := testPolicy
 	late.Delay = time.Hour
-	promised := noon.Add(-time.Hour).Add(day + 5*time.Minute)
 	westSigns := west(noon, "b")
 	westIsOver := west(noon, "a", "b")
 	westLeaves := west(noon, "a", "b")
@@ -242,7 +241,7 @@ func TestEachGuardSaysWhatItWaitsFor(t *testing.T) {
 			who: "b", to: ca.Active, code: WaitQuorum, says: "those that can't acknowledge have it by 2026-01-11T01:00:00Z", until: time.Hour, forcible: true,
 		},
 		"a peer never reported":        {w: peer(worldOf(rootA(ca.Active), b, i), Report{Cluster: "west"}), who: "b", to: ca.Active, code: WaitPeer, says: "cluster west has never reported", forcible: true},
-		"a peer's report is old":       {w: peer(worldOf(rootA(ca.Active), b, i), west(noon.Add(-day), "a", "b")), who: "b", to: ca.Active, code: WaitPeer, says: "is of 2026-01-10T00:00:00Z, and holds for 24h0m0s", forcible: true},
+		"a peer's report is old":       {w: peer(worldOf(rootA(ca.Active), b, i), west(noon.Add(-day), "a", "b")), who: "b", to: ca.Active, code: WaitPeer, says: "is of 2026-01-10T00:00:00Z, and could be relied upon until 2026-01-10T23:55:00Z", forcible: true},
 		"a peer's report is yet to be": {w: peer(worldOf(rootA(ca.Active), b, i), west(noon.Add(time.Hour), "a", "b")), who: "b", to: ca.Active, code: WaitPeer, says: "one of the clocks is wrong", until: 55 * time.Minute, forcible: true},
 		"a peer does not trust it":     {w: peer(worldOf(rootA(ca.Active), b, i), west(noon, "a")), who: "b", to: ca.Active, code: WaitPeer, says: "cluster west does not trust it", forcible: true},
 		"a peer is about to stop":      {w: peer(worldOf(rootA(ca.Active), b, i), westLeavesIt), who: "b", to: ca.Active, code: WaitPeer, says: "about to stop trusting it", forcible: true},
@@ -250,7 +249,6 @@ func TestEachGuardSaysWhatItWaitsFor(t *testing.T) {
 		"a root at its end":            {w: worldOf(rootA(ca.Active), Authority{ID: "b", Kind: ca.KindRoot, State: ca.Published, NotAfter: noon.Add(day - 1)}, i), who: "b", to: ca.Active, code: WaitShortLived, says: "too soon for a leaf of 24h0m0s"},
 		"an issuer signs":              {w: worldOf(leaving(rootA(ca.Active), noon), named("b", rootA(ca.Active)), i), who: "a", to: ca.Retired, code: WaitIssuer, says: "i still signs under it"},
 		"own leaves":                   {w: worldOf(rootA(ca.Active), lived(gone, noon.Add(time.Hour)), i), who: "b", to: ca.Removed, code: WaitLeaves, says: "leaves under it are valid until 2026-01-11T01:00:00Z", until: time.Hour + 5*time.Minute + time.Second, forcible: true},
-		"what we promised":             {w: peer(worldOf(rootA(ca.Active), leaving(gone, noon.Add(-time.Hour)), i), west(noon, "a")), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west may rely on our last report", until: promised.Sub(noon), forcible: true},
 		"a peer to be removed for":     {w: peer(worldOf(rootA(ca.Active), gone, i), Report{Cluster: "west"}), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west has never reported", forcible: true},
 		"a peer since the promise":     {w: peer(worldOf(rootA(ca.Active), gone, i), west(noon.Add(-9*day), "a")), who: "b", to: ca.Removed, code: WaitPeer, says: "cluster west has not reported since", forcible: true},
 		"a peer of tomorrow":           {w: peer(worldOf(rootA(ca.Active), gone, i), west(noon.Add(day), "a")), who: "b", to: ca.Removed, code: WaitPeer, says: "one of the clocks is wrong", until: day - 5*time.Minute, forcible: true},
@@ -308,6 +306,131 @@ func TestEachGuardSaysWhatItWaitsFor(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Whose clusters have another report_life each goes by the shorter one: theirs as they say, ours as we do.
+func TestAReportHoldsForAsLongAsBothKeepIt(t *testing.T) {
+	brief := func(life time.Duration) Report {
+		r := west(noon, "a", "b")
+		r.Until = noon.Add(life)
+		return r
+	}
+	ours := testPolicy
+	ours.ReportLife = time.Hour
+	for name, c := range map[string]struct {
+		p     Policy
+		r     Report
+		until time.Duration
+	}{
+		"the same in both":  {testPolicy, brief(day), day - 5*time.Minute},
+		"theirs is shorter": {testPolicy, brief(time.Hour), 55 * time.Minute},
+		"ours is shorter":   {ours, brief(day), 55 * time.Minute},
+	} {
+		last := noon.Add(c.until)
+		w := worldOf(rootA(ca.Active), named("b", rootA(ca.Published)), under("a", "i", ca.Active))
+		w.Peers = []Report{c.r}
+		for at, holds := range map[time.Time]bool{noon: true, last: true, last.Add(1): false} {
+			if got := c.p.Holds(c.r, at); got != holds {
+				t.Errorf("%s: %s after it was made it holds: %t", name, at.Sub(noon), got)
+			}
+			if s := stepOf(t, Next(c.p, w, at), "b"); s.Ready(false) != holds {
+				t.Errorf("%s: %s after it was made the root waits for %+v", name, at.Sub(noon), s.Waits)
+			}
+		}
+	}
+	if (Policy{ReportLife: day}).Holds(Report{}, noon) {
+		t.Error("a report that was never made holds")
+	}
+	// One that is over before it could come is a mistake of somebody's configuration.
+	w := worldOf(rootA(ca.Active), named("b", rootA(ca.Published)), under("a", "i", ca.Active))
+	w.Peers = []Report{brief(5 * time.Second)}
+	s := stepOf(t, Next(testPolicy, w, noon), "b")
+	if len(s.Waits) != 1 || !strings.Contains(s.Waits[0].For, "the reports of cluster west hold for 5s, and clocks may be 5m0s apart: set rotation.report_life") {
+		t.Errorf("it waits for %+v", s.Waits)
+	}
+}
+
+func TestOurReportIsRenewedForWhoReliesOnItLeast(t *testing.T) {
+	brief := west(noon)
+	brief.Until = noon.Add(time.Hour)
+	for _, c := range []struct {
+		peers []Report
+		want  time.Duration
+	}{
+		{nil, day - 5*time.Minute},
+		{[]Report{{Cluster: "north"}, west(noon)}, day - 5*time.Minute},
+		{[]Report{west(noon), brief}, 55 * time.Minute},
+		{[]Report{{At: noon, Until: noon.Add(6 * time.Second)}}, 3 * time.Second},
+	} {
+		if got := testPolicy.Relied(c.peers); got != c.want {
+			t.Errorf("with peers %+v they rely on ours for %s, want %s", c.peers, got, c.want)
+		}
+	}
+}
+
+// A date is said only where nothing but time is missing.
+func TestARemovalThatHasPromisedWaitsForAReportToo(t *testing.T) {
+	b := named("b", rootA(ca.Retired))
+	b.Leaving = noon.Add(-time.Hour)
+	promised := b.Leaving.Add(day + 5*time.Minute)
+	w := worldOf(rootA(ca.Active), b, under("a", "i", ca.Active))
+	w.Peers = []Report{west(noon, "a")}
+	s := stepOf(t, Next(testPolicy, w, noon), "b")
+	if len(s.Waits) != 2 || s.Ready(false) || !s.Ready(true) || !strings.Contains(s.Waits[0].For, "cluster west may rely on our last report until "+stamp(promised)) ||
+		!s.Waits[0].Until.Equal(promised) || !strings.Contains(s.Waits[1].For, "then cluster west has to report once more") || !s.Waits[1].Until.IsZero() {
+		t.Fatalf("it waits for %+v", s.Waits)
+	}
+	if at := At(s, noon); !at.IsZero() {
+		t.Errorf("it is said to come at %s", at)
+	}
+	// When the promise is over the report is what is missing; one that was made since, by a clock that is ahead, is enough.
+	if s = stepOf(t, Next(testPolicy, w, promised), "b"); len(s.Waits) != 1 || !strings.Contains(s.Waits[0].For, "has not reported since "+stamp(promised)) {
+		t.Errorf("then it waits for %+v", s.Waits)
+	}
+	w.Peers = []Report{west(promised, "a")}
+	if s = stepOf(t, Next(testPolicy, w, promised.Add(-time.Minute)), "b"); len(s.Waits) != 1 || !At(s, noon).Equal(promised) {
+		t.Errorf("with a report of then it waits for %+v", s.Waits)
+	}
+	if s = stepOf(t, Next(testPolicy, w, promised), "b"); !s.Ready(false) {
+		t.Errorf("in the end it waits for %+v", s.Waits)
+	}
+}
+
+// What was being made when the issuer stopped signing may be on its way to an agent that has said that it holds nothing.
+func TestAnExposedRootOutlivesWhatWasBeingMade(t *testing.T) {
+	b := named("b", rootA(ca.Retired))
+	b.Since, b.Leaving, b.Tainted, b.LeavesUntil = noon, noon.Add(-10*day), noon.Add(-time.Hour), noon.Add(day)
+	w := worldOf(rootA(ca.Active), b, under("a", "i", ca.Active))
+	for i := range w.Own.Roots {
+		w.Own.Roots[i].Holding = 0
+	}
+	there := noon.Add(5*time.Minute + time.Second)
+	for at, ready := range map[time.Time]bool{noon: false, there.Add(-1): false, there: true} {
+		if s := stepOf(t, Next(testPolicy, w, at), "b"); s.Ready(false) != ready {
+			t.Errorf("%s after the switch its removal waits for %+v", at.Sub(noon), s.Waits)
+		}
+	}
+}
+
+// Nothing is signed again under a root for which certificates may be forged.
+func TestAnAbortGivesNothingBackToAnExposedRoot(t *testing.T) {
+	before := under("a", "i", ca.Retired)
+	all := []Authority{rootA(ca.Active), named("b", rootA(ca.Active)), before, under("b", "x", ca.Active)}
+	w := worldOf(all...)
+	if after, err := Abort(testPolicy, w, "x", false, noon); err != nil || active(World{Authorities: after}) != "i" {
+		t.Fatalf("while nothing is tainted: %v", err)
+	}
+	lost := under("a", "k", ca.Removed)
+	lost.Tainted = noon.Add(-time.Hour)
+	elsewhere := worldOf(all...)
+	elsewhere.Peers = []Report{west(noon, "a", "b")}
+	elsewhere.Peers[0].Tainted = []TaintReport{{ID: "k", Root: "a", Since: noon, NotAfter: noon.Add(day)}}
+	for where, w := range map[string]World{"here": worldOf(append(slices.Clone(all), lost)...), "in another cluster": elsewhere} {
+		after, err := Abort(testPolicy, w, "x", true, noon)
+		if err == nil || !strings.Contains(err.Error(), "no earlier issuer could take over again") {
+			t.Errorf("with a key lost %s: %v, %s signs", where, err, active(World{Authorities: after}))
+		}
 	}
 }
 
@@ -396,6 +519,59 @@ func TestSuccessorsWithStaggeredStartsTakeOverInTurn(t *testing.T) {
 	}
 	if w = settle(t, w, epoch.Add(60*day)); active(w) != "i3" {
 		t.Fatalf("active is %q", active(w))
+	}
+}
+
+// Of several that could begin at the same time each shows its own turn: when the one before it has had its share of its life.
+func TestEachSuccessorShowsItsOwnTurn(t *testing.T) {
+	w := worldOf(rootA(ca.Active), under("a", "i1", ca.Active))
+	for n := 2; n <= 4; n++ {
+		x := under("a", fmt.Sprintf("i%d", n), ca.Published)
+		x.NotBefore = epoch.Add(time.Duration(n) * time.Hour)
+		x.NotAfter = x.NotBefore.Add(time.Duration(n) * 30 * day)
+		w.Authorities = append(w.Authorities, x)
+	}
+	var last time.Time
+	for n := 2; n <= 4; n++ {
+		before, _ := w.authority(fmt.Sprintf("i%d", n-1))
+		at := decision{Policy: testPolicy}.at(before, testPolicy.SwitchAt)
+		s := stepOf(t, Next(testPolicy, w, noon), fmt.Sprintf("i%d", n))
+		if len(s.Waits) != 1 || !s.Waits[0].Until.Equal(at) || !at.After(last) || !strings.HasSuffix(s.Because, "of the life of "+before.ID) || !strings.Contains(s.Waits[0].For, stamp(at)) {
+			t.Errorf("i%d comes since %q and waits for %+v, want its turn at %s", n, s.Because, s.Waits, stamp(at))
+		}
+		last = at
+	}
+	// Nobody's turn is put off by one that may never have its own.
+	w.Authorities = append(w.Authorities, named("b", rootA(ca.Published)))
+	w.Authorities[2].Root = "b"
+	own := decision{Policy: testPolicy}.at(w.Authorities[1], testPolicy.SwitchAt)
+	if s := stepOf(t, Next(testPolicy, w, noon), "i3"); len(s.Waits) != 1 || !s.Waits[0].Until.Equal(own) {
+		t.Errorf("behind one whose root waits for others, i3 waits for %+v", s.Waits)
+	}
+}
+
+func TestOneNewRootIsBroughtInAtATime(t *testing.T) {
+	leaving := func(a Authority, since time.Time) Authority { a.Leaving = since; return a }
+	tainted := func(a Authority) Authority { a.Tainted = noon; return a }
+	leaves := leaving(rootA(ca.Active), noon.Add(-time.Hour))
+	for what, x := range map[string]struct {
+		w    World
+		says string
+	}{
+		"nothing is replaced":          {w: worldOf(rootA(ca.Active), named("b", rootA(ca.Active)), under("a", "i", ca.Active))},
+		"another is to take over":      {w: worldOf(leaves, named("b", rootA(ca.Published)), under("a", "i", ca.Active)), says: "b is to replace a already: finish that, or turn it back first with signet rotation abort b"},
+		"another was only added":       {w: worldOf(leaves, named("b", rootA(ca.Prepared)), under("a", "i", ca.Active)), says: "b is to replace a already"},
+		"another leaves again":         {w: worldOf(leaves, leaving(named("b", rootA(ca.Published)), noon), under("a", "i", ca.Active))},
+		"the other's key is lost":      {w: worldOf(leaves, tainted(named("b", rootA(ca.Published))), under("a", "i", ca.Active))},
+		"the other signs":              {w: worldOf(leaves, named("b", rootA(ca.Active)), under("b", "i", ca.Active))},
+		"the old one can't stay":       {w: worldOf(tainted(leaves), named("b", rootA(ca.Published)), under("a", "i", ca.Active)), says: "signet trust remove"},
+		"it is the one that was meant": {w: worldOf(leaves, named("c", rootA(ca.Published)), named("b", rootA(ca.Published)), under("a", "i", ca.Active))},
+		"it was removed before":        {w: worldOf(leaves, leaving(named("c", rootA(ca.Removed)), epoch), named("b", rootA(ca.Published)), under("a", "i", ca.Active)), says: "b is to replace a already"},
+	} {
+		err := MayBring(x.w, "c", noon)
+		if x.says == "" && err != nil || x.says != "" && (err == nil || !strings.Contains(err.Error(), x.says)) {
+			t.Errorf("%s: %v, want %q", what, err, x.says)
+		}
 	}
 }
 
@@ -583,7 +759,8 @@ func TestAnAbortedRootRotationGivesBack(t *testing.T) {
 	}
 	// Peers that have stopped trusting the old root stand in the way, and can be overridden.
 	w.Peers = []Report{west(noon, "b")}
-	if _, err := Abort(testPolicy, w, "b", false, noon); !errors.Is(err, ErrNotNow) {
+	var early *NotNow
+	if _, err := Abort(testPolicy, w, "b", false, noon); !errors.Is(err, ErrNotNow) || !errors.As(err, &early) || early.Root != "a" || early.Waits[0].Code != WaitPeer {
 		t.Fatal(err)
 	}
 	if _, err := Abort(testPolicy, w, "b", true, noon); err != nil {

@@ -91,8 +91,10 @@ type modelMail struct {
 
 type modelCluster struct {
 	*model
-	name   string
-	index  int
+	name  string
+	index int
+	// policy is modelPolicy, with a ReportLife of its own.
+	policy Policy
 	offset time.Duration
 	joinAt time.Time
 	joined bool
@@ -172,8 +174,9 @@ func newModel(seed uint64, m mutant) *model {
 	for i := range n {
 		c := &modelCluster{
 			model: s, name: string(rune('a' + i)), index: i, offset: s.skewed(), signAt: map[string]time.Time{}, online: rng.IntN(3) == 0, lost: map[string]bool{},
-			reports: make([]Report, n), peers: make([]bool, n), joinAt: epoch,
+			reports: make([]Report, n), peers: make([]bool, n), joinAt: epoch, policy: modelPolicy,
 		}
+		c.policy.ReportLife = []time.Duration{day / 2, day, 8 * day}[rng.IntN(3)]
 		if i > 0 && rng.IntN(3) == 0 {
 			c.joinAt = epoch.Add(s.between(30*day, 5*modelYear))
 		}
@@ -316,19 +319,19 @@ func (c *modelCluster) world() World {
 
 func (c *modelCluster) report() Report {
 	now := c.clock()
-	r := Report{Cluster: c.name, At: now, Roots: ReportRoots(modelPolicy, c.all, now), Tainted: ReportTaints(modelPolicy, c.all, now)}
+	r := Report{Cluster: c.name, At: now, Until: now.Add(c.policy.ReportLife), Roots: ReportRoots(c.policy, c.all, now), Tainted: ReportTaints(c.policy, c.all, now)}
 	for i := range r.Roots {
 		x := &r.Roots[i]
 		root := c.rootIndex(x.ID)
 		for _, a := range c.agents {
-			if a.lastUntil.IsZero() || now.After(a.lastUntil.Add(modelPolicy.Skew)) {
+			if a.lastUntil.IsZero() || now.After(a.lastUntil.Add(c.policy.Skew)) {
 				continue
 			}
 			x.Validators++
 			if a.known && a.has&(1<<root) != 0 || !a.known && c.mutant.optimist {
 				x.Trusting++
 			}
-			if root < len(a.issued) && !now.After(a.issued[root].Add(modelPolicy.Skew)) && (!a.known || a.heldAsOf < a.issuedCount || a.holds == root) {
+			if root < len(a.issued) && !now.After(a.issued[root].Add(c.policy.Skew)) && (!a.known || a.heldAsOf < a.issuedCount || a.holds == root) {
 				x.Holding++
 			}
 		}
@@ -414,7 +417,7 @@ func (c *modelCluster) loseKeys() {
 	w, any := c.world(), false
 	for _, a := range c.all {
 		if a.Kind == ca.KindIntermediate && a.State != ca.Retired && a.State != ca.Removed && !c.lost[a.ID] {
-			all, err := Lost(modelPolicy, w, a.ID, c.clock())
+			all, err := Lost(c.policy, w, a.ID, c.clock())
 			if err != nil {
 				c.fail("%s: %v", c.name, err)
 			}
@@ -436,10 +439,10 @@ func (c *modelCluster) signOnline() {
 		if !c.up || !waiting(a) || a.signed() || c.now.Before(c.signAt[a.ID]) {
 			continue
 		}
-		root := Under(modelPolicy, c.world(), a.ID, c.clock())
+		root := Under(c.policy, c.world(), a.ID, c.clock())
 		if r := c.rootIndex(root); r >= 0 {
 			end := earlier(c.clock().Add(c.between(5*day, 9*day)), c.roots[r].NotAfter)
-			if all, err := Signed(modelPolicy, c.world(), a.ID, root, c.clock(), end, c.clock()); err == nil {
+			if all, err := Signed(c.policy, c.world(), a.ID, root, c.clock(), end, c.clock()); err == nil {
 				c.commit(all, a.ID+" is signed at once by "+root)
 				continue
 			}
@@ -504,7 +507,7 @@ func (c *modelCluster) serverTick() {
 	}
 	c.dirty = false
 	for n := 0; c.up && c.broken == ""; n++ {
-		steps := c.mutant.next(modelPolicy, c.world(), c.clock())
+		steps := c.mutant.next(c.policy, c.world(), c.clock())
 		var ready []Step
 		c.wake = c.now.Add(day)
 		if c.online {
@@ -546,7 +549,7 @@ func (c *modelCluster) serverTick() {
 		if s.Kind == ca.KindRoot && s.To == ca.Removed {
 			c.rootsRemoved++
 		}
-		c.commit(Apply(modelPolicy, c.all, s, c.clock()), s.Authority+" "+string(s.To)+": "+s.Because)
+		c.commit(Apply(c.policy, c.all, s, c.clock()), s.Authority+" "+string(s.To)+": "+s.Because)
 	}
 }
 
@@ -684,7 +687,7 @@ func (c *modelCluster) verb(what string, all []Authority, err error) {
 
 func (c *modelCluster) addRoot(r int) {
 	x := c.roots[r]
-	all, err := AddRoot(modelPolicy, c.world(), Authority{ID: x.ID, NotBefore: x.NotBefore, NotAfter: x.NotAfter}, c.clock())
+	all, err := AddRoot(c.policy, c.world(), Authority{ID: x.ID, NotBefore: x.NotBefore, NotAfter: x.NotAfter}, c.clock())
 	c.verb("adds "+x.ID, all, err)
 }
 
@@ -695,7 +698,10 @@ func (c *modelCluster) adminTick() {
 	c.adminAt = c.now.Add(c.between(20*time.Hour, 26*time.Hour))
 	c.sign()
 	if !c.calm() && c.chance(0.03) {
-		c.err()
+		tomorrow := c.adminAt
+		if c.err(); c.adminAt.After(tomorrow) {
+			return // and is gone
+		}
 	}
 	if c.up && (c.calm() || c.chance(0.5)) {
 		c.tidy()
@@ -722,7 +728,7 @@ func (c *modelCluster) sign() {
 			}
 			begin := start
 			end := earlier(begin.Add(c.between(25*day, 32*day)), c.roots[r].NotAfter)
-			all, err := Signed(modelPolicy, c.world(), a.ID, root, begin, end, c.clock())
+			all, err := Signed(c.policy, c.world(), a.ID, root, begin, end, c.clock())
 			if err == nil {
 				c.commit(all, a.ID+" is signed by "+root)
 				start = start.Add(18 * day)
@@ -767,17 +773,17 @@ func (c *modelCluster) tidy() {
 func (c *modelCluster) err() {
 	any := c.all[c.rng.IntN(len(c.all))]
 	w, now := c.world(), c.clock()
-	switch c.rng.IntN(8) {
+	switch c.rng.IntN(10) {
 	case 0:
-		all, found := Want(modelPolicy, w, now)
+		all, found := Want(c.policy, w, now)
 		if c.verb("wants", all, nil); !found {
 			c.request()
 		}
 	case 1, 2:
-		all, err := Abort(modelPolicy, w, any.ID, false, now)
+		all, err := Abort(c.policy, w, any.ID, false, now)
 		c.verb("aborts "+any.ID, all, err)
 	case 3:
-		all, err := Abort(modelPolicy, w, c.issuer.ID, false, now)
+		all, err := Abort(c.policy, w, c.issuer.ID, false, now)
 		c.verb("aborts "+c.issuer.ID, all, err)
 	case 4:
 		id := any.ID
@@ -799,6 +805,11 @@ func (c *modelCluster) err() {
 			any = c.issuer
 		}
 		c.taint(any)
+	case 8, 9:
+		// What others go to, and tells nobody for days.
+		all, err := Abort(c.policy, w, c.roots[c.desired].ID, false, now)
+		c.verb("aborts "+c.roots[c.desired].ID, all, err)
+		c.adminAt = c.now.Add(c.between(2*day, 12*day))
 	}
 }
 
@@ -860,7 +871,7 @@ func (c *modelCluster) join() {
 	w, now := World{}, c.clock()
 	for _, id := range trusted {
 		x := c.roots[c.rootIndex(id)]
-		all, err := AddRoot(modelPolicy, w, Authority{ID: id, NotBefore: x.NotBefore, NotAfter: x.NotAfter}, now)
+		all, err := AddRoot(c.policy, w, Authority{ID: id, NotBefore: x.NotBefore, NotAfter: x.NotAfter}, now)
 		if err != nil {
 			return // a root at its end: once it is gone
 		}
@@ -868,7 +879,7 @@ func (c *modelCluster) join() {
 	}
 	w.Authorities = append(w.Authorities, Authority{ID: "intermediate-0", Kind: ca.KindIntermediate, State: ca.Prepared, Since: now})
 	end := earlier(now.Add(30*day), c.roots[c.rootIndex(under)].NotAfter)
-	all, err := Signed(modelPolicy, w, "intermediate-0", under, now, end, now)
+	all, err := Signed(c.policy, w, "intermediate-0", under, now, end, now)
 	if err != nil {
 		return
 	}
@@ -958,7 +969,8 @@ var brokenGuards = map[string]mutant{
 	"peers trust the root":                        {drop: func(s Step, w Wait) bool { return s.To == ca.Active && w.Code == WaitPeer }},
 	"a peer's agents have the root":               {drop: saying("agents of cluster")},
 	"a peer that does not trust it is waited for": {drop: saying("does not trust it")},
-	"promises end":                                {drop: saying("and holds for")},
+	"promises end":                                {drop: saying("could be relied upon")},
+	"a peer's promise ends when it says":          {from: 14, world: promisedForEver},
 	"what was promised is kept":                   {drop: saying("may rely on", "has not reported since")},
 	"peers that sign are waited for":              {drop: saying("still signs under it")},
 	"leaves are waited for":                       {drop: func(s Step, w Wait) bool { return w.Code == WaitLeaves }},
@@ -970,6 +982,14 @@ var brokenGuards = map[string]mutant{
 	"the last root stays": {drop: func(_ Step, w Wait) bool {
 		return w.Code == WaitNoOther || w.Code == WaitIssuer || w.Code == WaitPeer || w.Code == WaitLeaves
 	}},
+}
+
+// promisedForEver takes the promises of peers to hold for as long as our own.
+func promisedForEver(w *World) {
+	w.Peers = slices.Clone(w.Peers)
+	for i := range w.Peers {
+		w.Peers[i].Until = w.Peers[i].At.Add(modelYear)
+	}
 }
 
 // nobodyHolds takes every leaf of an exposed root for replaced.

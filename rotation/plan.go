@@ -12,6 +12,8 @@ import (
 type Planned struct {
 	At time.Time
 	Step
+	// Assumed is what the plan takes for granted beside the steps before it: what others have to do for this one.
+	Assumed []Wait
 }
 
 // At says when a step can be taken: now, or when the last of its waits ends. Zero if something doesn't end by the clock.
@@ -26,45 +28,115 @@ func At(s Step, now time.Time) time.Time {
 	return at
 }
 
-// Plan says which steps would come, in order and at most so many, if acknowledgements, reports and signatures came at once
-// and only time had to pass. Successors, which have no ID yet, are called successor-1 and so on; they live as long as the
-// issuer before them, or as their root.
+// Plan says which steps would come, in order and at most so many: first those that can be taken as things are, then those
+// that would come if acknowledgements, reports and signatures came at once and only time had to pass. Successors, which have
+// no ID yet, are called successor-1 and so on; they live as long as the issuer before them, or as their root.
 func Plan(p Policy, w World, now time.Time, most int) []Planned {
+	said := w
 	w = w.willing(p, now)
+	signed := map[string]string{} // by whom, as the plan assumes
 	var plan []Planned
-	for made := 0; len(plan) < most; {
-		w = w.agreed(p, now)
-		steps := Next(p, w, now)
-		i := slices.IndexFunc(steps, func(s Step) bool { return s.Ready(false) })
-		if i < 0 {
-			next := earliest(steps, now)
-			if next.IsZero() {
-				break
+	for made, known := 0, true; len(plan) < most; {
+		ask := said.standing(w.Authorities)
+		if !known {
+			ask = w.agreed(p, now)
+			for i, a := range ask.Authorities {
+				if a.Root != w.Authorities[i].Root {
+					signed[a.ID] = a.Root
+				}
 			}
-			now = next
+			w = ask
+		}
+		steps := Next(p, ask, now)
+		i := slices.IndexFunc(steps, func(s Step) bool { return s.Ready(false) })
+		if i < 0 && known {
+			known = false
+			continue
+		}
+		if i < 0 {
+			if now = earliest(steps, now); now.IsZero() {
+				return plan
+			}
 			continue
 		}
 		s := steps[i]
+		var assumed []Wait
 		if s.From == "" {
 			made++
 			s.Authority = fmt.Sprintf("successor-%d", made)
-			w.Authorities = append(w.Authorities, Authority{ID: s.Authority, Kind: s.Kind, State: s.To, Since: now})
+			w.Authorities = append(slices.Clone(w.Authorities), Authority{ID: s.Authority, Kind: s.Kind, State: s.To, Since: now})
 		} else {
+			if !known {
+				assumed = said.standing(w.Authorities).lacks(p, s, signed[s.Authority], now)
+			}
 			w.Authorities = Apply(p, w.Authorities, s, now)
 		}
-		plan = append(plan, Planned{At: now, Step: s})
+		plan = append(plan, Planned{At: now, Step: s, Assumed: assumed})
 	}
 	return plan
 }
 
-// earliest is when the first of the steps can be taken that wait for nothing but time; zero if there is none.
+// earliest is when time next ends a wait; zero if none ends by it.
 func earliest(steps []Step, now time.Time) (first time.Time) {
 	for _, s := range steps {
-		if at := At(s, now); at.After(now) && (first.IsZero() || at.Before(first)) {
-			first = at
+		for _, w := range s.Waits {
+			if w.Until.After(now) && (first.IsZero() || w.Until.Before(first)) {
+				first = w.Until
+			}
 		}
 	}
 	return first
+}
+
+// standing is what is known now, had the CAs come to stand like this: no agent has acknowledged a root that it does not know yet.
+func (w World) standing(all []Authority) World {
+	validators := 0
+	for _, r := range w.Own.Roots {
+		validators = max(validators, r.Validators)
+	}
+	w.Authorities, w.Own.Roots = all, slices.Clone(w.Own.Roots)
+	for _, r := range all {
+		if _, ok := w.Own.root(r.ID); !ok && r.InBundle() {
+			w.Own.Roots = append(w.Own.Roots, RootReport{ID: r.ID, Validators: validators})
+		}
+	}
+	return w
+}
+
+// lacks says what others would have to do for a step, by what they have said. by is the root that is assumed to have signed
+// the CA's request.
+func (w World) lacks(p Policy, s Step, by string, now time.Time) []Wait {
+	a, _ := w.authority(s.Authority)
+	root, theirs := a.ID, "that nothing there depends on it any more"
+	if a.Kind == ca.KindIntermediate {
+		root = a.Root
+	}
+	if s.To == ca.Active {
+		theirs = "that its agents have " + root
+	}
+	// Whoever is asked alone, with what he has said, and lets it wait, has something to do.
+	waits := func(own Report, peers ...Report) bool {
+		d := decision{Policy: p, World: World{Authorities: w.Authorities, Own: own, Peers: peers}, now: now}
+		step, ok := d.root(a)
+		if a.Kind == ca.KindIntermediate {
+			step, ok = d.intermediate(a)
+		}
+		return !ok || !step.Ready(false)
+	}
+	var all []Wait
+	if by != "" && s.To == ca.Published {
+		all = append(all, Wait{Code: WaitSignature, For: "its request is signed under " + by})
+	}
+	if waits(w.Own) {
+		all = append(all, Wait{Code: WaitQuorum, For: "the agents of this cluster acknowledge " + root})
+	}
+	agreed := w.agreed(p, now).Own
+	for _, peer := range w.Peers {
+		if waits(agreed, peer) {
+			all = append(all, Wait{Code: WaitPeer, For: "cluster " + peer.Cluster + " reports " + theirs})
+		}
+	}
+	return all
 }
 
 // willing is the world with peers that sign under what stays from now on.
@@ -88,9 +160,9 @@ func (w World) willing(p Policy, now time.Time) World {
 func (w World) agreed(p Policy, now time.Time) World {
 	w.Authorities, w.Peers = slices.Clone(w.Authorities), slices.Clone(w.Peers)
 	for i := range w.Peers {
-		w.Peers[i].At = now
+		w.Peers[i].At, w.Peers[i].Until = now, now.Add(p.ReportLife)
 	}
-	w.Own = Report{Cluster: w.Own.Cluster, At: now, Roots: ReportRoots(p, w.Authorities, now)}
+	w.Own = Report{Cluster: w.Own.Cluster, At: now, Until: now.Add(p.ReportLife), Roots: ReportRoots(p, w.Authorities, now)}
 	for i := range w.Own.Roots {
 		w.Own.Roots[i].Holding = 1
 	}

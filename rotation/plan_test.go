@@ -36,6 +36,69 @@ func TestAPlanTellsARootRotation(t *testing.T) {
 	if !slices.Equal(before, w.Authorities) {
 		t.Error("the plan has changed the world")
 	}
+	// What others have to do for it is said.
+	all, west := "quorum: the agents of this cluster acknowledge b", "peer: cluster west reports that its agents have b"
+	for _, s := range Plan(testPolicy, w, noon, 8) {
+		want := map[string][]string{
+			"b active": {all, west}, "successor-1 published": {"signature: its request is signed under b"}, "successor-1 active": {all, west},
+			"a removed": {"peer: cluster west reports that nothing there depends on it any more"},
+		}[s.Authority+" "+string(s.To)]
+		if got := assumed(s); !slices.Equal(got, want) {
+			t.Errorf("for %s %s is assumed %q, want %q", s.Authority, s.To, got, want)
+		}
+	}
+}
+
+func assumed(s Planned) (said []string) {
+	for _, w := range s.Assumed {
+		said = append(said, string(w.Code)+": "+w.For)
+	}
+	return said
+}
+
+// What agents and peers have said already, and what a cluster alone needs from nobody, is not assumed.
+func TestAPlanAssumesOnlyWhatIsMissing(t *testing.T) {
+	a, b := rootA(ca.Active), named("b", rootA(ca.Published))
+	a.Leaving = noon.Add(-time.Hour)
+	w := worldOf(a, b, under("a", "i", ca.Active), under("b", "x", ca.Prepared))
+	w.Peers = []Report{west(noon, "a", "b")}
+	plan := Plan(testPolicy, w, noon, 6)
+	want := []string{"day 10.0 b active", "day 10.0 x published", "day 10.0 x active", "day 10.0 a retired", "day 11.0 a removed", "day 11.0 i removed"}
+	if got := told(plan); !slices.Equal(got, want) {
+		t.Fatalf("got  %q\nwant %q", got, want)
+	}
+	for _, s := range plan {
+		if got := assumed(s); (len(got) > 0) != (s.Authority == "a" && s.To == ca.Removed) {
+			t.Errorf("for %s %s is assumed %q", s.Authority, s.To, got)
+		}
+	}
+	// The promise is over a few minutes after the leaves, and a report is waited for in either case.
+	if at, promised := plan[4].At, a.Leaving.Add(day+testPolicy.Skew); at.Before(promised) {
+		t.Errorf("the root is removed at %s, before %s", at, promised)
+	}
+	w.Peers = nil
+	for _, s := range Plan(testPolicy, w, noon, 6) {
+		if got := assumed(s); len(got) > 0 {
+			t.Errorf("alone, for %s %s is assumed %q", s.Authority, s.To, got)
+		}
+	}
+	w.Own.Roots[1].Trusting = 4
+	if got := assumed(Plan(testPolicy, w, noon, 6)[0]); !slices.Equal(got, []string{"quorum: the agents of this cluster acknowledge b"}) {
+		t.Errorf("while an agent lacks the root is assumed %q", got)
+	}
+}
+
+// Where nothing but what was promised keeps the last step waiting, time goes on all the same.
+func TestAPlanWaitsForAPromise(t *testing.T) {
+	b := named("b", rootA(ca.Retired))
+	b.Leaving = noon
+	w := worldOf(rootA(ca.Active), b, under("a", "i", ca.Active))
+	w.Peers = []Report{west(noon, "a")}
+	plan := Plan(testPolicy, w, noon, 3)
+	i := slices.IndexFunc(plan, func(s Planned) bool { return s.Authority == "b" })
+	if i < 0 || !plan[i].At.Equal(noon.Add(day+testPolicy.Skew)) || len(assumed(plan[i])) != 1 {
+		t.Fatalf("%q", told(plan))
+	}
 }
 
 func TestAPlanTellsWhatComesByItself(t *testing.T) {

@@ -39,7 +39,7 @@ func LeastLeft(life time.Duration) time.Duration {
 const (
 	firstRetry = 250 * time.Millisecond
 	// leastCap bounds how hard a server is pressed by what is about to expire.
-	leastCap = 250 * time.Millisecond
+	leastCap = time.Second
 	// mostCap bounds how long after the end of an outage a renewal may come.
 	mostCap = time.Minute
 	// expiredCap is for what has no good certificate (any more): somebody is waiting.
@@ -50,7 +50,7 @@ const (
 
 // RetryAfter says how long to wait after the given number of failed attempts in a row (1 or more), when the certificate
 // in use still has left to live (zero or less: there is none). It never says "give up". The wait is between half and all
-// of a doubling interval, which is capped at a sixteenth of what is left, within 250 ms and 1 min, and at 5 s where
+// of a doubling interval, which is capped at a sixteenth of what is left, within 1 s and 1 min, and at 5 s where
 // nothing is left; the jitter is a pure function of key and attempt.
 func RetryAfter(key []byte, attempts int, left time.Duration) time.Duration {
 	limit := expiredCap

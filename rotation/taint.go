@@ -1,6 +1,7 @@
 package rotation
 
 import (
+	"slices"
 	"time"
 
 	"github.com/signet-ca/signet/ca"
@@ -21,4 +22,24 @@ func Stale(w World, now time.Time) []string {
 		}
 	}
 	return ids
+}
+
+// Acceptance is what of a cluster accepts what was made under a root, whoever has made it.
+type Acceptance struct {
+	Root string `json:"root"`
+	// Bundle: new agents, exports and clusters that join are given the root, or those that can't acknowledge may have it still.
+	Bundle bool `json:"bundle,omitempty"`
+	// Agents is how many believe it, or may. Unlike Validators these are all that are not banned: the workloads of one whose
+	// identities have ended go on validating.
+	Agents int `json:"agents,omitempty"`
+}
+
+// Accepts says what of a cluster accepts what was made under a root, as its newest report has it. It is not known where there
+// is none, nor, since a root may be added again, where it does not hold any more. That an exposed root is gone is said for good.
+func (p Policy) Accepts(r Report, root string, now time.Time) (a Acceptance, known bool) {
+	a = Acceptance{Root: root}
+	if i := slices.IndexFunc(r.Accepting, func(a Acceptance) bool { return a.Root == root }); i >= 0 {
+		a = r.Accepting[i]
+	}
+	return a, p.Holds(r, now) || slices.Contains(r.Gone, root) && !p.fromTheFuture(r, now)
 }

@@ -15,6 +15,15 @@ import (
 // ErrNotNow marks a refusal that a person may override by force.
 var ErrNotNow = errors.New("not now")
 
+// NotNow is such a refusal: nothing may begin to be signed under Root before Waits are over. It is an ErrNotNow.
+type NotNow struct {
+	Root  string
+	Waits []Wait
+}
+
+func (n *NotNow) Error() string        { return n.Waits[0].For + ": " + ErrNotNow.Error() }
+func (n *NotNow) Is(target error) bool { return target == ErrNotNow }
+
 // find returns the index of an authority.
 func (w World) find(id string) (int, error) {
 	i := slices.IndexFunc(w.Authorities, func(a Authority) bool { return a.ID == id })
@@ -64,6 +73,29 @@ func keep(r *Authority, now time.Time) {
 	if r.State == ca.Retired {
 		r.State, r.Since = ca.Published, now
 	}
+}
+
+// MayBring refuses to bring in a root to replace the one of the active issuer while another is to do so already: what it
+// leaves behind would be trusted for good, and nobody would know of it.
+func MayBring(w World, id string, now time.Time) error {
+	if r, known := w.authority(id); known && r.State != ca.Removed && r.Leaving.IsZero() {
+		return nil
+	}
+	signing, _ := w.active()
+	above, _ := w.authority(signing.Root)
+	if above.Leaving.IsZero() {
+		return nil
+	}
+	for _, r := range w.Authorities {
+		if r.Kind != ca.KindRoot || r.ID == above.ID || r.State == ca.Removed || !r.Leaving.IsZero() || !w.exposed(r.ID, now).IsZero() {
+			continue
+		}
+		if !w.exposed(above.ID, now).IsZero() {
+			return fmt.Errorf("%s is to replace %s already, which must go: finish that, or add this one (signet trust add) and remove %s (signet trust remove) first", r.ID, above.ID, r.ID)
+		}
+		return fmt.Errorf("%s is to replace %s already: finish that, or turn it back first with signet rotation abort %s", r.ID, above.ID, r.ID)
+	}
+	return nil
 }
 
 // StartRoot replaces the root of the active issuer by another one, which must have been added. Other roots under which a
@@ -341,10 +373,13 @@ func (d decision) giveBack(i int, root string, force bool) error {
 		return fmt.Errorf("%s signs, and no earlier issuer could take over again: start a rotation to a new one", a.ID)
 	}
 	b := &d.Authorities[before]
-	for _, w := range d.mayBegin(b.Root) {
-		if !force || !w.Code.Forcible() {
-			return fmt.Errorf("%s can't take over again from %s: %s: %w", b.ID, a.ID, w.For, ErrNotNow)
-		}
+	waits := d.mayBegin(b.Root)
+	// What can't be overridden is said first.
+	if i := slices.IndexFunc(waits, func(w Wait) bool { return !w.Code.Forcible() }); i >= 0 {
+		return fmt.Errorf("%s can't take over again from %s: %s", b.ID, a.ID, waits[i].For)
+	}
+	if len(waits) > 0 && !force {
+		return fmt.Errorf("%s can't take over again from %s: %w", b.ID, a.ID, &NotNow{b.Root, waits})
 	}
 	retire(d.Policy, d.Authorities, i, d.now)
 	b.State, b.Since = ca.Active, d.now

@@ -33,6 +33,8 @@ type said struct {
 	// held are the key identifiers of the issuers whose leaves it has, heard is whether it has said so.
 	held  [][]byte
 	heard bool
+	// at is when it was said.
+	at time.Time
 }
 
 func (s said) same(o said) bool {
@@ -45,6 +47,7 @@ func newAcks(s *Server) *acks {
 
 // hear takes an agent's word.
 func (a *acks) hear(agent string, s said) {
+	s.at = a.server.now()
 	a.mu.Lock()
 	old := a.said[agent]
 	if s.session < old.session {
@@ -83,7 +86,7 @@ func (a *acks) words() []validator {
 	a.mu.Lock()
 	all := make([]validator, 0, len(a.said))
 	for name, s := range a.said {
-		all = append(all, validator{name, s})
+		all = append(all, validator{agent: name, said: s})
 	}
 	a.mu.Unlock()
 	all = slices.DeleteFunc(all, func(v validator) bool {
@@ -94,9 +97,9 @@ func (a *acks) words() []validator {
 	return all
 }
 
-// validators are the agents that have, or may have, identities that live, connected or not, by name. Banned ones don't
-// count: they get nothing new, and nothing waits for them.
-func (a *acks) validators(now time.Time) []validator {
+// agents are those that are not banned, connected or not, by name. A banned one gets nothing new and nothing waits for it:
+// an admin has said that it is none of ours.
+func (a *acks) agents(now time.Time) []validator {
 	d := a.server.directory
 	if d == nil { // nobody has come yet
 		return nil
@@ -113,10 +116,12 @@ func (a *acks) validators(now time.Time) []validator {
 		a.mu.Lock()
 		s, leaf := a.said[name], a.leaves[name]
 		a.mu.Unlock()
-		if now.After(leaf) && !(before && now.Before(policy.LeavesUntil(row.NotAfter))) && a.server.sessions.of(name) == 0 {
-			continue
+		v := validator{agent: name, said: s}
+		if a.server.sessions.of(name) == 0 {
+			v.away = latest(s.at, lastSeen(row))
+			v.ended = now.After(leaf) && !(before && now.Before(policy.LeavesUntil(row.NotAfter)))
 		}
-		all = append(all, validator{name, s})
+		all = append(all, v)
 	}
 	slices.SortFunc(all, func(x, y validator) int { return strings.Compare(x.agent, y.agent) })
 	return all

@@ -65,6 +65,8 @@ type clock struct {
 	// off is by how much the clock was ahead at the last look.
 	off    time.Duration
 	doubts bool
+	// doubted is what elapsed was when the doubt began.
+	doubted time.Duration
 }
 
 func newClock(wall func() time.Time, elapsed func() time.Duration, skew time.Duration, log *slog.Logger) *clock {
@@ -94,8 +96,18 @@ func (c *clock) believe() error {
 	case err == nil && c.doubts:
 		c.log.Info("the clock is believed again", "time", stamp(c.base))
 	}
+	if err != nil && !c.doubts {
+		c.doubted = c.elapsed()
+	}
 	c.doubts = err != nil
 	return err
+}
+
+// since is when the doubt began, by the clock that is doubted.
+func (c *clock) since() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.wall().Add(c.doubted - c.elapsed())
 }
 
 func (c *clock) look() error {

@@ -447,6 +447,10 @@ type InstallConfig struct {
 	RootFingerprint string
 	// Trust is what another cluster believes, for one that joins it; the zero value = the root of the chain alone.
 	Trust Trust
+	// First: no other cluster serves yet, an admin says, so that there is nothing to be told of what they believe.
+	First bool
+	// Exchange is where other clusters may have said what they believe; nil = nowhere.
+	Exchange Exchange
 	// DryRun only looks whether the chain would be taken.
 	DryRun bool
 }
@@ -462,6 +466,9 @@ type InstallResult struct {
 	NotAfter time.Time
 	// Changed is false when the same chain was installed already.
 	Changed bool
+	// Done is what was changed, in words, but for the steps that follow, Taken.
+	Done  []string
+	Taken []rotation.Step
 }
 
 // Install checks what came back from the root and takes it into use, on a folder that no server works on. The same chain
@@ -499,9 +506,20 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 		return InstallResult{}, err
 	}
 	by := byHand("ceremony")
-	done, err := k.do(ctx, decision{verb: "install", reason: "a chain was installed", by: by, dry: c.DryRun},
+	reason := "a chain was installed"
+	if k.blind() && c.Trust.isZero() {
+		switch {
+		case c.First:
+			reason += "; no other cluster serves yet, an admin says"
+		case c.Exchange != nil:
+			if c.Trust, _, err = Shared(ctx, c.Exchange, c.TrustDomain, c.Rotation.Peers, pinned); err != nil {
+				return InstallResult{}, err
+			}
+		}
+	}
+	done, err := k.do(ctx, decision{verb: "install", reason: reason, by: by, dry: c.DryRun},
 		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-			return k.install(set, w, now, installation{c.Chain, pinned, c.Trust, by})
+			return k.install(set, w, now, installation{c.Chain, pinned, c.Trust, c.First, by})
 		})
 	if err != nil {
 		return InstallResult{}, err
@@ -514,7 +532,7 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 	now := c.Now()
 	return InstallResult{
 		Issuer: row.ID, State: row.State, Root: ca.CertificateFingerprint(first[len(first)-1].Raw), NotAfter: row.NotAfter, Changed: done.changed,
-		Next: rotation.Next(k.policy.Policy, k.world(done.set, now), now),
+		Done: done.done, Taken: done.taken, Next: rotation.Next(k.policy.Policy, k.world(done.set, now), now),
 	}, nil
 }
 
@@ -529,7 +547,7 @@ func (f *Folder) keeper(ctx context.Context, o *opened, policy Rotation) (*keepe
 	if k.policy.OlderLeaves, err = olderLeaves(ctx, o.store, policy.LongestLeaf, f.Now()); err != nil {
 		return nil, err
 	}
-	k.validators = silent(agents, k.policy.Policy)
+	k.agents = silent(agents, k.policy.Policy)
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/rotation"
@@ -33,6 +34,18 @@ type TrustedRoot struct {
 	// State is published, active or retired.
 	State            ca.State
 	Leaving, Tainted bool
+}
+
+// blind reports whether the cluster has not begun, and there are others whose set it would have to believe.
+func (k *keeper) blind() bool { return k.current.Load().bundle.IsZero() && len(k.policy.Peers) > 0 }
+
+// peerNames names the other clusters.
+func (k *keeper) peerNames() string {
+	var names []string
+	for _, p := range k.policy.Peers {
+		names = append(names, p.Cluster)
+	}
+	return check.Some(names)
 }
 
 func (t Trust) isZero() bool { return t.Cluster == "" && len(t.Roots) == 0 && t.Digest == "" }

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
@@ -199,4 +200,66 @@ func TestARunningServerTakesWhatAnotherClusterBelieves(t *testing.T) {
 	}) {
 		t.Errorf("the root in use was changed: %v", lives)
 	}
+}
+
+func TestAClusterWithPeersDoesNotBeginBlindly(t *testing.T) {
+	a, b := newRoot(t), newRoot(t)
+	set := believedBy(t, "east", TrustedRoot{Certificate: a.cert, State: ca.Active}, TrustedRoot{Certificate: b.cert, State: ca.Published})
+	install := func(j *joiner, r *root, change func(*InstallConfig)) (InstallResult, error) {
+		c := InstallConfig{Folder: j.folder(), Rotation: j.config().Rotation, RootFingerprint: r.fingerprint(), Chain: r.intermediate(t, j.csr, nil)}
+		if change != nil {
+			change(&c)
+		}
+		return Install(t.Context(), c)
+	}
+	for _, dry := range []bool{true, false} {
+		j := newJoiner(t)
+		_, err := install(j, b, func(c *InstallConfig) { c.DryRun = dry })
+		for _, word := range []string{"cluster west", "east may believe", "signet trust export", "--trust", "--first"} {
+			wantError(t, err, word)
+		}
+		j.wantRoots()
+	}
+
+	// With a set it has to fit that.
+	j := newJoiner(t)
+	_, err := install(j, b, func(c *InstallConfig) { c.Trust = set })
+	wantError(t, err, "not believed by all agents yet")
+	_, err = install(j, a, func(c *InstallConfig) { c.Trust = set })
+	must(t, err)
+	j.wantRoots(a, b)
+	// It has begun, so the same again needs no word.
+	again, err := j.install(a, chainOf(t, j), Trust{})
+	must(t, err)
+	if again.Changed {
+		t.Error("the same again changes something")
+	}
+
+	// The first one says so, and the log keeps it.
+	j = newJoiner(t)
+	first, err := install(j, a, func(c *InstallConfig) { c.First = true })
+	must(t, err)
+	if first.State != ca.Active {
+		t.Errorf("installed: %+v", first)
+	}
+	j.wantRoots(a)
+	if len(distinct(t, j.cluster, func(e *auditv1.Entry) bool {
+		return strings.Contains(e.GetAuthorityChanged().GetReason(), "no other cluster serves yet, an admin says")
+	})) == 0 {
+		t.Error("the log does not say that it is the first")
+	}
+	// Without peers there is nobody to ask.
+	j = newJoiner(t)
+	j.peers = nil
+	if _, err = install(j, a, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// chainOf is the chain that a folder has, root last.
+func chainOf(t *testing.T, j *joiner) []byte {
+	t.Helper()
+	s := j.start(t, nil)
+	defer s.stop()
+	return ca.EncodeChain(s.keeper.current.Load().chains["intermediate-1"]...)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -156,33 +154,6 @@ func (r *refusal) status() error {
 		}
 	}
 	return st.Err()
-}
-
-// rejected counts a refusal and logs it, at a bounded rate.
-func (s *Server) rejected(ctx context.Context, d door, r *refusal) {
-	s.metrics.reject(d.name, r.reason)
-	if !s.refusals.Allow() {
-		s.unlogged.Add(1)
-		return
-	}
-	attrs := []slog.Attr{slog.String("door", d.name), slog.String("reason", r.reason)}
-	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
-		attrs = append(attrs, slog.String("peer", p.Addr.String()))
-	}
-	if r.cause != nil {
-		attrs = append(attrs, slog.String("err", clip(r.cause.Error())))
-		// What a cause keeps from peers it tells the log.
-		var more slog.LogValuer
-		if errors.As(r.cause, &more) {
-			attrs = append(attrs, slog.Any("detail", more))
-		}
-	} else {
-		attrs = append(attrs, slog.String("err", clip(r.public)))
-	}
-	if n := s.unlogged.Swap(0); n > 0 {
-		attrs = append(attrs, slog.Int64("not_logged_before", n))
-	}
-	s.log.LogAttrs(ctx, slog.LevelWarn, "refused", attrs...)
 }
 
 // clip bounds foreign text before it is logged.

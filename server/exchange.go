@@ -132,9 +132,21 @@ func (t trouble) after(err error, now time.Time) (_ trouble, turned bool) {
 func newExchange(k *keeper, place Exchange, verifierKey string) *exchange {
 	return &exchange{
 		keeper: k, place: place, self: Peer{Cluster: k.folder.Cluster, VerifierKey: verifierKey}, log: k.log,
-		every: max(leastExchange, min(exchangeEvery, k.policy.ReportLife/roundsPerReport)),
-		heard: map[string][]byte{}, troubles: map[string]trouble{},
+		every: exchangeEvery, heard: map[string][]byte{}, troubles: map[string]trouble{},
 	}
+}
+
+// relied is for how long every other cluster relies on a report of ours.
+func (e *exchange) relied() time.Duration {
+	k := e.keeper
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.policy.Relied(slices.Collect(maps.Values(k.reports)))
+}
+
+// pace is the time between two rounds.
+func (e *exchange) pace() time.Duration {
+	return min(e.every, max(leastExchange, e.relied()/roundsPerReport))
 }
 
 // register registers the metrics.
@@ -163,7 +175,7 @@ func (e *exchange) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed := e.keeper.changed.Next()
 		e.round(ctx)
-		if bell.Wait(ctx, time.Duration(float64(e.every)*(1+exchangeJitter*(2*rand.Float64()-1))), changed) {
+		if bell.Wait(ctx, time.Duration(float64(e.pace())*(1+exchangeJitter*(2*rand.Float64()-1))), changed) {
 			bell.Wait(ctx, settling, nil)
 		}
 	}
@@ -243,7 +255,7 @@ func (e *exchange) shareTrust(ctx context.Context) (string, error) {
 		again := len(e.refused) == 0 && e.troubles[trustDocument].err == nil
 		e.mu.Unlock()
 		seen := met{version, text, e.keeper.current.Load(), e.reportsSeen(), now}
-		if last := e.met; again && last.set == seen.set && last.version == version && last.reports == seen.reports && bytes.Equal(last.text, text) && now.Sub(last.at) < slowly*e.every && !now.Before(last.at) {
+		if last := e.met; again && last.set == seen.set && last.version == version && last.reports == seen.reports && bytes.Equal(last.text, text) && now.Sub(last.at) < slowly*e.pace() && !now.Before(last.at) {
 			return trustDocument, nil
 		}
 		var theirs shared.Trust
@@ -339,7 +351,7 @@ func (e *exchange) hear(ctx context.Context) (string, error) {
 	}
 	d := scheduled()
 	d.notes = [][]byte{text}
-	if _, err := k.do(ctx, d, nil); errors.Is(err, errBadReport) {
+	if _, err := k.do(ctx, d, nil); errors.Is(err, errBadReport) || errors.Is(err, errNotTaken) {
 		return name, fmt.Errorf("version %d of the report of cluster %s: %w", version, peer, err)
 	} else if err != nil {
 		k.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
@@ -358,7 +370,7 @@ func (e *exchange) tell(ctx context.Context) (string, error) {
 	for range roundTries {
 		now := k.folder.Now()
 		// It may have been deleted.
-		if since := now.Sub(e.looked); since < 0 || since >= slowly*e.every {
+		if since := now.Sub(e.looked); since < 0 || since >= slowly*e.pace() {
 			if err := e.look(ctx, name, now); err != nil {
 				return name, err
 			}
@@ -368,7 +380,7 @@ func (e *exchange) tell(ctx context.Context) (string, error) {
 		}
 		r := k.report(k.current.Load(), now)
 		e.reported = now
-		if !due(e.told, r, k.policy.ReportLife-k.policy.Skew) {
+		if !due(e.told, r, e.relied()) {
 			return name, nil
 		}
 		signed, err := k.signed(ctx, r)
@@ -410,14 +422,15 @@ func (e *exchange) look(ctx context.Context, name string, now time.Time) error {
 
 func (e *exchange) say(r rotation.Report) {
 	e.told = r
+	relied := e.relied()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.holds = (time.Time{}); !r.At.IsZero() {
-		e.holds = r.At.Add(e.keeper.policy.ReportLife)
+		e.holds = r.At.Add(relied)
 	}
 }
 
-// due reports whether the others are to get another report than the one they have, on which they rely for life.
+// due reports whether the others are to get another report than the one they have, on which they rely for life from its making on.
 func due(told, now rotation.Report, life time.Duration) bool {
 	if !now.At.After(told.At) {
 		return false // peers take newer ones only
@@ -426,10 +439,10 @@ func due(told, now rotation.Report, life time.Duration) bool {
 	if slices.ContainsFunc(now.Roots, func(x rotation.RootReport) bool { return x.Leaving }) {
 		parts = reportRenewalsLeaving
 	}
-	return now.At.Sub(told.At) >= life/time.Duration(parts) || !slices.EqualFunc(told.Roots, now.Roots, sameRoot) ||
+	return now.At.Sub(told.At) >= life/time.Duration(parts) || now.Until.Sub(now.At) != told.Until.Sub(told.At) || !slices.EqualFunc(told.Roots, now.Roots, sameRoot) ||
 		!slices.EqualFunc(told.Tainted, now.Tainted, func(a, b rotation.TaintReport) bool {
 			return a.ID == b.ID && a.Root == b.Root && a.Since.Equal(b.Since) && a.NotAfter.Equal(b.NotAfter)
-		})
+		}) || !slices.Equal(told.Accepting, now.Accepting) || !slices.Equal(told.Gone, now.Gone)
 }
 
 // sameRoot compares what two reports say of a root. While it is signed under, the end of its leaves moves with the time.
@@ -441,6 +454,7 @@ func sameRoot(a, b rotation.RootReport) bool {
 // check is what readiness says of the exchange. It stops nothing.
 func (e *exchange) check(context.Context) check.Findings {
 	now := e.keeper.folder.Now()
+	relied := e.relied()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	var found check.Findings
@@ -449,7 +463,7 @@ func (e *exchange) check(context.Context) check.Findings {
 	}
 	waits, urgent := e.waits(now)
 	level := func(t trouble) check.Level {
-		if urgent && now.Sub(t.since) > e.keeper.policy.ReportLife/reportRenewals {
+		if urgent && now.Sub(t.since) > relied/reportRenewals {
 			return check.Error
 		}
 		return check.Warning

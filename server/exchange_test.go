@@ -156,7 +156,9 @@ func (p *sharedPlace) shared(t testing.TB, c *cluster) sharedTrust {
 func (p *sharedPlace) reports(t testing.TB, s *live, roots ...rotation.RootReport) {
 	t.Helper()
 	k := s.keeper
-	note, err := k.signed(t.Context(), rotation.Report{Cluster: k.folder.Cluster, At: k.folder.Now().UTC(), Roots: roots})
+	note, err := k.signed(t.Context(), rotation.Report{
+		Cluster: k.folder.Cluster, At: k.folder.Now().UTC(), Until: k.folder.Now().UTC().Add(k.policy.ReportLife), Roots: roots,
+	})
 	must(t, err)
 	p.put(reportDocument(k.folder.Cluster), note)
 }
@@ -828,7 +830,7 @@ func TestManyPeersTakeTurns(t *testing.T) {
 func TestAReportIsDueWhenItSaysSomethingNew(t *testing.T) {
 	now := time.Now()
 	base := func() rotation.Report {
-		return rotation.Report{At: now, Roots: []rotation.RootReport{{ID: "a", Trusting: 1, Validators: 2, Missing: []string{"n"}, Signing: true, LeavesUntil: now}}}
+		return rotation.Report{At: now, Until: now.Add(24 * time.Hour), Roots: []rotation.RootReport{{ID: "a", Trusting: 1, Validators: 2, Missing: []string{"n"}, Signing: true, LeavesUntil: now}}}
 	}
 	for _, c := range []struct {
 		what   string
@@ -843,19 +845,40 @@ func TestAReportIsDueWhenItSaysSomethingNew(t *testing.T) {
 		{"an agent has it", func(_, r *rotation.Report) { r.Roots[0].Trusting, r.Roots[0].Missing = 2, nil }, time.Second, true},
 		{"a root more", func(_, r *rotation.Report) { r.Roots = append(r.Roots, rotation.RootReport{ID: "b"}) }, time.Second, true},
 		{"it does not sign any more", func(_, r *rotation.Report) { r.Roots[0].Signing = false }, time.Second, true},
+		{"a silent agent has come back", func(told, _ *rotation.Report) { told.Accepting = []rotation.Acceptance{{Root: "x", Agents: 1}} }, time.Second, true},
+		{"a root is gone for good", func(_, r *rotation.Report) { r.Gone = []string{"x"} }, time.Second, true},
 		{"a taint", func(_, r *rotation.Report) { r.Tainted = []rotation.TaintReport{{ID: "x"}} }, time.Second, true},
 		{"leaves until another time", func(told, r *rotation.Report) {
 			told.Roots[0].Signing, r.Roots[0].Signing, r.Roots[0].LeavesUntil = false, false, now.Add(time.Hour)
 		}, time.Second, true},
+		{"it holds for longer", func(_, r *rotation.Report) { r.Until = now.Add(48 * time.Hour) }, time.Second, true},
 		{"the clock went back", func(_, r *rotation.Report) { r.Roots = nil }, -time.Minute, false},
 		{"the first", func(told, _ *rotation.Report) { *told = rotation.Report{} }, 0, true},
 	} {
 		told, r := base(), base()
 		c.change(&told, &r)
-		r.At = now.Add(c.after)
+		r.At, r.Until = r.At.Add(c.after), r.Until.Add(c.after)
 		if got := due(told, r, 24*time.Hour); got != c.want {
 			t.Errorf("%s: due is %v", c.what, got)
 		}
+	}
+}
+
+// A peer relies on a report for no longer than its own hold, so it is told as often as that needs.
+func TestReportsComeAsOftenAsTheOneNeedsThatReliesOnThemLeast(t *testing.T) {
+	east := newCluster(t, "east")
+	s := east.start(t, nil)
+	e := newExchange(s.keeper, newSharedPlace(), s.audit.VerifierKey())
+	if e.pace() != exchangeEvery || e.relied() != 59*time.Minute {
+		t.Errorf("alone, every %s; relied upon for %s", e.pace(), e.relied())
+	}
+	now := s.keeper.folder.Now()
+	s.keeper.mu.Lock()
+	s.keeper.reports["west"] = rotation.Report{Cluster: "west", At: now, Until: now.Add(20 * time.Second)}
+	s.keeper.mu.Unlock()
+	e.say(rotation.Report{Cluster: "east", At: now, Until: now.Add(time.Hour)})
+	if e.pace() != 500*time.Millisecond || e.relied() != 10*time.Second || !e.holds.Equal(now.Add(10*time.Second)) {
+		t.Errorf("with a peer of 20 s, every %s; relied upon for %s, until %s", e.pace(), e.relied(), e.holds)
 	}
 }
 
@@ -885,7 +908,7 @@ func TestNothingIsDecidedOrPromisedByAWrongClock(t *testing.T) {
 }
 
 func TestAClusterBeginsWithWhatTheOthersShare(t *testing.T) {
-	east := newCluster(t, "east")
+	east, b := newCluster(t, "east"), newRoot(t)
 	j := newJoiner(t)
 	acquaint(t, east, j.cluster)
 	place := newSharedPlace()
@@ -897,8 +920,14 @@ func TestAClusterBeginsWithWhatTheOthersShare(t *testing.T) {
 	if _, ok, err := Shared(t.Context(), place, td, j.peers, pinned(east.root)); ok || err != nil {
 		t.Fatalf("nothing is shared yet: %v, %v", ok, err)
 	}
+	install := func() error {
+		_, err := Install(t.Context(), InstallConfig{
+			Folder: j.folder(), Rotation: j.config().Rotation, RootFingerprint: b.fingerprint(), Chain: b.intermediate(t, j.csr, nil), Exchange: place,
+		})
+		return err
+	}
+	wantError(t, install(), "--first")
 	e := east.share(t, place)
-	b := newRoot(t)
 	e.signed(b, e.startRoot(b), nil)
 	soon(t, "east tells", func() bool {
 		return place.shared(t, east).says(b) == shared.Believed && place.shared(t, east).says(east.root) == shared.Leaving
@@ -928,8 +957,7 @@ func TestAClusterBeginsWithWhatTheOthersShare(t *testing.T) {
 		must(t, err)
 		return slices.ContainsFunc(given.Roots, func(r TrustedRoot) bool { return r.Certificate.Equal(b.cert) && r.State == ca.Active })
 	})
-	_, err = j.install(b, b.intermediate(t, j.csr, nil), given)
-	must(t, err)
+	must(t, install())
 	j.wantRoots(east.root, b)
 	w := j.share(t, place)
 	w.well()

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
+	"net"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -15,6 +17,7 @@ import (
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 )
 
@@ -49,7 +52,7 @@ var (
 	descAgents    = lifeDesc("bundle_validators", "Agents with identities that live, or may: those whose workloads validate.")
 	descNewest    = lifeDesc("bundle_validators_acked", "Of signet_bundle_validators, those that have acknowledged the newest trust bundle.")
 	descHolding   = lifeDesc("reissue_holding", "Agents that use, or may use, leaves that are to be replaced ahead of time.")
-	descAccepted  = lifeDesc("tainted_accepted", "1 while a validator accepts, or may accept, what is forged with a lost key.")
+	descAccepted  = lifeDesc("tainted_accepted", "1 while a trust bundle or an agent of any cluster accepts, or may accept, what is forged with a lost key.")
 	descUpstream  = lifeDesc("upstream_failing_seconds", "How long the upstream authority has signed no request that it was asked to sign; 0 = it signs.")
 	descReport    = lifeDesc("rotation_report_age_seconds", "Age of the newest report of another cluster; +Inf = it has never reported.", "cluster")
 	descSkew      = lifeDesc("clock_skew_seconds", "How far the clock is off: elapsed = ahead of the time that has passed since the last look, log = behind the latest time that is known.", "source")
@@ -104,6 +107,7 @@ func (c lifeCollector) Collect(out chan<- prometheus.Metric) {
 	}
 
 	look := s.lookAtRotation(set, now)
+	look.Halt = s.halt(set)
 	gauge(descIssuable, left(look.IssuableUntil(now), now), ca.KindIntermediate)
 	gauge(descIssuable, left(s.controlUntil(now), now), ca.KindControl)
 	steps := rotation.Next(look.Policy, look.World, now)
@@ -134,7 +138,7 @@ func (c lifeCollector) Collect(out chan<- prometheus.Metric) {
 	k.collectAgents(set, now, gauge)
 	accepted := 0.0
 	for _, f := range look.Forged {
-		if f.Accepting > 0 {
+		if len(f.By) > 0 {
 			accepted = 1
 		}
 	}
@@ -209,9 +213,9 @@ func left(until, now time.Time) float64 {
 	return max(until.Sub(now).Seconds(), 0)
 }
 
-// leastLife is what must be left of an issuer's life for a leaf of this life.
-func (s *Server) leastLife(ttl time.Duration) time.Duration {
-	least := s.config.MinUsefulLife
+// LeastLife is what must be left of an issuer's life for a certificate of this life.
+func (c *Config) LeastLife(ttl time.Duration) time.Duration {
+	least := c.MinUsefulLife
 	if least <= 0 {
 		least = identity.MinTTL
 	}
@@ -224,7 +228,7 @@ func (s *Server) controlUntil(now time.Time) time.Time {
 	if !ok || issuer.Usable(now) != nil {
 		return time.Time{}
 	}
-	if until := issuer.NotAfter().Add(time.Second - s.leastLife(s.config.ControlTTL)); now.Before(until) {
+	if until := issuer.NotAfter().Add(time.Second - s.config.LeastLife(s.config.ControlTTL)); now.Before(until) {
 		return until
 	}
 	return time.Time{}
@@ -233,24 +237,68 @@ func (s *Server) controlUntil(now time.Time) time.Time {
 // lookAtRotation is what there is to look at.
 func (s *Server) lookAtRotation(set *authorities, now time.Time) check.Rotation {
 	k := s.keeper
-	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, Online: s.config.Upstream != nil, Shared: s.exchange != nil, LeastLife: s.leastLife(s.config.TTL)}
+	look := check.Rotation{Policy: k.policy.Policy, World: k.world(set, now), Automatic: k.policy.Automatic, Online: s.config.Upstream != nil, Shared: s.exchange != nil, LeastLife: s.config.LeastLife(s.config.TTL)}
 	for _, t := range k.tainted(set, look.World, now) {
-		look.Forged = append(look.Forged, check.Forged{
-			ID: t.Id, Cluster: t.Cluster, Accepting: int(t.Accepting), Until: t.AcceptedUntil.AsTime(), Advice: t.Advice,
-		})
+		f := check.Forged{ID: t.Id, Cluster: t.Cluster, Until: t.AcceptedUntil.AsTime(), Advice: t.Advice}
+		for _, a := range t.AcceptedBy {
+			f.By = append(f.By, acceptedBy(a))
+		}
+		look.Forged = append(look.Forged, f)
 	}
 	look.Restored = k.lost(set).look()
 	return look
 }
 
-// checkRotation is what readiness says of it. None of it stops anything: what can't be issued now is checkIssuer's.
+// checkRotation is what readiness says of it.
 func (s *Server) checkRotation(context.Context) check.Findings {
-	now := s.now()
-	return s.lookAtRotation(s.keeper.current.Load(), now).Findings(now)
+	set, now := s.keeper.current.Load(), s.now()
+	look := s.lookAtRotation(set, now)
+	look.Halt = s.halt(set)
+	return look.Findings(now)
+}
+
+// halt is what keeps leaves from being made although an intermediate lives.
+func (s *Server) halt(set *authorities) *check.Halt {
+	if err := s.clock.believe(); err != nil {
+		return &check.Halt{Since: s.clock.since(), Why: err.Error(), Mend: "timedatectl set-ntp true"}
+	}
+	row, ok := set.issuing()
+	if !ok {
+		return nil
+	}
+	remote := row.Key.Backend != keystore.BackendFile && row.Key.Backend != keystore.BackendMemory
+	if s.config.Vault != nil && remote {
+		if h := s.config.Vault().Halt(row.ID); h != nil {
+			return h
+		}
+	}
+	cant := func(since time.Time, err error) *check.Halt {
+		return &check.Halt{Since: since, Why: fmt.Sprintf("the key of %s can't be used: %v", row.ID, err)}
+	}
+	if since, err := s.authority.Unsigned(identity.Mesh); err != nil {
+		return cant(since, err)
+	}
+	if _, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
+		return nil
+	}
+	if unopened := s.keeper.unopened.Load(); unopened != nil {
+		return cant(unopened.since, unopened.err)
+	}
+	return cant(s.begun, errors.New("it was in memory, and is gone with the process that held it"))
+}
+
+// issuing is the row of the intermediate that is active.
+func (set *authorities) issuing() (store.Authority, bool) {
+	i := slices.IndexFunc(set.rows, func(a store.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+	if i < 0 {
+		return store.Authority{}, false
+	}
+	return set.rows[i], true
 }
 
 // CheckRotation looks at the rotation in a folder from outside, also while a server works on it. What agents have
-// acknowledged only the server knows; here they count as not having said anything.
+// acknowledged only the server knows; here they count as not having said anything. With c.Keys it is looked whether the key of
+// the intermediate that signs is there.
 func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findings, err error) {
 	if _, err := os.Stat(databasePath(c.Dir)); errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("folder %s holds no cluster yet: make one with: signet cluster init", c.Dir)
@@ -293,7 +341,7 @@ func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findin
 	if k.policy.OlderLeaves, err = olderLeaves(ctx, st, k.policy.LongestLeaf, now); err != nil {
 		return nil, err
 	}
-	k.validators = silent(agents, k.policy.Policy)
+	k.agents = silent(agents, k.policy.Policy)
 	logKey, ok, err := st.Meta(ctx, verifierFact)
 	if err != nil {
 		return nil, err
@@ -304,7 +352,25 @@ func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findin
 			k.logged.Store(&in)
 		}
 	}
-	return (&Server{config: c, keeper: k}).lookAtRotation(set, now).Findings(now), nil
+	look := (&Server{config: c, keeper: k}).lookAtRotation(set, now)
+	look.Offline = !answers(ctx, c.AdminSocket)
+	if row, ok := set.issuing(); ok && c.Keys != nil && row.Key.Backend != keystore.BackendMemory {
+		// One that can't be read by whoever looks may well be good for the server.
+		if _, err := c.Keys.Open(ctx, row.Key); errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrAway) {
+			look.Halt = &check.Halt{Why: fmt.Sprintf("the key of %s can't be opened: %v", row.ID, err)}
+		}
+	}
+	return look.Findings(now), nil
+}
+
+// answers reports whether a server listens on its admin socket.
+func answers(ctx context.Context, socket string) bool {
+	conn, err := (&net.Dialer{Timeout: storePatience}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
 }
 
 // silent are the agents of a folder, of which nothing is heard.
@@ -312,10 +378,13 @@ func silent(agents []store.Agent, policy rotation.Policy) func(now time.Time) []
 	return func(now time.Time) []validator {
 		var all []validator
 		for _, a := range agents {
-			if !a.Banned && now.Before(policy.LeavesUntil(a.NotAfter)) {
-				all = append(all, validator{agent: a.Name})
+			if !a.Banned {
+				all = append(all, validator{agent: a.Name, away: lastSeen(a), ended: !now.Before(policy.LeavesUntil(a.NotAfter))})
 			}
 		}
 		return all
 	}
 }
+
+// lastSeen is when an agent has enrolled or last had a certificate.
+func lastSeen(a store.Agent) time.Time { return latest(a.Enrolled, a.LastSeen) }

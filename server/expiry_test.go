@@ -1,7 +1,10 @@
 package server
 
 import (
+	"encoding/json"
 	"net/http"
+	"reflect"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -123,6 +126,7 @@ func TestNotAbleSoonIsToldFromNotAble(t *testing.T) {
 		code  int
 	}{
 		{3 * time.Hour, "[!]issuing degraded: " + check.CodeIssuing + ": nothing can be issued from ", "stopped: issuing", http.StatusOK},
+		{identity.MinTTL / 2, "[-]issuing failed: " + check.CodeIssuing + ": nothing can be issued since ", "[!]issuing", http.StatusServiceUnavailable},
 		// A leaf of the shortest useful life does not fit any more.
 		{identity.MinTTL / 2, "[-]issuer-mesh failed: " + check.CodeExpiry + ": it ends at ", "[!]issuing", http.StatusServiceUnavailable},
 	} {
@@ -135,5 +139,105 @@ func TestNotAbleSoonIsToldFromNotAble(t *testing.T) {
 		if able := gauged(t, s, `signet_issuable_seconds{kind="intermediate"}`); able > 0 != (try.code == http.StatusOK) || able > try.left.Seconds() {
 			t.Errorf("%s before the end: %v s", try.left, able)
 		}
+	}
+}
+
+// issuingOf is the one finding of whether leaves can be made, with what counts down taken out.
+func issuingOf(t *testing.T, found check.Findings) (said check.Finding, ok bool) {
+	t.Helper()
+	for _, f := range found {
+		if f.Code != check.CodeIssuing {
+			continue
+		}
+		if ok {
+			t.Errorf("it is said twice: %+v, %+v", said, f)
+		}
+		said, ok = f, true
+	}
+	said.Message = regexp.MustCompile(`, in [0-9hms]+`).ReplaceAllString(said.Message, "")
+	return said, ok
+}
+
+// ready asks the HTTP door as a program does.
+func (l *live) ready(t *testing.T) (found check.Findings) {
+	t.Helper()
+	request := must1(http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+l.Doors().HTTP+"/readyz", nil))
+	request.Header.Set("Accept", "application/json")
+	answer, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(request)
+	must(t, err)
+	defer answer.Body.Close()
+	var said struct{ Findings check.Findings }
+	must(t, json.NewDecoder(answer.Body).Decode(&said))
+	return said.Findings
+}
+
+// Through the life of an intermediate whose successor nobody signs.
+func TestReadinessAndCheckSayTheSameOfTheEndOfIssuing(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)
+	for _, try := range []struct {
+		left  time.Duration
+		level check.Level
+		over  bool
+		words string
+	}{
+		{700 * time.Hour, check.OK, false, ""},
+		{300 * time.Hour, check.Warning, false, "nothing can be issued from "},
+		{50 * time.Hour, check.Error, false, "nothing can be issued from "},
+		{2 * identity.MinTTL, check.Error, false, "nothing can be issued from "},
+		{identity.MinTTL / 2, check.Error, true, "nothing can be issued since "},
+		{-time.Second, check.Error, true, "intermediate-1 expired at "},
+		{-100 * time.Hour, check.Error, true, "intermediate-1 expired at "},
+	} {
+		c.ahead.Store(int64(time.Until(mesh.NotAfter()) - try.left))
+		_, err := s.keeper.do(t.Context(), scheduled(), nil)
+		must(t, err)
+		within, ok := issuingOf(t, s.ready(t))
+		found, err := CheckRotation(t.Context(), c.config(), c.now())
+		must(t, err)
+		outside, alike := issuingOf(t, found)
+		if ok != alike || !reflect.DeepEqual(within, outside) {
+			t.Errorf("%s before the end readiness says %+v, and check %+v", try.left, within, outside)
+		}
+		if ok != (try.level != check.OK) || within.Level != try.level || within.Blocks() != try.over || !strings.Contains(within.Message, try.words) {
+			t.Errorf("%s before the end: %+v", try.left, within)
+		}
+		if ok && (!strings.Contains(within.Message, "intermediate-2, which is to take over, is not signed") || !strings.Contains(within.Mend, "signet ca show --config FILE intermediate-2; ")) {
+			t.Errorf("%s before the end it is not said what helps: %+v", try.left, within)
+		}
+		if able := gauged(t, s, `signet_issuable_seconds{kind="intermediate"}`); able > 0 == try.over {
+			t.Errorf("%s before the end: %v s", try.left, able)
+		}
+	}
+	// With the server away nobody shows a request but cluster init.
+	must(t, s.stop())
+	found, err := CheckRotation(t.Context(), c.config(), c.now())
+	must(t, err)
+	if f, _ := issuingOf(t, found); !f.Blocks() || !strings.HasPrefix(f.Mend, "signet cluster init --config FILE --csr-out CSR; ") {
+		t.Errorf("without a server: %+v", f)
+	}
+}
+
+func TestAClockInDoubtIsSaidToStopIssuing(t *testing.T) {
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	begun := time.Now()
+	s.clock.mu.Lock()
+	s.clock.elapsed = func() time.Duration { return time.Since(begun) }
+	s.clock.base, s.clock.at = begun, 0
+	s.clock.mu.Unlock()
+	c.ahead.Store(int64(72 * time.Hour))
+	f, _ := issuingOf(t, s.ready(t))
+	since := c.now().UTC().Format("nothing can be issued since 2006-01-02T15:")
+	if !f.Blocks() || !strings.HasPrefix(f.Message, since) || !strings.Contains(f.Message, errClock.Error()) || f.Mend != "timedatectl set-ntp true" {
+		t.Errorf("%+v", f)
+	}
+	if able := gauged(t, s, `signet_issuable_seconds{kind="intermediate"}`); able != 0 {
+		t.Errorf("%v s", able)
+	}
+	c.ahead.Store(0)
+	if f, ok := issuingOf(t, s.ready(t)); ok {
+		t.Errorf("with the clock right again: %+v", f)
 	}
 }

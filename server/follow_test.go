@@ -54,7 +54,7 @@ func (c *modelCluster) tell() {
 	}
 	now, lives := time.Now(), c.set.lives()
 	c.told[c.folder.Cluster] = rotation.Report{
-		Cluster: c.folder.Cluster, At: now, Roots: rotation.ReportRoots(c.policy.Policy, lives, now), Tainted: rotation.ReportTaints(c.policy.Policy, lives, now),
+		Cluster: c.folder.Cluster, At: now, Until: now.Add(c.policy.ReportLife), Roots: rotation.ReportRoots(c.policy.Policy, lives, now), Tainted: rotation.ReportTaints(c.policy.Policy, lives, now),
 	}
 }
 
@@ -356,7 +356,7 @@ func TestAnOldDocumentAddsNoRootWhereNothingIsKnown(t *testing.T) {
 	}
 	now := time.Now()
 	says := func(at time.Time, roots ...rotation.RootReport) rotation.Report {
-		return rotation.Report{Cluster: "east", At: at, Roots: append(roots, rotation.RootReport{ID: a.id()})}
+		return rotation.Report{Cluster: "east", At: at, Until: at.Add(time.Hour), Roots: append(roots, rotation.RootReport{ID: a.id()})}
 	}
 	believed, leaving := rotation.RootReport{ID: b.id()}, rotation.RootReport{ID: b.id(), Leaving: true}
 	exposed := says(now, believed)
@@ -494,7 +494,7 @@ func TestWhatFollowsFromATaintElsewhereIsTold(t *testing.T) {
 func TestNoMoreRootsAreTakenThanABundleHolds(t *testing.T) {
 	east := newModelCluster(t, "east", newRoot(t))
 	var doc []shared.Root
-	west := rotation.Report{Cluster: "west", At: time.Now()}
+	west := rotation.Report{Cluster: "west", At: time.Now(), Until: time.Now().Add(time.Hour)}
 	for i := range trust.MaxRoots + 5 {
 		doc = append(doc, sharedOf(newRoot(t), []shared.Standing{shared.Believed, shared.Leaving}[i%2], 1, "west"))
 		west.Roots = append(west.Roots, rotation.RootReport{ID: doc[i].ID, Leaving: i%2 == 1})

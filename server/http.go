@@ -66,33 +66,36 @@ func (s *Server) checks() []check.Part {
 	}})
 }
 
-// checkIssuer tells one that can't issue now from one that will not be able to.
+// checkIssuer looks at an issuer of a hierarchy. Until when it can issue is decided elsewhere, for all who ask: for workloads'
+// by check.Rotation, for our own parts' by controlUntil.
 func (s *Server) checkIssuer(h identity.Hierarchy) check.Findings {
 	about := "issuer-" + h.String()
 	issuer, ok := s.issuers.Snapshot().Active(h)
 	if !ok {
 		why := errors.New("none is active")
 		if unopened := s.keeper.unopened.Load(); h == identity.Mesh && unopened != nil {
-			why = fmt.Errorf("the key of the active one can't be used: %w", *unopened)
+			why = fmt.Errorf("the key of the active one can't be used: %w", unopened.err)
 		}
 		return check.State(check.CodeInstalled, about, "", why, "", check.Issuing)
 	}
-	if err := issuer.Usable(s.now()); err != nil {
-		return check.State(check.CodeExpiry, about, "", err, "", check.Issuing)
+	// That a key is away is told of by what it is away with, if that knows.
+	if _, err := s.authority.Unsigned(h); err != nil && !(errors.Is(err, keystore.ErrAway) && s.vaultTells(h)) {
+		stops := check.Issuing
+		if h == identity.ControlPlane {
+			stops = check.Enrolling
+		}
+		return check.State(check.CodeKey, about, "", fmt.Errorf("its key does not sign: %w", err), "", stops)
 	}
-	// A key that is away is told of by what it is away with.
-	if err := s.authority.Unsigned(h); err != nil && !errors.Is(err, keystore.ErrAway) {
-		return check.State(check.CodeKey, about, "", fmt.Errorf("its key does not sign: %w", err), "", check.Issuing)
+	now := s.now()
+	ttl, until := s.config.ControlTTL, s.controlUntil(now)
+	if h == identity.Mesh {
+		ttl, until = s.config.TTL, s.lookAtRotation(s.keeper.current.Load(), now).IssuableUntil(now)
 	}
-	ttl := s.config.TTL
-	if h == identity.ControlPlane {
-		ttl = s.config.ControlTTL
+	found := check.IssuerLife(about, issuer.Certificate().NotBefore, issuer.NotAfter(), s.config.LeastLife(ttl), now, "")
+	if until.IsZero() {
+		found[0].Level, found[0].Stops = check.Error, []string{check.Issuing}
 	}
-	if ends := issuer.NotAfter(); !s.now().Before(ends.Add(time.Second - s.leastLife(ttl))) {
-		err := fmt.Errorf("it ends at %s, too soon for a certificate that lives %s; install and activate a new one", stamp(ends), s.leastLife(ttl))
-		return check.State(check.CodeExpiry, about, "", err, "", check.Issuing)
-	}
-	return check.Life(about, issuer.Certificate().NotBefore, issuer.NotAfter(), s.now(), "")
+	return found
 }
 
 func (s *Server) doorsOpen() (err error) {

@@ -56,7 +56,7 @@ func TestWhatWillBeBadIsToldFromWhatIs(t *testing.T) {
 		code int
 	}{
 		{3 * time.Hour, "[!]issuer-mesh degraded: SGN1007: 0 % of its life are left, until ", http.StatusOK},
-		{-time.Hour, "[-]issuer-mesh failed: SGN1007: ", http.StatusServiceUnavailable},
+		{-time.Hour, "[-]issuer-mesh failed: SGN1007: it expired at ", http.StatusServiceUnavailable},
 	} {
 		c.ahead.Store(int64(time.Until(ends) - try.left))
 		// The server's own certificate ends too; this is about the CA.

@@ -33,7 +33,7 @@ func (s rotationService) BanIdentity(ctx context.Context, req *adminv1.BanIdenti
 		return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("ban of %s: give a reason of 1 to %d bytes, for the log", id, maxReason))
 	}
 	now := s.now()
-	r := &adminv1.BanIdentityResponse{ValidUntil: timestampOf(now.Add(s.config.MaxTTL))}
+	r := &adminv1.BanIdentityResponse{ValidUntil: timestampOf(s.keeper.policy.LeavesUntil(now))}
 	all, _ := s.directory.registrations()
 	for _, reg := range all {
 		if reg.ID == id {

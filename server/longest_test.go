@@ -205,11 +205,11 @@ func TestAnAgentWithLeavesOfALongerLifeCounts(t *testing.T) {
 	c.ahead.Store(int64(2 * time.Hour))
 	s = c.start(t, nil)
 	c.ahead.Store(int64(25 * time.Hour))
-	if n := len(s.acks.validators(c.now())); n != 1 {
+	if n := len(s.keeper.validators(c.now())); n != 1 {
 		t.Errorf("%d agents count, want the one that may have leaves of 24 h", n)
 	}
 	c.ahead.Store(int64(8 * 24 * time.Hour))
-	if n := len(s.acks.validators(c.now())); n != 0 {
+	if n := len(s.keeper.validators(c.now())); n != 0 {
 		t.Errorf("%d agents count, though all that they had has ended", n)
 	}
 }

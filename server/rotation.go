@@ -18,6 +18,7 @@ import (
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
@@ -70,12 +71,14 @@ type keeper struct {
 	upstreamState upstreamState
 	store         *store.Store
 	log           *slog.Logger
+	// record logs what is about to be done, and changes nothing.
+	record func(ctx context.Context, entries ...*auditv1.Entry) error
 	// change makes a change durable and logged, then calls effect (outbox).
 	change func(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error
-	// validators says what is known of those who validate.
-	validators func(now time.Time) []validator
-	issuers    *ca.Issuers
-	bundles    *trust.Bundles
+	// agents says what is known of those that are not banned.
+	agents  func(now time.Time) []validator
+	issuers *ca.Issuers
+	bundles *trust.Bundles
 	// words are what agents have said, where agents are heard.
 	words func() []validator
 	// logged is the newest state that the audit log knows of, where that was looked for.
@@ -89,7 +92,7 @@ type keeper struct {
 	// replaced names the issuers whose leaves are to be replaced.
 	replaced atomic.Pointer[[][]byte]
 	// unopened is why the key of the active issuer could not be opened outside this process; nil = it is, or is no such key.
-	unopened atomic.Pointer[error]
+	unopened atomic.Pointer[unopened]
 	// destroyed names the keys that were destroyed since the start, swept the set for which all were that could be. Both
 	// belong to the one who keeps.
 	destroyed map[keystore.Ref]bool
@@ -183,7 +186,7 @@ func (k *keeper) use(set *authorities, issuers []*ca.Issuer) error {
 // that was active before may be without its key; one that becomes active may not.
 func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issuer, error) {
 	var list []*ca.Issuer
-	var unopened error
+	var why error
 	for _, a := range set.rows {
 		if a.Kind == ca.KindRoot || len(a.Chain) == 0 || a.State == ca.Removed {
 			continue
@@ -195,7 +198,7 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 		spared := a.Kind == ca.KindIntermediate && was.State == ca.Active && a.Key.Backend != keystore.BackendFile
 		if spared && err != nil {
 			if a.Key.Backend != keystore.BackendMemory || !errors.Is(err, keystore.ErrNotFound) {
-				unopened = fmt.Errorf("issuer %s: %w", a.ID, err)
+				why = fmt.Errorf("issuer %s: %w", a.ID, err)
 			}
 			continue
 		}
@@ -215,7 +218,7 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 		issuer, err := ca.NewIssuer(conf)
 		if err != nil && spared && key.Remote() {
 			k.forgetKey(a.Key)
-			unopened = err
+			why = err
 			continue
 		}
 		if err != nil {
@@ -223,15 +226,24 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 		}
 		list = append(list, issuer)
 	}
-	if last := k.unopened.Load(); unopened == nil {
+	if last := k.unopened.Load(); why == nil {
 		k.unopened.Store(nil)
 	} else {
+		since := k.folder.Now()
 		if last == nil {
-			k.log.Warn("the key of the active issuer can't be used now; it is tried again", "err", unopened)
+			k.log.Warn("the key of the active issuer can't be used now; it is tried again", "err", why)
+		} else {
+			since = last.since
 		}
-		k.unopened.Store(&unopened)
+		k.unopened.Store(&unopened{since, why})
 	}
 	return list, nil
+}
+
+// unopened is a key that can't be used, since when, and why.
+type unopened struct {
+	since time.Time
+	err   error
 }
 
 // key opens a key once: opening takes a while, for it is sealed against guessing.
@@ -310,11 +322,15 @@ func (k *keeper) world(set *authorities, now time.Time, newer ...rotation.Report
 // outcome is what a change has done, or would do.
 type outcome struct {
 	changed bool
+	// reports are what became of those that were given; done is what was changed before the steps that were taken.
+	reports []heardReport
+	done    []string
 	taken   []rotation.Step
 	forced  []string
 	// dry: nothing was done.
 	dry bool
-	set *authorities
+	// before is the set as it was.
+	before, set *authorities
 	// world is what the last decision was taken by; next is what it left.
 	world rotation.World
 	next  []rotation.Step
@@ -329,12 +345,18 @@ type decision struct {
 	only string
 	// force overrides the waits of the next step of that authority, where they can be.
 	force bool
-	// notes are reports of peers.
+	// overridden is what the edit itself has overridden, sentences; nil = it can't.
+	overridden *[]string
+	// notes are reports of peers; names are what who gave them calls them.
 	notes [][]byte
+	names []string
 }
 
+// selfDoor is the door of what comes by itself.
+const selfDoor = "self"
+
 // scheduled is what comes by itself.
-func scheduled() decision { return decision{verb: "schedule", by: &auditv1.Evidence{Door: "self"}} }
+func scheduled() decision { return decision{verb: "schedule", by: &auditv1.Evidence{Door: selfDoor}} }
 
 // do makes a change that a person asked for, then every step that follows from it. edit gets the set as it stands and
 // returns it as it is to be; nil = no change but the steps.
@@ -347,10 +369,15 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 	// Begun, it is finished: a client that hangs up must not stop it half way.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()
-	o := outcome{dry: d.dry, set: k.current.Load()}
-	reports, err := k.takeReports(ctx, d.notes, d.dry)
-	if err != nil {
+	o := outcome{dry: d.dry, before: k.current.Load(), set: k.current.Load()}
+	var reports []rotation.Report
+	if o.reports, err = k.takeReports(ctx, d); err != nil {
 		return o, err
+	}
+	for _, r := range o.reports {
+		if r.newer() {
+			reports, o.changed = append(reports, r.Report), true
+		}
 	}
 	if edit != nil {
 		now := k.folder.Now()
@@ -359,9 +386,18 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 			return o, err
 		}
 		if next != nil {
-			if err := k.commit(ctx, &o, next, d, now, d.reason, nil, entries...); err != nil {
+			if d.overridden != nil {
+				o.forced = *d.overridden
+			}
+			before := o.set
+			err := k.rehearse(ctx, &o, next)
+			if err == nil {
+				err = k.commit(ctx, &o, next, d, now, d.reason, o.forced, entries...)
+			}
+			if err != nil {
 				return o, err
 			}
+			o.done = next.said(before)
 		}
 	}
 	return o, k.advance(ctx, &o, d, reports)
@@ -409,16 +445,12 @@ func (k *keeper) advance(ctx context.Context, o *outcome, d decision, reports []
 			break
 		}
 		step := o.next[i]
-		if o.dry && step.Authority == "" {
-			o.changed, o.taken = true, append(o.taken, step)
-			break // what follows depends on keys that are not made
-		}
-		forced, err := k.take(ctx, o, d, step, now)
+		taken, forced, err := k.take(ctx, o, d, step, now)
 		if err != nil {
 			failed, errs = append(failed, step), append(errs, err)
 			continue
 		}
-		o.taken, o.forced = append(o.taken, step), append(o.forced, forced...)
+		o.taken, o.forced = append(o.taken, taken), append(o.forced, forced...)
 		if step.Authority == d.only {
 			d.force = false // the next step of that authority is another decision
 		}
@@ -426,27 +458,34 @@ func (k *keeper) advance(ctx context.Context, o *outcome, d decision, reports []
 	return errors.Join(errs...)
 }
 
-// take takes one step.
-func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation.Step, now time.Time) (forced []string, err error) {
-	for _, w := range step.Waits {
-		forced = append(forced, w.For)
+// take takes one step, and returns it with the name of what it has made, and what was overridden.
+func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation.Step, now time.Time) (_ rotation.Step, forced []string, err error) {
+	root := step.Authority
+	if row, _ := o.set.row(step.Authority); row.Kind == ca.KindIntermediate {
+		root = row.Root
 	}
+	forced = k.breaks(o.set, root, step.Waits, step.To == ca.Removed, now)
 	var next *authorities
 	if step.Authority == "" {
-		row, err := k.request(ctx, o.set, nil)
+		row, err := k.successor(ctx, d, o.set, nil)
 		if err != nil {
-			return nil, err
+			return step, nil, err
 		}
 		next, err = o.set.edit(nil, row)
 		if err != nil {
-			return nil, err
+			return step, nil, err
 		}
-		step.Authority = row.ID
+		if !o.dry {
+			step.Authority = row.ID
+		}
 	} else if next, err = o.set.edit(rotation.Apply(k.policy.Policy, o.set.lives(), step, now)); err != nil {
-		return nil, err
+		return step, nil, err
+	}
+	if err := k.rehearse(ctx, o, next); err != nil {
+		return step, nil, err
 	}
 	if err := k.commit(ctx, o, next, d, now, step.Because, forced); err != nil {
-		return nil, err
+		return step, nil, err
 	}
 	if !o.dry {
 		k.log.Info("CA moved", "authority", step.Authority, "from", string(step.From), "to", string(step.To), "because", step.Because)
@@ -454,7 +493,61 @@ func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation
 			k.log.Warn("a step was forced", "authority", step.Authority, "by", d.by.GetCaller(), "overridden", forced)
 		}
 	}
-	return forced, nil
+	return step, forced, nil
+}
+
+// rehearse refuses in a dry run what would be refused then, since who is to sign can't: commit opens no keys for it.
+func (k *keeper) rehearse(ctx context.Context, o *outcome, next *authorities) error {
+	if !o.dry {
+		return nil
+	}
+	for _, a := range next.rows {
+		if was, _ := o.set.row(a.ID); a.Kind == ca.KindIntermediate && a.State == ca.Active && was.State != ca.Active {
+			if _, err := k.key(ctx, a.Key); err != nil {
+				return fmt.Errorf("issuer %s: %w", a.ID, err)
+			}
+		}
+	}
+	return nil
+}
+
+// breaks says of each wait that is overridden who notices. Workloads validate with what their agent believes: before others
+// sign under a root, those refuse that don't have it; after it is removed, those here that had it.
+func (k *keeper) breaks(set *authorities, root string, waits []rotation.Wait, removed bool, now time.Time) (forced []string) {
+	for _, w := range waits {
+		text := w.For + ": "
+		switch {
+		case removed && w.Code == rotation.WaitLeaves && w.Cluster == "":
+			text += "workloads here refuse whoever has such a certificate from now on"
+			if holding := k.holding(set, root, now); len(holding) > 0 {
+				text += "; " + check.Some(holding) + " may have some"
+			}
+		case removed && w.Code == rotation.WaitLeaves:
+			text += "workloads here refuse those of cluster " + w.Cluster + " that have such a certificate from now on"
+		case removed:
+			text += "workloads here refuse those of that cluster that have, or are given, a certificate under " + root + " from now on"
+		case w.Code == rotation.WaitPeer && len(w.Missing) > 0:
+			text += "the workloads of " + check.Some(w.Missing) + " there refuse peers that have a certificate under " + root + " until they have it"
+		case w.Code == rotation.WaitPeer:
+			text += "workloads there that don't have " + root + " refuse peers that have a certificate under it"
+		case len(w.Missing) > 0:
+			text += "the workloads of " + check.Some(w.Missing) + " refuse peers that have a certificate under " + root + ", and get none themselves, until they have it"
+		default:
+			text += "workloads that don't have " + root + " yet refuse peers that have a certificate under it"
+		}
+		forced = append(forced, text)
+	}
+	return forced
+}
+
+// holding names the agents that have, or may have, a leaf under the root.
+func (k *keeper) holding(set *authorities, root string, now time.Time) (agents []string) {
+	for _, v := range k.validators(now) {
+		if set.holds(v, root) {
+			agents = append(agents, v.agent)
+		}
+	}
+	return agents
 }
 
 // commit makes the next set the present one: stored and logged, then in effect. A dry run only looks whether it could be.
@@ -469,9 +562,8 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 	if len(next.rows) > maxAuthorities {
 		return fmt.Errorf("the cluster would have %d CAs: at most %d are kept", len(next.rows), maxAuthorities)
 	}
-	o.changed = true
 	if o.dry {
-		o.set = next
+		o.set, o.changed = next, true
 		return nil
 	}
 	// What could not work must not be stored: keys are opened and chains checked before.
@@ -506,7 +598,7 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 	if err != nil {
 		return err
 	}
-	o.set = k.current.Load() // which is next, but for what it took longer to come into effect
+	o.set, o.changed = k.current.Load(), true // which is next, but for what it took longer to come into effect
 	return nil
 }
 
@@ -522,6 +614,23 @@ func noteOf(now time.Time, entries []*auditv1.Entry) (*store.Note, error) {
 		note.Entries = append(note.Entries, raw)
 	}
 	return note, nil
+}
+
+// successor asks for the next intermediate. In a dry run there is no key, and what would be has no name.
+func (k *keeper) successor(ctx context.Context, d decision, set *authorities, also []store.Authority) (store.Authority, error) {
+	if !d.dry {
+		return k.request(ctx, set, also)
+	}
+	unnamed := 0
+	for _, a := range slices.Concat(set.rows, also) {
+		if a.Kind == ca.KindIntermediate && a.Key.IsZero() {
+			unnamed++
+		}
+	}
+	now := k.folder.Now()
+	return store.Authority{
+		Authority: rotation.Authority{ID: fmt.Sprintf("new intermediate %d", unnamed+1), Kind: ca.KindIntermediate, State: ca.Prepared, Since: now}, Created: now,
+	}, nil
 }
 
 // request makes the key of the next intermediate and the request for its certificate. A key that an earlier try has made
@@ -644,7 +753,9 @@ type installation struct {
 	chains []byte
 	pinned ca.Fingerprint
 	trust  Trust
-	by     *auditv1.Evidence
+	// first: nobody can tell yet what the other clusters believe.
+	first bool
+	by    *auditv1.Evidence
 }
 
 // install takes chains that an upstream has signed, and the roots that the cluster is to believe beside theirs.
@@ -655,6 +766,9 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 	}
 	pinned, by := x.pinned, x.by
 	before := set
+	if x.trust.isZero() && !x.first && k.blind() {
+		return nil, nil, fmt.Errorf("cluster %s begins, and %s may believe or sign under other roots by now: take signet trust export --format json from one that serves and give it with --trust, or say --first if none serves yet", k.folder.Cluster, k.peerNames())
+	}
 	if set, err = k.join(set, x.trust, chains, now); err != nil {
 		return nil, nil, err
 	}
@@ -751,16 +865,11 @@ func (k *keeper) startIntermediate(ctx context.Context, d decision, successors i
 	if successors < 1 || successors > MaxSuccessors {
 		return outcome{set: k.current.Load()}, fmt.Errorf("%d successors: want 1 to %d", successors, MaxSuccessors)
 	}
-	missing := 0
-	o, err := k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+	return k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
 		all, ok := rotation.Want(k.policy.Policy, w, now)
-		if missing = successors - set.waiting(); ok && missing <= 0 || d.dry {
-			next, err := set.edit(all)
-			return next, nil, err
-		}
 		var rows []store.Authority
-		for range missing {
-			row, err := k.request(ctx, set, rows)
+		for range successors - set.waiting() {
+			row, err := k.successor(ctx, d, set, rows)
 			if err != nil {
 				return nil, nil, err
 			}
@@ -770,8 +879,6 @@ func (k *keeper) startIntermediate(ctx context.Context, d decision, successors i
 		next, err := set.edit(all, rows...)
 		return next, nil, err
 	})
-	o.changed = o.changed || err == nil && missing > 0
-	return o, err
 }
 
 // waiting is how many successors stand ready or wait for a signature.
@@ -789,11 +896,28 @@ func (s *authorities) waiting() int {
 // intermediate under it.
 func (k *keeper) startRoot(ctx context.Context, d decision, root *x509.Certificate) (outcome, error) {
 	return k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+		if err := rotation.MayBring(w, rootID(root), now); err != nil {
+			return nil, nil, err
+		}
 		next, err := set.addRoot(k.policy.Policy, w, root, now)
 		if err != nil {
 			return nil, nil, err
 		}
 		w.Authorities = next.lives()
 		return next.ifEdited(rotation.StartRoot(w, rootID(root), now))
+	})
+}
+
+// abort turns a rotation back, see rotation.Abort; with force although what is to take over again may not yet.
+func (k *keeper) abort(ctx context.Context, d decision, id string, force bool) (outcome, error) {
+	d.overridden = new([]string)
+	return k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+		lives, err := rotation.Abort(k.policy.Policy, w, id, false, now)
+		var early *rotation.NotNow
+		if force && errors.As(err, &early) {
+			*d.overridden = k.breaks(set, early.Root, early.Waits, false, now)
+			lives, err = rotation.Abort(k.policy.Policy, w, id, true, now)
+		}
+		return set.ifEdited(lives, err)
 	})
 }

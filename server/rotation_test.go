@@ -267,30 +267,200 @@ func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
 }
 
 func TestForceSaysWhatItBreaksAndTheLogKeepsIt(t *testing.T) {
-	c := newCluster(t, "east")
-	s := c.start(t, nil)
-	s.listen(s.enrol("node-9"), true)
+	east := newCluster(t, "east")
+	east.manual = true
+	west, north := east.sibling(t, "west"), east.sibling(t, "north")
+	w := west.start(t, nil)
+	s := east.startWith(t, west, north)
+	issuer, _ := s.issuers.Snapshot().Active(identity.Mesh)
+	s.listen(s.enrol("node-9"), true, issuer.Certificate().SubjectKeyId)
+	w.listen(w.enrol("node-4"), true)
+	a, b := east.root, newRoot(t)
+	_, err := w.rotations().AddTrust(t.Context(), &adminv1.AddTrustRequest{Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	_, err = s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
+	must(t, err)
+	tell(t, w, s)
+	st, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{})
+	must(t, err)
+	s.signed(b, st.Requests[0], nil)
+	var logged []string
+	force := func(id string, want ...string) {
+		t.Helper()
+		was := s.state(id)
+		dry, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: id, DryRun: true})
+		must(t, err)
+		if s.state(id) != was {
+			t.Fatalf("a dry run takes %s from %s to %s", id, was, s.state(id))
+		}
+		done, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: id})
+		must(t, err)
+		if s.state(id) == was || !slices.Equal(dry.Forced, done.Forced) || len(done.Forced) != len(want) {
+			t.Fatalf("%s is %s, forced by\n%q\nafter it was said\n%q", id, s.state(id), done.Forced, dry.Forced)
+		}
+		for i, text := range want {
+			if !strings.Contains(done.Forced[i], text) {
+				t.Errorf("%s: force answers\n%s\nwant\n%s", id, done.Forced[i], text)
+			}
+		}
+		logged = append(logged, done.Forced...)
+	}
+	before := []string{
+		"0 of 1 agents of this cluster have it; 1 more must acknowledge: the workloads of node-9 refuse peers that have a certificate under " + b.id() + ", and get none themselves, until they have it",
+		"0 of 1 agents of cluster west have it: the workloads of node-4 there refuse peers that have a certificate under " + b.id() + " until they have it",
+		"cluster north has never reported: workloads there that don't have " + b.id() + " refuse peers that have a certificate under it",
+	}
+	force(b.id(), before...)
+	force("intermediate-2") // published
+	force("intermediate-2", before...)
+	force(a.id()) // retired
+	after := "workloads here refuse those of that cluster that have, or are given, a certificate under " + a.id() + " from now on"
+	force(a.id(), ": workloads here refuse whoever has such a certificate from now on; node-9 may have some",
+		"cluster west may rely on our last report until ", "then cluster west has to report once more: "+after,
+		"cluster north may rely on our last report until ", "then cluster north has to report once more: "+after)
+	must(t, s.stop())
+	var told []string
+	for _, e := range distinct(t, east, func(e *auditv1.Entry) bool { return len(e.GetAuthorityChanged().GetForced()) > 0 }) {
+		for _, f := range e.GetAuthorityChanged().GetForced() {
+			if !slices.Contains(told, f) {
+				told = append(told, f)
+			}
+		}
+	}
+	for _, f := range logged {
+		if !slices.Contains(told, f) {
+			t.Errorf("the log does not say %q, but\n%q", f, told)
+		}
+	}
+}
+
+func TestAnAbortThatIsForcedSaysWhatItBreaksAndTheLogKeepsIt(t *testing.T) {
+	east := newCluster(t, "east")
+	west := east.sibling(t, "west")
+	s := east.startWith(t, west)
 	b := newRoot(t)
 	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()})
 	must(t, err)
 	s.signed(b, started.Requests[0], nil)
-	dry, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: b.id(), DryRun: true})
-	must(t, err)
-	if len(dry.Forced) == 0 || s.state(b.id()) != ca.Published {
-		t.Fatalf("a dry run answers %v and leaves the root %s", dry.Forced, s.state(b.id()))
+	for _, id := range []string{b.id(), "intermediate-2"} {
+		_, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: id})
+		must(t, err)
 	}
-	done, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Force: true, Authority: b.id()})
+	abort := func(force, dry bool) (*adminv1.RotationChangeResponse, error) {
+		return s.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: b.id(), Force: force, DryRun: dry})
+	}
+	if _, err := abort(false, false); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "west has never reported: not now") {
+		t.Fatalf("given back before west has reported: %v", err)
+	}
+	want := "cluster west has never reported: workloads there that don't have " + east.root.id() + " refuse peers that have a certificate under it"
+	dry, err := abort(true, true)
 	must(t, err)
-	if len(done.Forced) == 0 || s.state(b.id()) != ca.Active {
-		t.Fatalf("force answers %v and leaves the root %s", done.Forced, s.state(b.id()))
+	done, err := abort(true, false)
+	must(t, err)
+	if !slices.Equal(dry.Forced, []string{want}) || !slices.Equal(done.Forced, dry.Forced) || s.state("intermediate-1") != ca.Active {
+		t.Errorf("forced by\n%q\nafter it was said\n%q", done.Forced, dry.Forced)
+	}
+	if says := []string{east.root.id() + " retired → active", east.root.id() + " stays", b.id() + " leaves", "intermediate-1 retired → active", "intermediate-2 active → retired"}; !sameLines(done.Done, says) {
+		t.Errorf("it did\n%q\nwant\n%q", done.Done, says)
 	}
 	must(t, s.stop())
-	var forced []string
-	for _, e := range logged(t, c) {
-		forced = append(forced, e.GetAuthorityChanged().GetForced()...)
+	if len(distinct(t, east, func(e *auditv1.Entry) bool {
+		x := e.GetAuthorityChanged()
+		return x.GetVerb() == "abort" && slices.Contains(x.GetForced(), want)
+	})) == 0 {
+		t.Error("the log does not say what was forced")
 	}
-	if len(forced) == 0 || !strings.Contains(forced[0], "0 of 1 agents") {
-		t.Errorf("the log says %q", forced)
+}
+
+// sameLines compares what was said in any order.
+func sameLines(got, want []string) bool {
+	return slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want)))
+}
+
+// What a write did is what it says, and what was so before is not.
+func TestAnAnswerListsWhatTheCallDidAndNothingElse(t *testing.T) {
+	east := newCluster(t, "east")
+	west := east.sibling(t, "west")
+	w, s := west.start(t, nil), east.startWith(t, west)
+	r := s.rotations()
+	b, c := newRoot(t), newRoot(t)
+	wants := func(what string, a *adminv1.RotationChangeResponse, err error, want ...string) {
+		t.Helper()
+		must(t, err)
+		if got := lines(a); !slices.Equal(got, want) {
+			t.Errorf("%s answers\n%s\nwant\n%s", what, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+	start := func(kind string, root *root, n uint32) (*adminv1.RotationChangeResponse, error) {
+		m := &adminv1.StartRotationRequest{Kind: kind, Successors: n}
+		if root != nil {
+			m.Root, m.RootFingerprint = root.cert.Raw, root.fingerprint()
+		}
+		return r.StartRotation(t.Context(), m)
+	}
+	answer, err := start("intermediate", nil, 2)
+	wants("a start", answer, err, "a new intermediate requested", "a new intermediate requested", "changed true, requested 2")
+	if key := "intermediate-2 requested, key " + answer.Requests[0].KeyFingerprint; answer.Done[0] != key {
+		t.Errorf("it did %q, want %q", answer.Done[0], key)
+	}
+	again, err := start("intermediate", nil, 2)
+	wants("the same again", again, err, "changed false, requested 0")
+	if len(again.Requests) != 2 {
+		t.Errorf("what waits is %v", again.Requests)
+	}
+	advanced, err := r.AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{})
+	wants("an advance with nothing to do", advanced, err, "changed false, requested 0")
+	aborted, err := r.AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: "intermediate-3"})
+	wants("an abort", aborted, err, "intermediate-3 dropped", "changed true, requested 0")
+
+	a := east.root
+	begun, err := start("root", b, 0)
+	wants("a start of a root", begun, err, b.id()+" added", a.id()+" leaves", b.id()+" prepared → published: it was added", "changed true, requested 0")
+	if _, err := start("root", c, 0); err == nil || !strings.Contains(err.Error(), b.id()+" is to replace "+a.id()+" already") || !strings.Contains(err.Error(), "abort "+b.id()) {
+		t.Errorf("a second new root: %v", err)
+	}
+	if _, ok := s.keeper.current.Load().row(c.id()); ok {
+		t.Error("a root that was refused is there")
+	}
+	same, err := start("root", b, 0)
+	wants("the same root again", same, err, "changed false, requested 0")
+	if _, err := start("root", b, 3); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("three successors under a new root: %v", err)
+	}
+	// The root that leaves may still sign what bridges the time, and that is said.
+	bridge := s.signed(a, answer.Requests[0], nil)
+	if got := strings.Join(bridge.Done, "\n"); !strings.Contains(got, "intermediate-2 signed under "+a.id()) || !strings.Contains(got, a.id()+" is leaving: intermediate-2 bridges the time") {
+		t.Errorf("a chain under the root that leaves is answered with\n%s", got)
+	}
+	back, err := r.AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: b.id()})
+	must(t, err)
+	if want := []string{a.id() + " stays", b.id() + " leaves"}; !sameLines(back.Done, want) {
+		t.Errorf("an abort of the new root did %q, want %q", back.Done, want)
+	}
+	next, err := start("root", c, 0)
+	must(t, err)
+	if !slices.Contains(next.Done, c.id()+" added") {
+		t.Errorf("after the abort the other root: %v", next)
+	}
+	tainted, err := r.TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "stolen"})
+	must(t, err)
+	if !slices.Contains(tainted.Done, "intermediate-1 tainted") {
+		t.Errorf("a taint did %q", tainted.Done)
+	}
+	repeated, err := r.TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "stolen"})
+	wants("a taint again", repeated, err, "changed false, requested 0")
+
+	early, err := w.rotations().ReportRotation(t.Context(), &adminv1.ReportRotationRequest{})
+	must(t, err)
+	_, err = w.rotations().TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: "stolen"})
+	must(t, err)
+	late, err := w.rotations().ReportRotation(t.Context(), &adminv1.ReportRotationRequest{})
+	must(t, err)
+	took, err := r.AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{late.Report}})
+	wants("a report with a taint", took, err, "report of west true", "changed true, requested 0")
+	for _, old := range [][]byte{early.Report, late.Report} {
+		took, err = r.AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{old}})
+		wants("a report that is not newer", took, err, "report of west false", "changed false, requested 0")
 	}
 }
 
@@ -436,12 +606,12 @@ func TestReportsAreBelievedFromPeersOnly(t *testing.T) {
 		"of no peer": report(s), "its own": report(e), "changed": bytes.Replace(good, []byte("trusting"), []byte("trustinG"), 1),
 		"cut": good[:len(good)/2], "empty": nil, "a checkpoint": checkpoint, "too long": bytes.Repeat([]byte("x"), maxReport+1),
 	} {
-		if _, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{note}}); status.Code(err) != codes.InvalidArgument && status.Code(err) != codes.ResourceExhausted {
+		if _, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{note}}); status.Code(err) != codes.FailedPrecondition && status.Code(err) != codes.ResourceExhausted {
 			t.Errorf("a report that is %s: %v", what, err)
 		}
 	}
 	west.ahead.Store(int64(time.Hour))
-	if _, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{report(w)}}); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "clocks") {
+	if _, err := e.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Reports: [][]byte{report(w)}}); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "clocks") {
 		t.Errorf("a report from the future: %v", err)
 	}
 	west.ahead.Store(0)
@@ -487,7 +657,7 @@ func TestATaintedIntermediateIsReplacedAndItsLeavesAreCalledBack(t *testing.T) {
 	})
 	st, err := s.rotations().RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})
 	must(t, err)
-	if st.Reissue.GetHolding() != 1 || len(st.Tainted) != 1 || st.Tainted[0].Accepting != 1 || !strings.Contains(st.Tainted[0].Advice, "signet rotation start root") {
+	if st.Reissue.GetHolding() != 1 || len(st.Tainted) != 1 || st.Tainted[0].Accepting != 2 || !strings.Contains(st.Tainted[0].Advice, "signet rotation start root") {
 		t.Fatalf("status says %v, %v", st.Reissue, st.Tainted)
 	}
 	// The root above goes too, sooner than its leaves end, since the agent says that it holds none.
@@ -707,8 +877,11 @@ func TestTheKeyOfARetiredIssuerMayBeGone(t *testing.T) {
 		t.Errorf("the new issuer is %s", s.state("intermediate-2"))
 	}
 	// What can't sign does not take over.
-	if _, err := s.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: "intermediate-2"}); err == nil || !strings.Contains(err.Error(), "no such key") {
-		t.Errorf("given back to an issuer without a key: %v", err)
+	for _, dry := range []bool{true, false} {
+		_, err := s.rotations().AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: "intermediate-2", DryRun: dry})
+		if err == nil || !strings.Contains(err.Error(), "issuer intermediate-1: ") || !strings.Contains(err.Error(), "no such key") || strings.Contains(err.Error(), "it is done") {
+			t.Errorf("given back to an issuer without a key (dry %v): %v", dry, err)
+		}
 	}
 	if s.state("intermediate-2") != ca.Active {
 		t.Errorf("after that the new issuer is %s", s.state("intermediate-2"))
@@ -753,7 +926,7 @@ func TestWithoutAutomaticStepsTheyAreTakenByAdvanceAlone(t *testing.T) {
 	if s.state("intermediate-2") != ca.Prepared || s.state(b.id()) != ca.Prepared {
 		t.Fatalf("without a word: %s, %s", s.state("intermediate-2"), s.state(b.id()))
 	}
-	if _, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "no-such-ca"}); status.Code(err) != codes.InvalidArgument {
+	if _, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "no-such-ca"}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("an unknown CA: %v", err)
 	}
 	_, err = s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "intermediate-2"})
@@ -851,7 +1024,8 @@ func TestAReportIsBounded(t *testing.T) {
 	key, err := w.config.key(t.Context(), ref)
 	must(t, err)
 	sign := func(change func(*rotation.Report)) []byte {
-		r := rotation.Report{Cluster: "west", At: time.Now()}
+		now := time.Now()
+		r := rotation.Report{Cluster: "west", At: now, Until: now.Add(time.Hour)}
 		change(&r)
 		text, err := json.Marshal(r)
 		must(t, err)
@@ -859,8 +1033,12 @@ func TestAReportIsBounded(t *testing.T) {
 		must(t, err)
 		return note
 	}
-	if _, err := openReport(sign(func(*rotation.Report) {}), peer, td); err != nil {
-		t.Fatal(err)
+	for _, change := range []func(*rotation.Report){
+		func(*rotation.Report) {}, func(r *rotation.Report) { r.Until = r.At.Add(rotation.MaxReportLife) },
+	} {
+		if _, err := openReport(sign(change), peer, td); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for what, change := range map[string]func(*rotation.Report){
 		"many roots":      func(r *rotation.Report) { r.Roots = make([]rotation.RootReport, maxReportRoots+1) },
@@ -868,8 +1046,17 @@ func TestAReportIsBounded(t *testing.T) {
 		"a long name":     func(r *rotation.Report) { r.Tainted = []rotation.TaintReport{{ID: strings.Repeat("x", 300)}} },
 		"many agents":     func(r *rotation.Report) { r.Roots = []rotation.RootReport{{Missing: make([]string, maxMissing+1)}} },
 		"counts that lie": func(r *rotation.Report) { r.Roots = []rotation.RootReport{{Trusting: 2, Validators: 1}} },
+		"many accepted": func(r *rotation.Report) {
+			r.Accepting, r.Gone = make([]rotation.Acceptance, maxAuthorities), []string{"x"}
+		},
+		"fewer than none": func(r *rotation.Report) { r.Accepting = []rotation.Acceptance{{Agents: -1}} },
+		"a long root":     func(r *rotation.Report) { r.Accepting = []rotation.Acceptance{{Root: strings.Repeat("x", 300)}} },
+		"a long one gone": func(r *rotation.Report) { r.Gone = []string{strings.Repeat("x", 300)} },
 		"another cluster": func(r *rotation.Report) { r.Cluster = "south" },
 		"no time":         func(r *rotation.Report) { r.At = time.Time{} },
+		"no end":          func(r *rotation.Report) { r.Until = time.Time{} },
+		"an end before":   func(r *rotation.Report) { r.Until = r.At },
+		"a far end":       func(r *rotation.Report) { r.Until = r.At.Add(rotation.MaxReportLife + 1) },
 	} {
 		if _, err := openReport(sign(change), peer, td); err == nil {
 			t.Errorf("a report with %s was believed", what)

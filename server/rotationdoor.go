@@ -2,11 +2,13 @@ package server
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -35,17 +37,18 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 	}
 	switch {
 	case err == nil:
-	case errors.Is(err, errBadReport):
-		return nil, plainly(codes.InvalidArgument, "invalid", err)
 	case errors.Is(err, store.ErrConflict):
 		return nil, plainly(codes.Aborted, "store_unavailable", err)
-	case errors.Is(err, errNotLogged), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, errNotLogged), errors.Is(err, errNotTaken), errors.Is(err, context.DeadlineExceeded):
 		return nil, plainly(codes.Unavailable, s.whyNot(err), err)
 	default:
 		return nil, plainly(codes.FailedPrecondition, "invalid", err)
 	}
 	now := s.now()
-	r := &adminv1.RotationChangeResponse{Changed: o.changed, Forced: o.forced}
+	r := &adminv1.RotationChangeResponse{Changed: o.changed, Done: o.done, Forced: o.forced, Upstream: s.config.Upstream != nil}
+	for _, x := range o.reports {
+		r.Reports = append(r.Reports, &adminv1.ReportTaken{Cluster: x.Cluster, At: timestampOf(x.At), Held: timestampOf(x.held)})
+	}
 	for _, step := range o.taken {
 		r.Taken = append(r.Taken, stepMessage(step, now))
 	}
@@ -53,8 +56,11 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 		r.Next = append(r.Next, stepMessage(step, now))
 	}
 	for _, a := range o.set.rows {
-		// What an upstream at hand signs nobody has to carry anywhere.
-		if s.config.Upstream != nil || a.Kind != ca.KindIntermediate || a.State != ca.Prepared || len(a.Chain) > 0 {
+		if _, was := o.before.row(a.ID); !was && a.Kind == ca.KindIntermediate {
+			r.Requested++
+		}
+		// What an upstream at hand signs nobody has to carry anywhere, nor what a dry run has not made.
+		if s.config.Upstream != nil || a.Kind != ca.KindIntermediate || a.State != ca.Prepared || len(a.Chain) > 0 || len(a.CSR) == 0 {
 			continue
 		}
 		if request, csr, err := storedRequest(a); err == nil {
@@ -64,6 +70,57 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 		}
 	}
 	return r, nil
+}
+
+// said is in words what was changed since the set before: what is new first.
+func (s *authorities) said(before *authorities) (done []string) {
+	all := s.changes(before)
+	slices.SortStableFunc(all, func(x, y changedRow) int { return cmp.Compare(min(len(x.before.ID), 1), min(len(y.before.ID), 1)) })
+	for _, c := range all {
+		a, b := c.after, c.before
+		switch {
+		case b.ID == "" && a.Kind == ca.KindRoot && a.State == ca.Prepared:
+			done = append(done, a.ID+" added")
+		case b.ID == "" && a.Kind == ca.KindRoot:
+			done = append(done, a.ID+" added, "+string(a.State))
+		case b.ID == "" && len(a.CSR) == 0:
+			done = append(done, "a new intermediate requested (its key would be made)")
+		case b.ID == "":
+			done = append(done, a.ID+" requested"+keyOf(a))
+		case len(b.Chain) == 0 && len(a.Chain) > 0:
+			done = append(done, a.ID+" signed under "+a.Root)
+			if above, _ := s.row(a.Root); !above.Leaving.IsZero() {
+				done = append(done, a.Root+" is leaving: "+a.ID+" bridges the time until another root is in use, and under that one more intermediate is needed")
+			}
+		case a.Kind == ca.KindIntermediate && a.State == ca.Removed && b.State != ca.Removed:
+			done = append(done, a.ID+" dropped")
+		case a.State != b.State:
+			done = append(done, a.ID+" "+string(b.State)+" → "+string(a.State))
+		}
+		if a.Wanted && !b.Wanted && b.ID != "" {
+			done = append(done, a.ID+" takes over as soon as it may")
+		}
+		if a.Leaving.IsZero() != b.Leaving.IsZero() {
+			verb := " leaves"
+			if a.Leaving.IsZero() {
+				verb = " stays"
+			}
+			done = append(done, a.ID+verb)
+		}
+		if !a.Tainted.IsZero() && b.Tainted.IsZero() {
+			done = append(done, a.ID+" tainted")
+		}
+	}
+	return done
+}
+
+// keyOf is the key that a request is for.
+func keyOf(a store.Authority) string {
+	request, _, err := storedRequest(a)
+	if err != nil {
+		return ""
+	}
+	return ", key " + ca.KeyFingerprint(request.RawSubjectPublicKeyInfo)
 }
 
 func timestampOf(t time.Time) *timestamppb.Timestamp {
@@ -149,32 +206,30 @@ func (s rotationService) RotationStatus(ctx context.Context, _ *adminv1.Rotation
 // tainted says of every CA whose key is lost who still accepts what a thief makes with it.
 func (k *keeper) tainted(set *authorities, w rotation.World, now time.Time) []*adminv1.TaintStatus {
 	var all []*adminv1.TaintStatus
-	accepting := map[string][]string{} // by root
-	for _, c := range append([]rotation.Report{w.Own}, w.Peers...) {
+	clusters := append([]rotation.Report{w.Own}, w.Peers...)
+	for _, c := range clusters {
 		for _, t := range c.Tainted {
-			m := &adminv1.TaintStatus{Id: t.ID, Root: t.Root, Cluster: c.Cluster, Since: timestampOf(t.Since), AcceptedUntil: timestampOf(t.NotAfter)}
+			until := t.NotAfter.Add(k.policy.Skew)
+			m := &adminv1.TaintStatus{Id: t.ID, Root: t.Root, Cluster: c.Cluster, Since: timestampOf(t.Since), AcceptedUntil: timestampOf(until)}
 			all = append(all, m)
-			if now.After(t.NotAfter) {
+			if now.After(until) {
 				continue // nobody accepts it any more
 			}
-			if _, ok := accepting[t.Root]; !ok {
-				accepting[t.Root] = k.accepting(now, t.Root)
-			}
-			for _, v := range accepting[t.Root] {
-				if m.Accepting++; len(m.AcceptingAgents) < maxMissing {
-					m.AcceptingAgents = append(m.AcceptingAgents, k.folder.Cluster+"/"+v)
+			for i, by := range clusters {
+				a := k.acceptance(by, t.Root, now)
+				if i == 0 {
+					a.Named, a.Agents = k.acceptingAgents(t.Root, now)
 				}
-			}
-			for _, p := range w.Peers {
-				for _, x := range p.Roots {
-					if x.ID == t.Root && x.Trusting > 0 {
-						m.Accepting += uint32(x.Trusting)
-						m.AcceptingAgents = append(m.AcceptingAgents, fmt.Sprintf("%s (%d agents, reported %s)", p.Cluster, x.Trusting, stamp(p.At)))
-					}
+				n := a.Agents
+				if a.Bundle {
+					n++
 				}
-				if p.At.IsZero() {
-					m.Accepting++
-					m.AcceptingAgents = append(m.AcceptingAgents, p.Cluster+" (has never reported)")
+				if a.Unknown {
+					n++
+				}
+				if n > 0 {
+					m.Accepting += n
+					m.AcceptedBy = append(m.AcceptedBy, a)
 				}
 			}
 			if root, ok := set.row(t.Root); ok && root.InBundle() && root.Leaving.IsZero() {
@@ -185,18 +240,53 @@ func (k *keeper) tainted(set *authorities, w rotation.World, now time.Time) []*a
 	return all
 }
 
-// accepting names the agents whose workloads believe a root, or may do so.
-func (k *keeper) accepting(now time.Time, root string) []string {
-	validators := k.validators(now)
+// acceptance is what a cluster's report says of who accepts what was made under a root.
+func (k *keeper) acceptance(r rotation.Report, root string, now time.Time) *adminv1.Acceptance {
+	a, known := k.policy.Accepts(r, root, now)
+	return &adminv1.Acceptance{Cluster: r.Cluster, Bundle: a.Bundle, Agents: uint32(a.Agents), Reported: timestampOf(r.At), Unknown: !known}
+}
+
+// acceptingAgents names the agents here whose workloads believe a root, or may, as far as there is room, and says how many
+// there are: those that were away longest first.
+func (k *keeper) acceptingAgents(root string, now time.Time) (named []*adminv1.AcceptingAgent, all uint32) {
+	agents := k.agents(now)
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	var all []string
-	for _, v := range validators {
-		if k.mayBelieve(v.oldest, root) {
-			all = append(all, v.agent)
+	agents = slices.DeleteFunc(agents, func(v validator) bool { return !k.mayHave(v.oldest, root) })
+	k.mu.Unlock()
+	slices.SortStableFunc(agents, func(x, y validator) int {
+		if x.away.IsZero() != y.away.IsZero() {
+			if x.away.IsZero() {
+				return 1
+			}
+			return -1
 		}
+		return x.away.Compare(y.away)
+	})
+	for _, v := range agents[:min(len(agents), maxMissing)] {
+		named = append(named, &adminv1.AcceptingAgent{Agent: v.agent, LastHeard: timestampOf(v.away)})
 	}
-	return all
+	return named, uint32(len(agents))
+}
+
+// acceptedBy says in words who of a cluster accepts what is forged.
+func acceptedBy(a *adminv1.Acceptance) string {
+	var who []string
+	if a.Bundle {
+		who = append(who, "its trust bundle")
+	}
+	switch {
+	case a.Agents == 1:
+		who = append(who, "1 agent")
+	case a.Agents > 1:
+		who = append(who, fmt.Sprintf("%d agents", a.Agents))
+	}
+	switch {
+	case a.Unknown && a.Reported == nil:
+		who = append(who, "has never reported")
+	case a.Unknown:
+		who = append(who, "its report of "+stamp(a.Reported.AsTime())+" does not say how it is now")
+	}
+	return a.Cluster + " (" + strings.Join(who, ", ") + ")"
 }
 
 // reissueStatus says who has leaves that are to be replaced; nil when none are.
@@ -208,6 +298,11 @@ func (k *keeper) reissueStatus(set *authorities, now time.Time) *adminv1.Reissue
 	r := &adminv1.ReissueStatus{}
 	for _, a := range set.rows {
 		if chain := set.chains[a.ID]; len(chain) > 0 && slices.ContainsFunc(stale, func(id []byte) bool { return bytes.Equal(id, chain[0].SubjectKeyId) }) {
+			if a.Tainted.IsZero() {
+				r.Exposed = append(r.Exposed, a.ID)
+			} else {
+				r.Tainted = append(r.Tainted, a.ID)
+			}
 			if r.Until == nil || a.LeavesUntil.After(r.Until.AsTime()) {
 				r.Until = timestampOf(a.LeavesUntil)
 			}
@@ -236,25 +331,16 @@ func (s rotationService) PlanRotation(ctx context.Context, req *adminv1.PlanRota
 	now := s.now()
 	set := k.current.Load()
 	w := k.world(set, now)
-	// What is replaced: with its end the rotation is over.
-	var replaced string
-	for _, a := range set.rows {
-		if a.Kind == ca.KindIntermediate && a.State == ca.Active {
-			replaced = a.ID
-			if req.Kind == ca.KindRoot {
-				replaced = a.Root
-			}
-		}
-	}
-	switch req.Kind {
-	case "":
-	case ca.KindIntermediate:
+	replaced, underWay := set.replaced(req.Kind)
+	switch {
+	case req.Kind == "", req.Kind == ca.KindRoot && underWay:
+	case req.Kind == ca.KindIntermediate:
 		if all, ok := rotation.Want(k.policy.Policy, w, now); ok {
 			w.Authorities = all
 		} else {
 			w.Authorities = append(w.Authorities, rotation.Authority{ID: "the next intermediate", Kind: ca.KindIntermediate, State: ca.Prepared, Since: now, Wanted: true})
 		}
-	case ca.KindRoot:
+	case req.Kind == ca.KindRoot:
 		active, ok := set.activeRoot()
 		if !ok {
 			return nil, plainly(codes.FailedPrecondition, "invalid", errors.New("no issuer is active: there is no root to replace"))
@@ -277,12 +363,37 @@ func (s rotationService) PlanRotation(ctx context.Context, req *adminv1.PlanRota
 	for _, p := range rotation.Plan(k.policy.Policy, w, now, maxSteps) {
 		m := stepMessage(p.Step, now)
 		m.At = timestampOf(p.At)
+		for _, w := range p.Assumed {
+			m.Assumed = append(m.Assumed, &adminv1.RotationWait{Code: string(w.Code), For: w.For})
+		}
 		r.Steps = append(r.Steps, m)
-		if p.Authority == replaced && p.To == ca.Removed {
-			break
+		if i := slices.Index(replaced, p.Authority); i >= 0 && p.To == ca.Removed {
+			if replaced = slices.Delete(replaced, i, i+1); len(replaced) == 0 {
+				break
+			}
 		}
 	}
 	return r, nil
+}
+
+// replaced names what a rotation of that kind replaces: with its removal the rotation is over. Without a kind it is all that
+// goes. underWay says that the root is being replaced already.
+func (s *authorities) replaced(kind string) (ids []string, underWay bool) {
+	signing, signs := s.activeRoot()
+	for _, a := range s.rows {
+		switch {
+		case a.Kind == ca.KindIntermediate && a.State == ca.Active && kind != ca.KindRoot:
+			ids = append(ids, a.ID)
+		case a.Kind == ca.KindRoot && kind != ca.KindIntermediate && !a.Leaving.IsZero() && a.State != ca.Removed:
+			ids = append(ids, a.ID)
+			// One that was never signed under here is only in the way.
+			underWay = underWay || a.ID == signing.ID || !a.LeavesUntil.IsZero()
+		}
+	}
+	if kind == ca.KindRoot && signs && !underWay {
+		ids = []string{signing.ID}
+	}
+	return ids, underWay
 }
 
 // activeRoot is the root of the issuer that signs.
@@ -306,6 +417,9 @@ func (s rotationService) StartRotation(ctx context.Context, req *adminv1.StartRo
 	case ca.KindIntermediate:
 		return s.answer(s.keeper.startIntermediate(ctx, d, int(max(req.Successors, 1))))
 	case ca.KindRoot:
+		if req.Successors > 1 {
+			return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("%d successors: a rotation of the root asks for one intermediate under it; ask for more with a rotation of the intermediate", req.Successors))
+		}
 		root, err := parseRoot(req.Root, req.RootFingerprint)
 		if err != nil {
 			return nil, plainly(codes.InvalidArgument, "invalid", err)
@@ -337,9 +451,9 @@ func (s rotationService) AdvanceRotation(ctx context.Context, req *adminv1.Advan
 	if err != nil {
 		return nil, err
 	}
-	d := decision{verb: "advance", reason: "an admin said so", by: by, dry: req.DryRun, only: req.Authority, force: req.Force, notes: req.Reports}
+	d := decision{verb: "advance", reason: "an admin said so", by: by, dry: req.DryRun, only: req.Authority, force: req.Force, notes: req.Reports, names: req.ReportNames}
 	if _, ok := s.keeper.current.Load().row(req.Authority); !ok && (req.Force || req.Authority != "") {
-		return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("no CA %q to advance: see signet rotation status", clip(req.Authority)))
+		return nil, plainly(codes.FailedPrecondition, "invalid", fmt.Errorf("no CA %q: see signet ca list", clip(req.Authority)))
 	}
 	return s.answer(s.keeper.do(ctx, d, nil))
 }
@@ -351,9 +465,7 @@ func (s rotationService) AbortRotation(ctx context.Context, req *adminv1.AbortRo
 		return nil, err
 	}
 	d := decision{verb: "abort", reason: "an admin said so", by: by, dry: req.DryRun}
-	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-		return set.ifEdited(rotation.Abort(s.keeper.policy.Policy, w, req.Authority, req.Force, now))
-	}))
+	return s.answer(s.keeper.abort(ctx, d, req.Authority, req.Force))
 }
 
 // ifEdited is edit for what a verb returned.
@@ -405,7 +517,7 @@ func (s rotationService) InstallAuthorities(ctx context.Context, req *adminv1.In
 	}
 	d := decision{verb: "install", reason: "a chain was installed", by: by, dry: req.DryRun}
 	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-		return s.keeper.install(set, w, now, installation{req.Chains, pinned, given, by})
+		return s.keeper.install(set, w, now, installation{chains: req.Chains, pinned: pinned, trust: given, by: by})
 	}))
 }
 

@@ -29,7 +29,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	grpchealth "google.golang.org/grpc/health"
@@ -138,9 +137,8 @@ type Server struct {
 	checkpointEvery                 time.Duration
 	upkeepEvery, banWait            time.Duration
 
-	// refusals bounds how many refusals are logged; unlogged counts the rest.
-	refusals *rate.Limiter
-	unlogged atomic.Int64
+	// refusals bounds how many refusals are logged.
+	refusals refusals
 
 	doors []*running
 	// stopping is closed when the server begins to stop.
@@ -195,7 +193,7 @@ func New(ctx context.Context, c Config) (_ *Server, err error) {
 	s := &Server{
 		config: c, now: c.Now, log: c.Logger, stopping: make(chan struct{}), checkpointEvery: checkpointEvery,
 		upkeepEvery: upkeepEvery, banWait: banWait,
-		refusals: rate.NewLimiter(10, 50), health: grpchealth.NewServer(),
+		health:    grpchealth.NewServer(),
 		enrolling: make(chan struct{}, enrolments), quotas: quotas{limits: c.Limits},
 	}
 	defer func() {
@@ -308,7 +306,7 @@ func (s *Server) loadAuthorities(ctx context.Context) (err error) {
 	k.algorithm, k.requests, k.prefix = c.Algorithm, c.Requests, c.NamePrefix
 	k.upstream, k.life = c.Upstream, c.UpstreamLife
 	k.clock = s.clock
-	k.store, k.change, k.validators, k.bundles = s.store, s.change, s.acks.validators, &s.bundles
+	k.store, k.record, k.change, k.agents, k.bundles = s.store, s.record, s.change, s.acks.agents, &s.bundles
 	k.words = s.acks.words
 	if k.issuers, err = ca.NewIssuers(); err != nil {
 		return err
@@ -441,6 +439,7 @@ func (s *Server) Run(ctx context.Context) error {
 	work.Go(func() { s.own.keep(ctx) })
 	work.Go(func() { s.upkeep(ctx) })
 	work.Go(func() { s.lookBack(ctx) })
+	work.Go(func() { s.lookAtKeys(ctx) })
 	work.Go(func() { s.keeper.keep(ctx, s.upkeepEvery, s.acks.woken) })
 	if s.exchange != nil {
 		work.Go(func() { s.exchange.run(ctx) })

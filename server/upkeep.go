@@ -42,6 +42,7 @@ func (s *Server) upkeep(ctx context.Context) {
 		s.holdBans(ctx)
 		_ = s.storeBans(ctx) // logged, and tried again
 		s.settleLater(ctx)
+		s.sayUnlogged()
 		if !s.now().Before(tokens) {
 			tokens = s.forgetTokens(ctx)
 		}

@@ -63,6 +63,8 @@ type asking struct {
 	// chain is an answer that could not be taken into use yet, PEM, under the root of the fingerprint.
 	chain  []byte
 	pinned ca.Fingerprint
+	// logged is the root under which the log knows that this is asked for.
+	logged string
 }
 
 // sign has the requests that wait signed by the upstream authority, for as long as ctx lives. Where it is away, what there
@@ -175,6 +177,9 @@ func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error 
 		return err
 	}
 	plan.CommonName, plan.Under, plan.Now = request.Subject.CommonName, root, k.folder.Now
+	if err := k.sayAsked(ctx, row, request, under, a); err != nil {
+		return err
+	}
 	asking, cancel := context.WithTimeout(ctx, signTimeout)
 	defer cancel()
 	answer, err := k.upstream.Sign(asking, plan, csr)
@@ -189,6 +194,27 @@ func (k *keeper) ask(ctx context.Context, row store.Authority, a *asking) error 
 		return fmt.Errorf("%w: %w", ca.ErrUnusable, err)
 	}
 	a.chain, a.pinned = ca.EncodeChain(append(slices.Clone(answer.Chain), root)...), ca.FingerprintOf(root.Raw)
+	return nil
+}
+
+// sayAsked tells the log what is about to be asked for, once: an answer may be lost, but whatever the authority has signed on
+// this key was asked for here.
+func (k *keeper) sayAsked(ctx context.Context, row store.Authority, request *x509.CertificateRequest, under string, a *asking) error {
+	if a.logged == under {
+		return nil
+	}
+	whom := "the upstream authority"
+	if s, ok := k.upstream.(fmt.Stringer); ok {
+		whom = s.String()
+	}
+	e := &auditv1.Entry{Time: k.folder.Now().UnixNano(), Event: &auditv1.Entry_AuthorityRequested{AuthorityRequested: &auditv1.AuthorityRequested{
+		Authority: row.ID, Kind: row.Kind, CommonName: request.Subject.CommonName, PublicKey: request.RawSubjectPublicKeyInfo,
+		Upstream: whom, Root: under, Evidence: scheduled().by,
+	}}}
+	if err := k.record(ctx, e); err != nil {
+		return fmt.Errorf("%s was not sent to be signed, since the log can't be told of it before: %w", row.ID, err)
+	}
+	a.logged = under
 	return nil
 }
 

@@ -10,9 +10,11 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
+	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
@@ -237,6 +239,9 @@ func TestKeysInMemoryAreReplacedAtTheStart(t *testing.T) {
 	if f := s.said(check.CodeInstalled); !f.Blocks() {
 		t.Errorf("a server that can't issue says %+v", f)
 	}
+	if f := s.said(check.CodeIssuing); !f.Blocks() || !strings.HasPrefix(f.Message, "nothing can be issued since ") || !strings.Contains(f.Message, "no intermediate is active; intermediate-2, which is to take over, is not signed") {
+		t.Errorf("a server that can't issue says of issuing %+v", f)
+	}
 	u.set(func() { u.away = false })
 	soon(t, "the second intermediate signs", func() bool { return s.signing() == "intermediate-2" })
 	if chain := s.keeper.current.Load().chains["intermediate-2"]; !chain[len(chain)-1].Equal(c.root.cert) {
@@ -338,30 +343,124 @@ func requestOf(t testing.TB, set *authorities, id string) string {
 	return must1(x509.ParseCertificateRequest(row.CSR)).Subject.CommonName
 }
 
-func TestAnAnswerThatCouldNotBeInstalledIsNotAskedForAgain(t *testing.T) {
+// asker is a cluster's keeper alone, with one request that waits to be signed.
+type asker struct {
+	*keeper
+	u   *atOnce
+	row store.Authority
+	// asked are the asks since it was made; logged is what the log was told, by the number of asks before; full is why it can't be.
+	asked  func() int
+	logged map[int]*auditv1.AuthorityRequested
+	full   error
+}
+
+func newAsker(t *testing.T) *asker {
 	c, u := newOnline(t, "east")
-	k := newKeeper(&Folder{TrustDomain: td, Cluster: "east", Now: c.now, Logger: slog.New(slog.DiscardHandler)}, testRotation())
 	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
 	must(t, s.stop())
-
+	k := newKeeper(&Folder{TrustDomain: td, Cluster: "east", Keys: c.keys, Now: c.now, Logger: slog.New(slog.DiscardHandler)}, testRotation())
 	row := must1(s.keeper.request(t.Context(), s.keeper.current.Load(), nil))
-	set := must1(s.keeper.current.Load().edit(nil, row))
-	k.current.Store(set)
-	k.upstream, k.validators = u, func(time.Time) []validator { return nil }
-	k.folder.Keys = c.keys
+	k.current.Store(must1(s.keeper.current.Load().edit(nil, row)))
+	k.upstream, k.agents = u, func(time.Time) []validator { return nil }
+	before := u.asked
+	a := &asker{keeper: k, u: u, row: row, logged: map[int]*auditv1.AuthorityRequested{}, asked: func() int { return u.asked - before }}
+	k.record = func(_ context.Context, entries ...*auditv1.Entry) error {
+		for _, e := range entries {
+			if a.full == nil {
+				a.logged[a.asked()] = e.GetAuthorityRequested()
+			}
+		}
+		return a.full
+	}
+	return a
+}
+
+func TestAnAnswerThatCouldNotBeInstalledIsNotAskedForAgain(t *testing.T) {
+	k := newAsker(t)
 	full := errors.New("no space left on device")
 	tries := 0
 	k.change = func(context.Context, *store.Note, func(*store.Store) error, func()) error { tries++; return full }
-	asked := u.asked
 	a := &asking{}
 	for range 3 {
-		if err := k.signOne(t.Context(), row, a); !errors.Is(err, full) {
+		if err := k.signOne(t.Context(), k.row, a); !errors.Is(err, full) {
 			t.Fatal(err)
 		}
 	}
-	if n := u.asked - asked; n != 1 || tries < 3 {
+	if n := k.asked(); n != 1 || tries < 3 {
 		t.Errorf("the authority was asked %d times for %d tries to install", n, tries)
+	}
+}
+
+// So whoever compares the authority's own list with the log finds there the key of each certificate, also of those whose
+// answers were lost.
+func TestWhatIsAskedForIsLoggedBefore(t *testing.T) {
+	k := newAsker(t)
+	k.full = errors.New("no space left on device")
+	a := &asking{}
+	if err := k.signOne(t.Context(), k.row, a); !errors.Is(err, k.full) || k.asked() > 0 {
+		t.Fatalf("asked %d times though the log could not be told of it: %v", k.asked(), err)
+	}
+	k.full = nil
+	var signed []*x509.Certificate
+	k.u.swap = func(answer *ca.Answer) {
+		signed = append(signed, answer.Chain[0])
+		answer.Chain = nil // it is lost
+	}
+	for range 5 {
+		if err := k.signOne(t.Context(), k.row, a); err == nil {
+			t.Fatal("a lost answer was taken")
+		}
+	}
+	e := k.logged[0]
+	if len(k.logged) != 1 || e == nil {
+		t.Fatalf("for %d asks the log has %v", k.asked(), k.logged)
+	}
+	for _, c := range signed {
+		if !slices.Equal(e.PublicKey, c.RawSubjectPublicKeyInfo) || e.CommonName != c.Subject.CommonName {
+			t.Errorf("signed was %s on a key that the log has not: %v", c.Subject, e)
+		}
+	}
+	if e.Authority != k.row.ID || e.Kind != ca.KindIntermediate || e.Root != rootID(k.u.roots[0].cert) || e.Upstream == "" || e.Evidence.GetDoor() != "self" || len(signed) != 5 {
+		t.Errorf("after %d asks the log says %v", len(signed), e)
+	}
+	// Another process does not know what this one has asked for.
+	_ = k.signOne(t.Context(), k.row, &asking{})
+	if len(k.logged) != 2 || k.logged[5] == nil {
+		t.Errorf("then it has %v", k.logged)
+	}
+}
+
+// The authority keeps a certificate for each ask, so one whose answers can't be used is asked rarely; one that is away is not
+// bothered by an ask a minute, and signs soon when it is back.
+func TestAnAuthorityWhoseAnswersCantBeUsedIsAskedRarely(t *testing.T) {
+	const long = 6 * time.Hour
+	for name, c := range map[string]struct {
+		set         func(*atOnce)
+		least, most int
+	}{
+		// 1 s, 2 s, 4 s … half of 10 min to one and a half.
+		"unusable": {func(u *atOnce) { u.swap = func(a *ca.Answer) { a.Chain = nil } }, int(long / (refusedAgain * 3 / 2)), 12 + int(long/(refusedAgain/2))},
+		"away":     {func(u *atOnce) { u.away = true }, int(long / (signAgain * 3 / 2)), 12 + int(long/(signAgain/2))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newAsker(t)
+			c.set(k.u)
+			began := k.folder.Now()
+			synctest.Test(t, func(t *testing.T) {
+				start := time.Now()
+				k.folder.Now = func() time.Time { return began.Add(time.Since(start)) }
+				ctx, cancel := context.WithTimeout(t.Context(), long)
+				defer cancel()
+				k.sign(ctx)
+			})
+			if n := k.asked(); n < c.least || n > c.most {
+				t.Errorf("asked %d times in %s, want %d to %d", n, long, c.least, c.most)
+			}
+			if len(k.logged) != 1 {
+				t.Errorf("the log has %d entries of one request", len(k.logged))
+			}
+		})
 	}
 }
 
@@ -411,6 +510,10 @@ func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
 		if !f.Blocks() || !strings.Contains(f.Message, why.Error()) {
 			t.Errorf("%v: readiness says %+v", why, f)
 		}
+		f = s.said(check.CodeIssuing)
+		if !f.Blocks() || !strings.HasPrefix(f.Message, "nothing can be issued since ") || !strings.Contains(f.Message, "the key of intermediate-1 can't be used: ") || !strings.Contains(f.Message, why.Error()) {
+			t.Errorf("%v: of issuing readiness says %+v", why, f)
+		}
 		fails.Store(nil)
 		soon(t, "it is opened when it can be", func() bool {
 			_, active := s.issuers.Snapshot().Active(identity.Mesh)
@@ -422,6 +525,11 @@ func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
 	// The way out where it is gone for good is another one.
 	gone := error(keystore.ErrNotFound)
 	fails.Store(&gone)
+	found, err := CheckRotation(t.Context(), c.config(), c.now())
+	must(t, err)
+	if f, _ := issuingOf(t, found); !f.Blocks() || !strings.Contains(f.Message, "the key of intermediate-1 can't be opened: ") {
+		t.Errorf("from outside: %+v", f)
+	}
 	s = c.start(t, often)
 	_, err = s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 1})
 	must(t, err)

@@ -6,6 +6,8 @@ import (
 
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/bell"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 )
@@ -14,6 +16,39 @@ import (
 func (s *Server) checkVault(context.Context) check.Findings {
 	now := s.now()
 	return s.config.Vault().Findings(s.duties(now), now)
+}
+
+// vaultTells reports whether a finding about Vault says that the key of a hierarchy does not sign.
+func (s *Server) vaultTells(h identity.Hierarchy) bool {
+	if s.config.Vault == nil {
+		return false
+	}
+	now := s.now()
+	d := s.duties(now)
+	return (h == identity.Mesh && d.Leaves || h == identity.ControlPlane && d.Control) && s.config.Vault().Halt("") != nil
+}
+
+const (
+	// keysEvery spaces the looks at keys that are not in this process, keysAgain those while one does not sign.
+	keysEvery, keysAgain = time.Minute, 10 * time.Second
+	// keysTimeout bounds one.
+	keysTimeout = 15 * time.Second
+)
+
+// lookAtKeys looks whether the keys that sign would, also while nobody asks for it, for as long as ctx lives.
+func (s *Server) lookAtKeys(ctx context.Context) {
+	var last time.Time
+	for ; ctx.Err() == nil; bell.Wait(ctx, keysAgain, nil) {
+		_, mesh := s.authority.Unsigned(identity.Mesh)
+		_, control := s.authority.Unsigned(identity.ControlPlane)
+		if mesh == nil && control == nil && time.Since(last) < keysEvery-keysAgain/2 {
+			continue
+		}
+		last = time.Now()
+		within, cancel := context.WithTimeout(ctx, keysTimeout)
+		s.authority.Look(within)
+		cancel()
+	}
 }
 
 // duties are what the server has its Vault for now: by the keys that sign, not by where the next ones will be made.

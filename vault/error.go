@@ -29,6 +29,8 @@ var (
 	ErrNotFound = errors.New("not found in Vault")
 	// ErrDenied: neither the token nor one of a new login may do that, or the login itself was refused, whatever its status.
 	ErrDenied = errors.New("denied by Vault")
+	// ErrLogin: our login is not accepted, or its secret can't be read, or its token is dead. No policy has come to bear.
+	ErrLogin = errors.New("no login to Vault")
 	// ErrRefused: the request makes no sense to Vault, or its engine can't do it as things are set there.
 	ErrRefused = errors.New("refused by Vault")
 	// ErrConflict: somebody else has written meanwhile (KV's check-and-set).
@@ -47,7 +49,9 @@ type Error struct {
 
 	vault string
 	// why is in our words, where neither Status nor cause tells it.
-	why   string
+	why string
+	// next says when it is tried again, where that is by another rule than the caller's.
+	next  string
 	cause error
 	away  bool
 	// passing: another try may well go better. neutral: it says nothing of Vault.
@@ -67,11 +71,14 @@ func (e *Error) Unwrap() error { return e.cause }
 
 // Is maps the status to the sentinels.
 func (e *Error) Is(target error) bool {
-	if e.Op == opLogin && e.Status >= 400 && !e.away {
+	login := e.Op == opLogin && !e.away && !e.neutral
+	if login && e.Status != 0 {
 		// A login method that is not there (404) must not look like a document that is not there.
-		return target == ErrDenied
+		return target == ErrDenied || target == ErrLogin
 	}
 	switch target {
+	case ErrLogin:
+		return login || e.dead()
 	case ErrAway:
 		return e.away
 	case ErrNotFound:
@@ -88,6 +95,11 @@ func (e *Error) Is(target error) bool {
 
 func (e *Error) denied() bool { return e.Status == http.StatusForbidden && !e.away }
 
+// dead: Vault does not know the token of the call (any more), whatever its policy.
+func (e *Error) dead() bool {
+	return e != nil && e.denied() && strings.Contains(strings.Join(e.Messages, " "), "invalid token")
+}
+
 // conflict: KV v2 answers 400 with "check-and-set parameter did not match the current version".
 func (e *Error) conflict() bool {
 	return e.Status == http.StatusBadRequest && strings.Contains(strings.Join(e.Messages, " "), "check-and-set parameter did not match")
@@ -98,10 +110,23 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) what() string {
+	if e.next != "" {
+		return e.trouble() + "; " + e.next
+	}
+	return e.trouble()
+}
+
+// said is the status, with Vault's own words.
+func (e *Error) said() string {
 	said := strconv.Itoa(e.Status)
 	if len(e.Messages) > 0 {
 		said += ": " + strings.Join(e.Messages, "; ")
 	}
+	return said
+}
+
+func (e *Error) trouble() string {
+	said := e.said()
 	switch {
 	case e.why != "":
 		return e.why
@@ -116,6 +141,8 @@ func (e *Error) what() string {
 		return "somebody else has written it meanwhile (" + said + "): read it again"
 	case e.Status == http.StatusBadRequest, e.Status == http.StatusInternalServerError && !e.away:
 		return "the request is refused (" + said + ")"
+	case e.dead():
+		return "our token is dead (" + said + "): it was revoked or is used up, and a new login follows"
 	case e.Status == http.StatusForbidden:
 		return "permission denied (" + said + "): compare the policy of our role with what `signet config vault-policy` prints"
 	case e.Status == http.StatusNotFound:
@@ -215,8 +242,25 @@ func parse(body io.Reader) (*api.Secret, error) {
 	if !json.Valid(data) {
 		return nil, errors.New("not JSON")
 	}
-	return api.ParseSecret(bytes.NewReader(data))
+	secret, err := api.ParseSecret(bytes.NewReader(data))
+	if err != nil || secret == nil || secret.Auth == nil {
+		return secret, err
+	}
+	// The api leaves it out.
+	var login struct {
+		Auth struct {
+			Uses json.Number `json:"num_uses"`
+		}
+	}
+	if err := json.Unmarshal(data, &login); err != nil {
+		return nil, err
+	}
+	secret.Data = map[string]any{usesKey: login.Auth.Uses}
+	return secret, nil
 }
+
+// usesKey is where an answer says how often a token can be used, 0 = without limit; that of a login as that of a lookup.
+const usesKey = "num_uses"
 
 // minPatience is how long a caller must have waited for its deadline to say something of Vault.
 const minPatience = 200 * time.Millisecond
@@ -255,13 +299,18 @@ func (c *Client) redirected(e *Error, resp *api.Response, hide []string) *Error 
 	return e
 }
 
+// notYet: Vault has not carried out the call, since there are too many, or since this node does not know enough yet.
+func (e *Error) notYet() bool {
+	return e.Status == http.StatusTooManyRequests || e.Status == http.StatusPreconditionFailed
+}
+
 // outcome tells the breaker what a call says of Vault's health.
 func (e *Error) outcome(r request) (o outcome, why string) {
 	switch {
 	case e != nil && e.neutral:
 		return unknown, ""
-	case e != nil && (e.Status == http.StatusTooManyRequests || e.Status == http.StatusPreconditionFailed || e.Status == 472 || e.Status == 473):
-		return alive, ""
+	case e != nil && e.notYet() && r.try > 0 && r.try < maxTries && e.retryAfter == 0:
+		return alive, e.what() // it is tried again in a moment, and that counts
 	case e != nil && e.away:
 		return ill, e.what()
 	case r.op == opHealth || e != nil && e.Status == http.StatusInternalServerError:

@@ -76,6 +76,8 @@ func FuzzTokenAnswer(f *testing.F) {
 	f.Add([]byte(`{"data":{"ttl":1e300}}`))
 	f.Add([]byte(`{"data":{"ttl":99999999999999999999}}`))
 	f.Add([]byte(`{"auth":{"client_token":"hvs.x","lease_duration":-5}}`))
+	f.Add([]byte(`{"auth":{"client_token":"hvs.x","num_uses":5}}`))
+	f.Add([]byte(`{"auth":{"client_token":"hvs.x","num_uses":"many"}}`))
 	f.Add([]byte(`{"auth":{"client_token":"hvs.x","lease_duration":9223372036854775807,"renewable":true}}`))
 	byRole := appRole(f)
 	byFile := Config{Address: "http://127.0.0.1:1", Login: Login{Method: "token", TokenFile: secretFile(f, "t", "hvs.x")}}
@@ -86,9 +88,9 @@ func FuzzTokenAnswer(f *testing.F) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s, err := cl.enter(t.Context(), with)
-			if (s == nil) == (err == nil) {
-				t.Fatal(s, err)
+			s, refused := cl.enter(t.Context(), with)
+			if (s == nil) == (refused == nil) {
+				t.Fatal(s, refused)
 			}
 			if s != nil && !s.until.IsZero() && (s.until.Before(s.born) || s.until.Sub(s.born) > maxLife) {
 				t.Fatalf("from %s to %s", s.born, s.until)

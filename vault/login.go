@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -135,19 +136,30 @@ func (c *Client) credential() (credential, error) {
 		return credential{}, fmt.Errorf("%s: %w", what, err)
 	}
 	s := strings.TrimSpace(string(data))
-	if s == "" || !printable(s) {
+	switch {
+	case s == "" || !printable(s):
 		return credential{}, fmt.Errorf("%s: %s is empty or has more in it than the one secret", what, path)
+	case l.Method == loginToken && !usable(s):
+		return credential{}, fmt.Errorf("%s: %s does not hold a token", what, path)
 	}
 	return credential{digest: sha256.Sum256([]byte(s)), secret: func() string { return s }}, nil
 }
 
+// loginPath is what a login asks of Vault.
+func (c *Client) loginPath() string {
+	if c.login.Method == loginToken {
+		return lookupPath
+	}
+	return "auth/" + cmp.Or(c.login.Mount, c.login.Method) + "/login"
+}
+
 // enter logs in, once.
-func (c *Client) enter(ctx context.Context, with credential) (*session, error) {
+func (c *Client) enter(ctx context.Context, with credential) (*session, *Error) {
 	c.shown.Store(&with.secret)
 	if c.login.Method == loginToken {
 		return c.adopt(ctx, with)
 	}
-	body := map[string]any{}
+	body := map[string]string{}
 	switch c.login.Method {
 	case loginAppRole:
 		body["role_id"], body["secret_id"] = c.login.RoleID, with.secret()
@@ -158,32 +170,45 @@ func (c *Client) enter(ctx context.Context, with credential) (*session, error) {
 			body["name"] = c.login.Role
 		}
 	}
-	data, err := json.Marshal(body)
-	if err != nil {
-		return nil, err
-	}
-	mount := c.login.Mount
-	if mount == "" {
-		mount = c.login.Method
-	}
+	data, _ := json.Marshal(body) // of strings: it does not fail
 	r := request{
-		op: opLogin, path: "auth/" + mount + "/login", body: data, fresh: c.login.CertFile != "",
+		op: opLogin, path: c.loginPath(), body: data, fresh: c.login.CertFile != "",
 	}
 	secret, verr := c.patiently(ctx, c.calls, r)
 	if verr != nil {
+		if c.login.Method == loginAppRole && verr.denied() {
+			verr.why = fmt.Sprintf("the login is refused (%s), which is what Vault says of a role that it has locked after too many refused logins: look for its role_id in `vault read sys/locked-users`, "+
+				"and unlock it with `vault write -f sys/locked-users/<mount_accessor>/unlock/<role_id>`, or wait until Vault does (15 min by default)", verr.said())
+		}
 		return nil, verr
 	}
 	if secret == nil || secret.Auth == nil || !usable(secret.Auth.ClientToken) {
 		return nil, &Error{Op: opLogin, Path: r.path, Status: http.StatusOK, vault: c.address, why: "its answer has no token that can be used; a role that asks for a second factor is of no use here"}
 	}
+	if e := c.endless(r.path, secret); e != nil {
+		// Nobody else has it. That it can't be revoked would only leave it to its end.
+		_, _ = c.send(ctx, c.as(secret.Auth.ClientToken, c.calls), request{op: opWrite, path: "auth/token/revoke-self"})
+		return nil, e
+	}
 	return c.newSession(secret.Auth), nil
 }
 
-// adopt takes a token as it is, if Vault knows it.
-func (c *Client) adopt(ctx context.Context, with credential) (*session, error) {
-	if !usable(with.secret()) {
-		return nil, fmt.Errorf("vault.login.token_file: %s does not hold a token", c.login.TokenFile)
+// endless refuses a token that would end after some uses: calls and renewals are without number, and what comes after the last of
+// them fails.
+func (c *Client) endless(path string, secret *api.Secret) *Error {
+	uses, _ := secret.Data[usesKey].(json.Number)
+	if uses == "" || uses == "0" {
+		return nil
 	}
+	mend := "set token_num_uses=0 at the role"
+	if c.login.Method == loginToken {
+		mend = "make one without -use-limit"
+	}
+	return &Error{Op: opLogin, Path: path, Status: http.StatusOK, vault: c.address, why: "the token that it gives is for a limited number of uses, which is of no use here: " + mend}
+}
+
+// adopt takes a token as it is, if Vault knows it.
+func (c *Client) adopt(ctx context.Context, with credential) (*session, *Error) {
 	auth := &api.SecretAuth{ClientToken: with.secret()}
 	secret, verr := c.patiently(ctx, c.as(auth.ClientToken, c.calls), request{op: opRead, path: lookupPath})
 	if verr != nil {
@@ -192,6 +217,12 @@ func (c *Client) adopt(ctx context.Context, with credential) (*session, error) {
 			verr.why = fmt.Sprintf("Vault does not accept the token in %s, or it may not look itself up (403): put a living token there, whose policy lets it read %s", c.login.TokenFile, lookupPath)
 		}
 		return nil, verr
+	}
+	if secret == nil {
+		secret = &api.Secret{}
+	}
+	if e := c.endless(lookupPath, secret); e != nil {
+		return nil, e
 	}
 	life, err := secret.TokenTTL()
 	if err == nil {

@@ -39,11 +39,12 @@ func newMetrics(r prometheus.Registerer, c *Client) (*metrics, error) {
 	if r == nil {
 		return m, nil
 	}
-	up := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_vault_up", Help: "1 if the last call that reached a verdict found Vault at work."}, func() float64 {
-		if h := c.breaker.health(); h.heard && h.row == 0 {
-			return 1
+	up := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_vault_up", Help: "1 if the last call that reached a verdict found Vault at work, and there is a token or no login was refused."}, func() float64 {
+		st := c.Status()
+		if h := c.breaker.health(); !h.heard || h.row > 0 || st.Refused && !st.LoggedIn {
+			return 0
 		}
-		return 0
+		return 1
 	})
 	expiry := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signet_vault_token_expiry_timestamp_seconds", Help: "When the token in use ends unless it is renewed; 0 without a token or for one without end."}, func() float64 {
 		if until := c.Status().TokenUntil; !until.IsZero() {
@@ -51,7 +52,7 @@ func newMetrics(r prometheus.Registerer, c *Client) (*metrics, error) {
 		}
 		return 0
 	})
-	for _, collector := range []prometheus.Collector{m.requests, m.duration, up, expiry} {
+	for _, collector := range []prometheus.Collector{m.requests, m.duration, up, expiry, engineCollector{c}} {
 		if err := r.Register(collector); err != nil {
 			return nil, fmt.Errorf("register the metrics of the connection to Vault: %w", err)
 		}

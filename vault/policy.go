@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +21,8 @@ type Need struct {
 	Why string
 	// Asks are the paths that will be used, where Path is wider than these; none = Path itself.
 	Asks []string
+	// Parameters are all that may be given in a change, with the values that each may have, none = any; nil = whatever there is.
+	Parameters map[string][]string
 }
 
 // capabilities in the order in which policies are written.
@@ -28,9 +31,9 @@ var capabilities = []string{"create", "read", "update", "patch", "delete", "list
 // Needs are those of the connection itself. Vault's policy "default" has them too, but not each role has that.
 func Needs() []Need {
 	return []Need{
-		{lookupPath, []string{"read"}, "learn how long the token lives, and whether it does", nil},
-		{"auth/token/renew-self", []string{"update"}, "keep the token alive", nil},
-		{capabilitiesPath, []string{"update"}, "tell at the start what this policy lacks", nil},
+		{lookupPath, []string{"read"}, "learn how long the token lives, and whether it does", nil, nil},
+		{"auth/token/renew-self", []string{"update"}, "keep the token alive", nil, nil},
+		{capabilitiesPath, []string{"update"}, "tell at the start what this policy lacks", nil, nil},
 	}
 }
 
@@ -145,7 +148,19 @@ func Policy(needs []Need) string {
 		for j, c := range n.Capabilities {
 			quoted[j] = strconv.Quote(c)
 		}
-		fmt.Fprintf(&b, "path %s {\n  capabilities = [%s]\n}\n", strconv.Quote(n.Path), strings.Join(quoted, ", "))
+		fmt.Fprintf(&b, "path %s {\n  capabilities = [%s]\n", strconv.Quote(n.Path), strings.Join(quoted, ", "))
+		if n.Parameters != nil {
+			b.WriteString("  allowed_parameters = {\n")
+			for _, name := range slices.Sorted(maps.Keys(n.Parameters)) {
+				values := make([]string, len(n.Parameters[name]))
+				for j, v := range n.Parameters[name] {
+					values[j] = strconv.Quote(v)
+				}
+				fmt.Fprintf(&b, "    %s = [%s]\n", strconv.Quote(name), strings.Join(values, ", "))
+			}
+			b.WriteString("  }\n")
+		}
+		b.WriteString("}\n")
 	}
 	return b.String()
 }
@@ -177,8 +192,34 @@ func merge(needs []Need) []Need {
 			}
 		}
 		out[i].Capabilities = inOrder(out[i].Capabilities)
+		out[i].Parameters = parametersOf(p, needs)
 	}
 	return out
+}
+
+// parametersOf are what all needs of a path that change something may give, together; nil once one may give anything.
+func parametersOf(path string, needs []Need) (all map[string][]string) {
+	for _, n := range needs {
+		changes := slices.ContainsFunc(n.Capabilities, func(c string) bool { return c == "create" || c == "update" || c == "patch" })
+		switch {
+		case n.Path != path && !covers(n.Path, path) || !changes:
+			continue
+		case n.Parameters == nil:
+			return nil
+		case all == nil:
+			all = map[string][]string{}
+		}
+		for name, values := range n.Parameters {
+			if before, known := all[name]; known && (len(before) == 0 || len(values) == 0) {
+				values = nil
+			} else {
+				values = slices.Concat(before, values)
+				slices.Sort(values)
+			}
+			all[name] = slices.Compact(values)
+		}
+	}
+	return all
 }
 
 func inOrder(have []string) []string {

@@ -15,12 +15,12 @@ import (
 
 func TestAPolicyIsTheSameForTheSameNeeds(t *testing.T) {
 	needs := []Need{
-		{"transit/sign/signet-*", []string{"update", "create"}, "sign with the issuer's key", nil},
-		{"secret/data/signet/east", []string{"update"}, "publish\nthe bundle", nil},
-		{"secret/data/signet/+", []string{"read"}, "read the bundle", nil},
-		{"transit/sign/signet-*", []string{"update"}, "sign with the log's key", nil},
-		{"secret/data/signet/east", []string{"create"}, "publish\nthe bundle", nil},
-		{"pki/issuer/\"odd\"", []string{"recover", "read"}, "odd", nil},
+		{"transit/sign/signet-*", []string{"update", "create"}, "sign with the issuer's key", nil, nil},
+		{"secret/data/signet/east", []string{"update"}, "publish\nthe bundle", nil, nil},
+		{"secret/data/signet/+", []string{"read"}, "read the bundle", nil, nil},
+		{"transit/sign/signet-*", []string{"update"}, "sign with the log's key", nil, nil},
+		{"secret/data/signet/east", []string{"create"}, "publish\nthe bundle", nil, nil},
+		{"pki/issuer/\"odd\"", []string{"recover", "read"}, "odd", nil, nil},
 	}
 	want := `# odd
 path "pki/issuer/\"odd\"" {
@@ -92,12 +92,12 @@ func TestMissingNamesWhatIsLacking(t *testing.T) {
 	has := map[string][]string{"a": {"read"}, "b/*": {"create", "update"}, "c": {"deny"}, "d": {"root"}}
 	var needs []Need
 	for _, p := range []string{"d", "c", "b/*", "a"} {
-		needs = append(needs, Need{p, []string{"read", "update"}, "why " + p, nil})
+		needs = append(needs, Need{p, []string{"read", "update"}, "why " + p, nil, nil})
 	}
 	for i := range 250 {
 		p := fmt.Sprintf("many/%03d", i)
 		has[p] = []string{"read"}
-		needs = append(needs, Need{p, []string{"read"}, "many", nil})
+		needs = append(needs, Need{p, []string{"read"}, "many", nil, nil})
 	}
 	calls := 0
 	f.on("PUT "+capabilitiesPath, func(w http.ResponseWriter, r *http.Request) {
@@ -115,7 +115,7 @@ func TestMissingNamesWhatIsLacking(t *testing.T) {
 	})
 	cl := connect(t, appRole(t), f)
 	missing, err := cl.Missing(t.Context(), needs)
-	want := []Need{{"a", []string{"update"}, "why a", nil}, {"b/*", []string{"read"}, "why b/*", nil}, {"c", []string{"read", "update"}, "why c", nil}}
+	want := []Need{{"a", []string{"update"}, "why a", nil, nil}, {"b/*", []string{"read"}, "why b/*", nil, nil}, {"c", []string{"read", "update"}, "why c", nil, nil}}
 	if d := cmp.Diff(want, missing); err != nil || d != "" || calls != 3 {
 		t.Errorf("%v, %d calls: %s", err, calls, d)
 	}
@@ -148,9 +148,9 @@ func TestATighterPolicyThanOursLacksNothing(t *testing.T) {
 	})
 	cl := connect(t, appRole(t), f)
 	needs := []Need{
-		{"keys/p-*", []string{"read", "update"}, "make", []string{"keys/p-a", "keys/p-b"}},
-		{"keys/p-*", []string{"update"}, "change", []string{"keys/p-a/rotate", "keys/p-a/config"}},
-		{"issuer/+/sign", []string{"update"}, "sign", []string{"issuer/default/sign"}},
+		{"keys/p-*", []string{"read", "update"}, "make", []string{"keys/p-a", "keys/p-b"}, nil},
+		{"keys/p-*", []string{"update"}, "change", []string{"keys/p-a/rotate", "keys/p-a/config"}, nil},
+		{"issuer/+/sign", []string{"update"}, "sign", []string{"issuer/default/sign"}, nil},
 	}
 	if p := Policy(needs); strings.Count(p, "path ") != 2 || !strings.Contains(p, `path "keys/p-*"`) || !strings.Contains(p, `path "issuer/+/sign"`) {
 		t.Errorf("the policy is\n%s", p)
@@ -160,17 +160,17 @@ func TestATighterPolicyThanOursLacksNothing(t *testing.T) {
 		caps  []string
 		want  []Need
 	}{
-		{"", nil, []Need{{"issuer/+/sign", []string{"update"}, "sign", nil}, {"keys/p-*", []string{"read", "update"}, "make; change", nil}}},
-		{"issuer/default/sign", []string{"update"}, []Need{{"keys/p-*", []string{"read", "update"}, "make; change", nil}}},
+		{"", nil, []Need{{"issuer/+/sign", []string{"update"}, "sign", nil, nil}, {"keys/p-*", []string{"read", "update"}, "make; change", nil, nil}}},
+		{"issuer/default/sign", []string{"update"}, []Need{{"keys/p-*", []string{"read", "update"}, "make; change", nil, nil}}},
 		{"keys/p-a", []string{"read", "update"}, []Need{
-			{"keys/p-b", []string{"read", "update"}, "make; change", nil},
-			{"keys/p-a/rotate", []string{"update"}, "make; change", nil},
-			{"keys/p-a/config", []string{"update"}, "make; change", nil},
+			{"keys/p-b", []string{"read", "update"}, "make; change", nil, nil},
+			{"keys/p-a/rotate", []string{"update"}, "make; change", nil, nil},
+			{"keys/p-a/config", []string{"update"}, "make; change", nil, nil},
 		}},
 		{"keys/p-b", []string{"read", "update"}, []Need{
-			{"keys/p-a/rotate", []string{"update"}, "make; change", nil}, {"keys/p-a/config", []string{"update"}, "make; change", nil},
+			{"keys/p-a/rotate", []string{"update"}, "make; change", nil, nil}, {"keys/p-a/config", []string{"update"}, "make; change", nil, nil},
 		}},
-		{"keys/p-a/rotate", []string{"update"}, []Need{{"keys/p-a/config", []string{"update"}, "make; change", nil}}},
+		{"keys/p-a/rotate", []string{"update"}, []Need{{"keys/p-a/config", []string{"update"}, "make; change", nil, nil}}},
 		{"keys/p-a/config", []string{"update"}, nil},
 	} {
 		has[step.grant] = step.caps

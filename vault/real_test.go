@@ -46,8 +46,8 @@ func realVault(t *testing.T) (v *lab.Vault, name string) {
 
 func realNeeds(name string) []Need {
 	return append(Needs(),
-		Need{"secret/data/" + name + "/*", []string{"create", "read", "update", "delete"}, "documents", nil},
-		Need{"secret/metadata/" + name + "/*", []string{"read", "list"}, "their names", nil},
+		Need{"secret/data/" + name + "/*", []string{"create", "read", "update", "delete"}, "documents", nil, nil},
+		Need{"secret/metadata/" + name + "/*", []string{"read", "list"}, "their names", nil, nil},
 	)
 }
 
@@ -502,10 +502,10 @@ func TestRealAPolicyOfExactlyTheNeedsLacksNothing(t *testing.T) {
 	v, name := realVault(t)
 	ctx := t.Context()
 	needs := append(realNeeds(name),
-		Need{"transit/sign/" + name + "-*", []string{"create", "update"}, "sign", nil},
-		Need{"transit/sign/" + name + "-special", []string{"delete"}, "a narrower path has what the wider one has", nil},
-		Need{"pki/issuer/+/sign-intermediate", []string{"create", "update"}, "have our intermediates signed", nil},
-		Need{"secret/metadata/" + name, []string{"list"}, "see what is there", nil},
+		Need{"transit/sign/" + name + "-*", []string{"create", "update"}, "sign", nil, nil},
+		Need{"transit/sign/" + name + "-special", []string{"delete"}, "a narrower path has what the wider one has", nil, nil},
+		Need{"pki/issuer/+/sign-intermediate", []string{"create", "update"}, "have our intermediates signed", nil, nil},
+		Need{"secret/metadata/" + name, []string{"list"}, "see what is there", nil, nil},
 	)
 	with := func(policy string) *Client {
 		t.Helper()
@@ -523,7 +523,7 @@ func TestRealAPolicyOfExactlyTheNeedsLacksNothing(t *testing.T) {
 		t.Fatalf("missing with all: %+v %v", missing, err)
 	}
 	// The wider path's capabilities are really there at the narrower one.
-	if missing, err := with(Policy(needs)).Missing(ctx, []Need{{"transit/sign/" + name + "-special", []string{"update", "delete"}, "", nil}}); err != nil || len(missing) != 0 {
+	if missing, err := with(Policy(needs)).Missing(ctx, []Need{{"transit/sign/" + name + "-special", []string{"update", "delete"}, "", nil, nil}}); err != nil || len(missing) != 0 {
 		t.Errorf("%+v %v", missing, err)
 	}
 	merged := merge(needs)

@@ -46,8 +46,12 @@ func (c *Client) Run(ctx context.Context) error {
 	return nil
 }
 
-// maxLoginWait is the most between two tries to log in that nobody waits for.
-const maxLoginWait = 30 * time.Second
+const (
+	// maxLoginWait is the most between two tries to log in that nobody waits for.
+	maxLoginWait = 30 * time.Second
+	// secretPulse is how often the file of a secret that was refused is looked at for another one.
+	secretPulse = 2 * time.Second
+)
 
 // keep tends one session after the other.
 func (c *Client) keep(ctx context.Context) {
@@ -55,19 +59,17 @@ func (c *Client) keep(ctx context.Context) {
 	wait.Reset()
 	// spent is the session whose renewal is at its end, though its token may still live.
 	var spent *session
-	failing := false
 	for ctx.Err() == nil {
 		changed := c.changed.Next()
 		s, err := c.other(ctx, spent)
 		if err != nil {
-			if ctx.Err() == nil && !failing {
-				failing = true
-				c.log.Warn("no login to Vault, trying on", "vault", c.address, "err", err)
+			d := jitter(secretPulse)
+			if !errors.Is(err, ErrLogin) {
+				d = wait.NextBackOff()
 			}
-			bell.Wait(ctx, wait.NextBackOff(), changed) // somebody else may log in
+			bell.Wait(ctx, d, changed) // somebody else may log in
 			continue
 		}
-		failing = false
 		began := c.now()
 		c.log.Info("logged in to Vault", "vault", c.address, "method", c.login.Method, "until", c.endOf(s))
 		if !c.tend(ctx, s) {
@@ -209,9 +211,13 @@ func (r renewals) once(q *http.Request) (*http.Response, error) {
 func (c *Client) watch(ctx context.Context) {
 	for {
 		h := c.breaker.health()
+		failing, unheard := c.suspect(h)
 		d := jitter(pulse)
-		if h.row > 0 {
+		switch {
+		case h.row > 0:
 			d = max(jitter(time.Second), h.until.Sub(c.now())+jitter(100*time.Millisecond))
+		case unheard:
+			d = jitter(time.Second)
 		}
 		switch opened := bell.Wait(ctx, d, c.opened); {
 		case ctx.Err() != nil:
@@ -219,12 +225,40 @@ func (c *Client) watch(ctx context.Context) {
 		case opened:
 			continue // while it is open, nobody but this may be trying (Ready)
 		}
-		if h.row > 0 {
+		if h.row > 0 || failing {
 			// That it answers is not enough now: it has to work, with a token.
-			_, _ = c.call(ctx, request{op: opRead, path: lookupPath})
+			if _, err := c.call(ctx, request{op: opRead, path: lookupPath}); errors.Is(err, ErrLogin) {
+				// There is none to be had now. That it turns us away shows that it works.
+				_, _ = c.send(ctx, c.calls, request{op: opRead, path: lookupPath})
+			}
 			continue
 		}
+		c.feel(ctx)
+	}
+}
+
+// feel looks whether Vault is there, and knows our token if we have one: one that was revoked shows before it is needed.
+func (c *Client) feel(ctx context.Context) {
+	c.mu.Lock()
+	s := c.living()
+	c.mu.Unlock()
+	if s == nil {
 		_, _ = c.health(ctx)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	began := time.Now()
+	_, err := c.send(ctx, s.calls(), request{op: opRead, path: lookupPath})
+	c.metrics.observe(opRead, err.orNil(), time.Since(began))
+	if err.dead() {
+		c.bury(s)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.refused.why() != nil {
+		// Another secret shows whether it is accepted while there is a token yet.
+		c.join()
 	}
 }
 
@@ -247,10 +281,7 @@ func (c *Client) health(ctx context.Context) (*api.Secret, error) {
 func (c *Client) turned(open bool, why string) {
 	if open {
 		c.log.Warn("Vault is away, it is left alone for a while", "vault", c.address, "why", why)
-		select {
-		case c.opened <- struct{}{}:
-		default:
-		}
+		c.wake()
 		return
 	}
 	c.log.Info("Vault is back", "vault", c.address)
@@ -262,8 +293,10 @@ type Status struct {
 	// Away: Vault can't be used now, since then.
 	Away  bool
 	Since time.Time
-	// Why says in a sentence what is wrong, also where Vault is there but refuses our login; "" if nothing is known to be.
-	Why string
+	// Refused: Vault is there, and the last login came to nothing, since then. While LoggedIn, the token before it lives on.
+	Refused bool
+	// Why says in a sentence what is wrong, and Mend is a command for whoever looks after our login; "" if nothing is known to be.
+	Why, Mend string
 	// LoggedIn: there is a token, that lives until TokenUntil (zero: without end) unless it is renewed.
 	LoggedIn   bool
 	TokenUntil time.Time
@@ -297,8 +330,28 @@ func (c *Client) Status() Status {
 	if s := c.living(); s != nil {
 		st.LoggedIn, st.TokenUntil, st.Renewable = true, s.until, s.renewable
 	}
-	if st.Why == "" && c.refused.err != nil {
-		st.Why = c.refused.err.Error()
+	if why := c.refused.why(); why != nil && !st.Away {
+		st.Refused, st.Since, st.Why, st.Mend = true, c.refused.since, why.Error(), c.mend()
 	}
 	return st
+}
+
+// mend is how to look at what refuses our login. The caller holds mu.
+func (c *Client) mend() string {
+	e, _ := errors.AsType[*Error](c.refused.why())
+	mount := "auth/" + cmp.Or(c.login.Mount, c.login.Method)
+	switch l := c.login; {
+	case e == nil || e.Status == 0:
+		return "" // a file, which the sentence names
+	case l.Method == loginToken:
+		return "vault token create"
+	case l.Method == loginAppRole && e.denied():
+		return "vault read sys/locked-users"
+	case l.Method == loginAppRole:
+		return "vault list " + mount + "/role"
+	case l.Method == loginCert:
+		return "vault list " + mount + "/certs"
+	default:
+		return "vault read " + mount + "/role/" + l.Role
+	}
 }

@@ -46,8 +46,8 @@ func TestRunKeepsATokenAliveByRenewal(t *testing.T) {
 		if n, renewals := f.loginCount(), f.count("PUT auth/token/renew-self"); n != 1 || renewals < 60 || renewals > 120 {
 			t.Errorf("%d logins and %d renewals in an hour with a token of a minute", n, renewals)
 		}
-		if n := f.count("GET " + healthPath); n < 250 || n > 500 {
-			t.Errorf("%d times asked whether it is there", n)
+		if n := f.count("GET " + lookupPath); n < 250 || n > 500 {
+			t.Errorf("%d times asked whether it is there and knows the token", n)
 		}
 	})
 }
@@ -137,6 +137,9 @@ func TestRunWaitsForAVaultThatIsAwayAndNoticesItsReturn(t *testing.T) {
 			}
 			if n := asked.Load(); n > 100 {
 				t.Errorf("asked %d times in five minutes", n)
+			}
+			for !time.Now().Before(cl.breaker.health().until) {
+				time.Sleep(10 * time.Millisecond) // it is being tried
 			}
 			if _, err := cl.Read(t.Context(), "a"); !errors.Is(err, ErrAway) || !strings.Contains(err.Error(), "left alone") {
 				t.Error(err)
@@ -263,7 +266,7 @@ func TestRunEndsAtOnceWhateverHangs(t *testing.T) {
 		if n > 1 {
 			after += rand.N(20 * time.Second)
 		}
-		for _, path := range []string{"PUT auth/token/renew-self", "PUT auth/approle/login", "GET " + healthPath} {
+		for _, path := range []string{"PUT auth/token/renew-self", "PUT auth/approle/login", "GET " + healthPath, "GET " + lookupPath} {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeVault()
 				f.life = 60

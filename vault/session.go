@@ -1,11 +1,16 @@
 package vault
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
 	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"github.com/hashicorp/vault/api"
 )
 
@@ -49,12 +54,107 @@ type flight struct {
 	err  error
 }
 
-// refusal keeps a login that Vault has refused from being tried at once again, unless with another secret.
+// refusal keeps what Vault has refused from being shown to it again soon.
 type refusal struct {
-	err    error
-	digest [32]byte
-	until  time.Time
-	wait   *backoff.ExponentialBackOff
+	// err is nil if nothing was refused since the last login; unread is why the secret can't be read now.
+	err, unread error
+	// since is when this began.
+	since time.Time
+	// digest is of the secret that was refused, which is not shown again before until; nor is any other before other.
+	digest       [sha256.Size]byte
+	until, other time.Time
+	// wait grows with each refusal of the same secret; row counts the secrets that were refused one after the other, at is when the
+	// last was.
+	wait time.Duration
+	row  int
+	at   time.Time
+}
+
+// why there is no login; nil if nothing is wrong.
+func (r *refusal) why() error { return cmp.Or(r.unread, r.err) }
+
+const (
+	// A login method of Vault that locks users counts their refused logins for as long as each comes within lockoutReset of the
+	// one before, and at five it lets the user in no more for 15 minutes, whatever is shown. These are its defaults.
+	lockoutReset = 15 * time.Minute
+	// mostInARow secrets leave two of the five to others. The same secret again is not in a row: its pause is longer than lockoutReset.
+	mostInARow = 3
+)
+
+// pauses after a refusal: until the same secret is shown again, from the first to the longest, and until any other is once
+// mostInARow were refused in a row.
+type pauses struct{ first, longest, other time.Duration }
+
+var (
+	// An AppRole is locked if its secret-id is refused too often. What is shown again so rarely never counts as a row.
+	lockingPauses = pauses{lockoutReset + 5*time.Minute, time.Hour, lockoutReset + 5*time.Minute}
+	freePauses    = pauses{time.Second, time.Minute, 5 * time.Second}
+)
+
+// refuse notes a login that came to nothing though Vault is there. The caller holds mu.
+func (c *Client) refuse(e *Error, digest [sha256.Size]byte) {
+	r, now := &c.refused, c.now()
+	p := freePauses
+	// Vault answers 403 for a role that is locked already, and 404 where no method is mounted: neither counts.
+	if c.login.Method == loginAppRole && e.Status == http.StatusBadRequest {
+		p = lockingPauses
+	}
+	another := r.err == nil || !same(r.digest, digest)
+	if another {
+		r.wait = 0
+	}
+	if now.Sub(r.at) > lockoutReset {
+		r.row = 0
+	}
+	if another || r.row == 0 {
+		r.row++
+	}
+	if r.why() == nil {
+		r.since = now
+	}
+	r.wait = max(p.first, min(2*r.wait, p.longest))
+	r.err, r.unread, r.digest, r.at = e, nil, digest, now
+	r.until = now.Add(later(r.wait))
+	if r.row >= mostInARow {
+		r.other = now.Add(later(p.other))
+	}
+	e.next = r.next(now)
+}
+
+// next says when a login is tried again.
+func (r *refusal) next(now time.Time) string {
+	if now.Before(r.other) {
+		return fmt.Sprintf("%d secrets were refused in a row, so this one is tried again at %s, another at %s", r.row, stamp(r.until), stamp(r.other))
+	}
+	return "this secret is tried again at " + stamp(r.until) + ", another at once"
+}
+
+// later is d, and up to a quarter more.
+func later(d time.Duration) time.Duration { return d + rand.N(d/4) }
+
+func same(x, y [sha256.Size]byte) bool { return subtle.ConstantTimeCompare(x[:], y[:]) == 1 }
+
+// inVainNow is the refusal that a login would end with again; nil if one may be tried.
+func (c *Client) inVainNow(with credential) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refused.unread = nil
+	if r, now := &c.refused, c.now(); r.err != nil && (now.Before(r.other) || same(r.digest, with.digest) && now.Before(r.until)) {
+		return r.err
+	}
+	return nil
+}
+
+// unreadable notes that there is no secret to show.
+func (c *Client) unreadable(err error) error {
+	e := &Error{Op: opLogin, Path: c.loginPath(), vault: c.address, cause: err}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.refused.why() == nil {
+		c.refused.since = c.now()
+	}
+	c.refused.unread = e
+	return e
 }
 
 var errClosed = errors.New("the connection is closed")
@@ -124,7 +224,6 @@ func (c *Client) fly(f *flight) {
 		c.metrics.observe(opLogin, err, time.Since(began))
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	if err == nil {
 		if c.cur != nil {
 			close(c.cur.gone)
@@ -132,43 +231,89 @@ func (c *Client) fly(f *flight) {
 		c.cur = s
 		c.changed.Ring()
 	}
+	// Said when it begins, and once more when it turns from a Vault that is away to a login that is refused. The end is said by Run,
+	// and who runs none hears of it all by the call's error.
+	state := stateOf(err)
+	news := state > c.said && c.running.Load() && c.root.Err() == nil
+	if news || state == loginWorks {
+		c.said = state
+	}
 	f.s, f.err = s, err
 	c.flight = nil
 	close(f.done)
+	c.mu.Unlock()
+	if news {
+		c.log.Warn("no login to Vault, trying on", "vault", c.address, "err", err)
+	}
+}
+
+// What the log has of logins.
+const (
+	loginWorks = iota
+	loginFails
+	loginRefused
+)
+
+func stateOf(err error) int {
+	switch {
+	case err == nil:
+		return loginWorks
+	case errors.Is(err, ErrLogin):
+		return loginRefused
+	}
+	return loginFails
 }
 
 // tryLogin is one login, unless it is known to be in vain; asked tells whether Vault was.
 func (c *Client) tryLogin(ctx context.Context) (_ *session, err error, asked bool) {
 	with, err := c.credential()
 	if err != nil {
-		c.mu.Lock()
-		c.refused.err, c.refused.digest = err, [32]byte{}
-		c.mu.Unlock()
+		return nil, c.unreadable(err), false
+	}
+	if err := c.inVainNow(with); err != nil {
 		return nil, err, false
 	}
-	c.mu.Lock()
-	known := c.refused
-	c.mu.Unlock()
-	if known.err != nil && known.digest == with.digest && c.now().Before(known.until) {
-		return nil, known.err, false
-	}
-	s, err := c.enter(ctx, with)
+	s, e := c.enter(ctx, with)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case err == nil:
+	case e == nil:
 		c.refused, c.entered = refusal{}, with.digest
-	case errors.Is(err, ErrAway), ctx.Err() != nil:
+	case e.away, ctx.Err() != nil:
 		// The breaker sees to that.
 	default:
-		wait := c.refused.wait
-		if wait == nil {
-			wait = &backoff.ExponentialBackOff{InitialInterval: time.Second, RandomizationFactor: 0.25, Multiplier: 2, MaxInterval: 24 * time.Second}
-			wait.Reset()
-		}
-		c.refused = refusal{err: err, digest: with.digest, until: c.now().Add(wait.NextBackOff()), wait: wait}
+		c.refuse(e, with.digest)
 	}
-	return s, err, true
+	return s, e.orNil(), true
+}
+
+// stillborn is the age up to which a token that is dead tells against the login that gave it.
+const stillborn = time.Second
+
+// bury gives a session up whose token Vault does not know any more.
+func (c *Client) bury(s *session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cur != s {
+		return
+	}
+	c.cur = nil
+	close(s.gone)
+	now := c.now()
+	age := now.Sub(s.born)
+	if age >= stillborn {
+		c.stillborn = 0
+		return
+	}
+	// Once may be chance, and costs one login more. After that each is as good as refused.
+	if c.stillborn++; c.stillborn == 1 {
+		return
+	}
+	e := &Error{Op: opLogin, Path: c.loginPath(), Status: http.StatusOK, vault: c.address, why: fmt.Sprintf(
+		"the tokens that it gives end at once, the last after %s: look for a limit of their uses at the role (token_num_uses), or for whoever revokes them", age.Round(time.Millisecond))}
+	wait := min(freePauses.first<<min(c.stillborn-2, 10), freePauses.longest)
+	c.refused = refusal{err: e, since: now, digest: c.entered, until: now.Add(later(wait))}
+	e.next = c.refused.next(now)
 }
 
 // young is the age up to which a session's permissions are taken to be those that a new login would give.
@@ -217,13 +362,17 @@ func (c *Client) notInVain(r request) {
 }
 
 // instead is the session to try once more with what Vault has denied; nil if there is none that could do more.
-func (c *Client) instead(ctx context.Context, denied *session, r request) (*session, error) {
+func (c *Client) instead(ctx context.Context, denied *session, r request, said *Error) (*session, error) {
 	if s := c.replaced(denied); s != nil {
 		return s, nil
 	}
+	if said.dead() {
+		c.bury(denied)
+		return c.other(ctx, denied)
+	}
 	with, cerr := c.credential()
 	c.mu.Lock()
-	if cerr == nil && with.digest != c.entered {
+	if cerr == nil && !same(with.digest, c.entered) {
 		clear(c.vain)
 	}
 	paused := c.now().Before(c.vain[r.key()].until)
@@ -233,6 +382,11 @@ func (c *Client) instead(ctx context.Context, denied *session, r request) (*sess
 	}
 	// A path that the policy denies must not cost a login, which is a token kept in Vault, each time.
 	_, lerr := c.send(ctx, denied.calls(), request{op: opRead, path: lookupPath})
+	if lerr.dead() {
+		c.bury(denied)
+		return c.other(ctx, denied)
+	}
+	// Before Vault 1.14 that is how it said so.
 	dead := lerr != nil && lerr.denied()
 	c.mu.Lock()
 	now := c.now()

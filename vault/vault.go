@@ -89,8 +89,10 @@ type Client struct {
 	cur     *session
 	flight  *flight
 	refused refusal
-	// forced is when a young session was last given up because Vault denied all that it asked.
-	forced time.Time
+	// forced is when a young session was last given up because Vault denied all that it asked; stillborn counts tokens in a row
+	// that were dead at once. said is what the log has of logins.
+	forced          time.Time
+	stillborn, said int
 	// vain says for which calls a new login has not helped, entered with what the last one was made.
 	vain    map[string]vain
 	entered [32]byte
@@ -102,6 +104,8 @@ type Client struct {
 	changed bell.Bell
 	// opened has Run look after Vault at the time that the breaker sets.
 	opened chan struct{}
+	// engines are by name, in order.
+	engines []*Engine
 }
 
 // New checks the configuration, its CA file and client certificate included. It talks to nobody.
@@ -228,6 +232,10 @@ const (
 type request struct {
 	op, path string
 	body     []byte
+	// engine is by which way it goes; nil for what is the connection's own.
+	engine *Engine
+	// try counts from 1; 0 for what is not tried again.
+	try int
 	// fresh asks for a connection of its own, so that the newest client certificate is shown.
 	fresh bool
 }
@@ -235,7 +243,11 @@ type request struct {
 // Read returns what is at the path, and ErrNotFound where there is nothing. Beside ErrNotFound the answer may still be
 // there: that of KV for a deleted version, with its number.
 func (c *Client) Read(ctx context.Context, path string) (*api.Secret, error) {
-	secret, err := c.call(ctx, request{op: opRead, path: path})
+	return c.read(ctx, nil, path)
+}
+
+func (c *Client) read(ctx context.Context, by *Engine, path string) (*api.Secret, error) {
+	secret, err := c.call(ctx, request{op: opRead, path: path, engine: by})
 	if err == nil && secret == nil {
 		err = &Error{Op: opRead, Path: path, Status: http.StatusNotFound, vault: c.address}
 	}
@@ -244,11 +256,15 @@ func (c *Client) Read(ctx context.Context, path string) (*api.Secret, error) {
 
 // Write sends the body and returns the answer, nil for an empty one.
 func (c *Client) Write(ctx context.Context, path string, body map[string]any) (*api.Secret, error) {
+	return c.write(ctx, nil, path, body)
+}
+
+func (c *Client) write(ctx context.Context, by *Engine, path string, body map[string]any) (*api.Secret, error) {
 	data, err := json.Marshal(body)
 	if err != nil {
 		return nil, fmt.Errorf("write %s to Vault: encode the request: %w", path, err)
 	}
-	secret, err := c.call(ctx, request{op: opWrite, path: path, body: data})
+	secret, err := c.call(ctx, request{op: opWrite, path: path, body: data, engine: by})
 	if err != nil {
 		return nil, err
 	}
@@ -257,8 +273,12 @@ func (c *Client) Write(ctx context.Context, path string, body map[string]any) (*
 
 // List returns the names under the path, folders with a slash at the end; nil where there is nothing.
 func (c *Client) List(ctx context.Context, path string) ([]string, error) {
+	return c.list(ctx, nil, path)
+}
+
+func (c *Client) list(ctx context.Context, by *Engine, path string) ([]string, error) {
 	path = strings.TrimSuffix(path, "/")
-	secret, err := c.call(ctx, request{op: opList, path: path})
+	secret, err := c.call(ctx, request{op: opList, path: path, engine: by})
 	if errors.Is(err, ErrNotFound) {
 		return nil, nil
 	}
@@ -312,17 +332,20 @@ func (c *Client) callWithin(ctx context.Context, r request) (*api.Secret, error)
 		c.notInVain(r)
 		return secret, verr.orNil()
 	}
-	// Denied by the policy, or the token is dead: Vault says the same of both. One new login, one more try.
-	next, err := c.instead(ctx, s, r)
+	// Denied by the policy, or the token is dead, which not every Vault tells apart. One new login, one more try.
+	next, err := c.instead(ctx, s, r, verr)
 	if err != nil {
 		return nil, c.failed(r, err)
 	}
 	if next == nil {
 		return secret, verr
 	}
-	if secret, verr = c.patiently(ctx, next.calls(), r); verr != nil && verr.denied() {
+	switch secret, verr = c.patiently(ctx, next.calls(), r); {
+	case verr.dead():
+		c.bury(next)
+	case verr != nil && verr.denied():
 		c.inVain(r)
-	} else {
+	default:
 		c.notInVain(r)
 	}
 	return secret, verr.orNil()
@@ -366,9 +389,9 @@ const (
 func (c *Client) patiently(ctx context.Context, a *api.Client, r request) (*api.Secret, *Error) {
 	wait := &backoff.ExponentialBackOff{InitialInterval: 100 * time.Millisecond, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: time.Second}
 	wait.Reset()
-	for try := 1; ; try++ {
+	for r.try = 1; ; r.try++ {
 		secret, err := c.send(ctx, a, r)
-		if err == nil || !err.again(r, try) {
+		if err == nil || !err.again(r) {
 			return secret, err
 		}
 		pause := wait.NextBackOff()
@@ -387,12 +410,12 @@ func (c *Client) patiently(ctx context.Context, a *api.Client, r request) (*api.
 
 // again reports whether a call that failed so may be made once more. A read may at any time, another only if Vault said
 // that it did not carry it out.
-func (e *Error) again(r request, try int) bool {
+func (e *Error) again(r request) bool {
 	switch {
-	case e.Status == http.StatusTooManyRequests, e.Status == http.StatusPreconditionFailed:
-		return try < maxTries
+	case e.notYet():
+		return r.try < maxTries
 	case r.op == opRead || r.op == opList:
-		return try < 2 && e.passing
+		return r.try < 2 && e.passing
 	}
 	return false
 }
@@ -404,7 +427,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 // send makes a call once, if the breaker lets it.
 func (c *Client) send(ctx context.Context, a *api.Client, r request) (*api.Secret, *Error) {
-	done, err := c.breaker.allow()
+	done, err := c.admit(r)
 	if err != nil {
 		return nil, &Error{Op: r.op, Path: r.path, vault: c.address, away: true, cause: err}
 	}
@@ -412,7 +435,7 @@ func (c *Client) send(ctx context.Context, a *api.Client, r request) (*api.Secre
 	resp, err := c.transmit(ctx, a, r)
 	secret, e := c.judge(ctx, r, resp, err, time.Since(began), c.secrets(a.Token()))
 	if e != nil && e.retryAfter > 0 {
-		c.breaker.hold(e.retryAfter)
+		c.hold(r, e.retryAfter)
 	}
 	done(e.outcome(r))
 	return secret, e

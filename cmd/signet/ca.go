@@ -57,6 +57,15 @@ type authorityShown struct {
 	csr   []byte
 }
 
+// authorities asks the server for its CAs.
+func authorities(ctx context.Context, r adminv1.RotationClient) ([]authorityShown, error) {
+	answer, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return describeAuthorities(answer.Authorities)
+}
+
 // describeAuthorities says which sign as well.
 func describeAuthorities(list []*adminv1.AuthorityInfo) ([]authorityShown, error) {
 	signing := map[string]bool{}
@@ -154,11 +163,7 @@ which intermediate signs now, and under which root.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
-				answer, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
-				if err != nil {
-					return err
-				}
-				list, err := describeAuthorities(answer.Authorities)
+				list, err := authorities(ctx, r)
 				if err != nil {
 					return err
 				}
@@ -232,11 +237,7 @@ is unsigned, its request.`,
 		ValidArgsFunction: c.completeAuthorities(func(*adminv1.AuthorityInfo) bool { return true }),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
-				answer, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
-				if err != nil {
-					return err
-				}
-				list, err := describeAuthorities(answer.Authorities)
+				list, err := authorities(ctx, r)
 				if err != nil {
 					return err
 				}

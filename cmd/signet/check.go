@@ -129,20 +129,55 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	// What agents have acknowledged, and how it goes with Vault, only the server knows; where it can't be asked, the folder alone
 	// is looked at, and Vault is asked from here.
 	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes, sharedCodes))
+	b, unopened := openBacking(cfg, slog.New(slog.DiscardHandler))
+	conf := serverConfig(cfg, folderOf(cfg, nil, nil))
+	if unopened == nil {
+		defer b.Close()
+		conf.Keys, conf.Upstream = &openedOnce{Store: b.keys}, b.upstream
+	}
 	if !running {
-		if own, err = server.CheckRotation(ctx, serverConfig(cfg, folderOf(cfg, nil, nil)), now); err != nil {
+		if own, err = server.CheckRotation(ctx, conf, now); err != nil {
 			own = check.Unusable(check.CodeSuccessor, "rotation", err, "")
 		}
 	}
-	b, err := openBacking(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return append(append(found, named(own, file)...), check.Unusable(check.CodeKey, "keys", err, "")...)
+	if unopened != nil {
+		return append(append(found, named(own, file)...), check.Unusable(check.CodeKey, "keys", unopened, "")...)
 	}
-	defer b.Close()
 	if !running {
 		own = append(own, b.check(ctx, cfg, shown, now)...)
 	}
-	return append(append(found, named(own, file)...), checkAuthorities(ctx, b.keys, shown, file, running, now)...)
+	found = append(found, own...)
+	return named(append(found, checkAuthorities(ctx, conf, shown, helps(own), running, now)...), file)
+}
+
+// helps is what helps against the end of the intermediate that signs: what does against the end of issuing.
+func helps(found check.Findings) string {
+	for _, f := range found {
+		if f.Code == check.CodeIssuing && f.Mend != "" {
+			return f.Mend
+		}
+	}
+	return "signet rotation status --config FILE"
+}
+
+// openedOnce opens a key once: that takes a while, for it is sealed against guessing.
+type openedOnce struct {
+	keystore.Store
+	opened map[keystore.Ref]keystore.Key
+}
+
+func (o *openedOnce) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
+	if key, ok := o.opened[ref]; ok {
+		return key, nil
+	}
+	key, err := o.Store.Open(ctx, ref)
+	if err == nil {
+		if o.opened == nil {
+			o.opened = map[keystore.Ref]keystore.Key{}
+		}
+		o.opened[ref] = key
+	}
+	return key, err
 }
 
 // What a running process is asked, by code.
@@ -198,11 +233,11 @@ func ownFindings(ctx context.Context, address string, codes []string) (check.Fin
 }
 
 // checkAuthorities looks at the CA certificates and their keys. What is not in a file is left to a server that runs: keys in
-// its memory are there alone, and to open one in Vault could cost it its next login.
-func checkAuthorities(ctx context.Context, keys keystore.Store, shown server.Cluster, file string, running bool, now time.Time) (found check.Findings) {
-	show := "signet cluster show --config " + file
+// its memory are there alone, and to open one in Vault could cost it its next login. mend is what helps
+// against the end of the intermediate that signs.
+func checkAuthorities(ctx context.Context, conf server.Config, shown server.Cluster, mend string, running bool, now time.Time) (found check.Findings) {
 	for _, r := range shown.RootCertificates {
-		found = append(found, check.Expiry("root "+r.Subject.CommonName, r, now, show)...)
+		found = append(found, check.Expiry("root "+r.Subject.CommonName, r, now, check.MendRoot)...)
 	}
 	installed := false
 	for _, a := range shown.Authorities {
@@ -212,14 +247,21 @@ func checkAuthorities(ctx context.Context, keys keystore.Store, shown server.Clu
 		if a.Certificate == nil {
 			continue
 		}
-		installed = installed || a.Hierarchy == identity.Mesh.String()
-		found = append(found, check.Expiry(a.ID, a.Certificate, now, show)...)
+		mesh := a.Hierarchy == identity.Mesh.String()
+		installed = installed || mesh
+		switch {
+		case a.State == ca.Retired: // it signs nothing more, and is removed when its leaves have ended
+		case mesh:
+			found = append(found, check.IssuerLife(a.ID, a.Certificate.NotBefore, a.Certificate.NotAfter, conf.LeastLife(conf.TTL), now, mend)...)
+		default:
+			found = append(found, check.Expiry(a.ID, a.Certificate, now, "")...) // no command renews it
+		}
 		if running && a.Ref.Backend != keystore.BackendFile || a.Ref.Backend == keystore.BackendMemory {
 			found = append(found, check.Finding{Code: check.CodeKey, Level: check.OK, About: a.ID, Message: "its key is " + a.Ref.String() + ", which is left to the server"})
 			continue
 		}
 		found = append(found, check.Key(a.ID, a.Certificate, func() (crypto.PublicKey, error) {
-			key, err := keys.Open(ctx, a.Ref)
+			key, err := conf.Keys.Open(ctx, a.Ref)
 			if err != nil {
 				return nil, err
 			}
@@ -227,12 +269,32 @@ func checkAuthorities(ctx context.Context, keys keystore.Store, shown server.Clu
 		}, "")...)
 	}
 	if !installed || len(shown.RootCertificates) == 0 {
-		found = append(found, check.Finding{
-			Code: check.CodeInstalled, Level: check.Error, About: shown.Cluster, Message: "the cluster has no intermediate yet, so nothing can be issued",
-			Mend: "signet cluster install --config " + file + " --chain FILE --root-fingerprint SHA256:…",
-		})
+		found = append(found, notInstalled(shown, conf.Upstream != nil, running))
 	}
 	return found
+}
+
+// notInstalled is what to do where no intermediate has been installed: with an upstream that signs, a person only sees to it
+// that it can.
+func notInstalled(shown server.Cluster, upstream, running bool) check.Finding {
+	f := check.Finding{
+		Code: check.CodeInstalled, Level: check.Error, About: shown.Cluster, Message: "the cluster has no intermediate yet, so nothing can be issued",
+		Mend: "signet cluster install --config FILE --chain CHAIN --root-fingerprint SHA256:…",
+	}
+	switch {
+	case !upstream:
+	case len(shown.RootCertificates) == 0:
+		f.Message += "; nor has it the root that the upstream authority signs under"
+		f.Mend = "signet cluster init --config FILE --root-fingerprint SHA256:…"
+	case running:
+		f.Message += "; the server has one signed by itself, and tries again until it is: what keeps it from that is said under " +
+			strings.Join([]string{check.CodeUpstream, check.CodeVault, check.CodePolicy}, ", ")
+		f.Mend = ""
+	default:
+		f.Message += "; the server has one signed by itself when it runs"
+		f.Mend = "signet serve --config FILE"
+	}
+	return f
 }
 
 // maxSecretFile bounds a passphrase, a token or a key, in bytes.
@@ -309,14 +371,18 @@ type checkShown struct {
 }
 
 func (s checkShown) columns() []string {
-	return []string{s.painted("STATE", check.Level(-1)), "CODE", "ABOUT", "FINDING", "MEND"}
+	return []string{s.painted("STATE", check.Level(-1)), "CODE", "ABOUT", "FINDING", ">MEND"}
 }
 
 func (s checkShown) rows() [][]string {
 	signs := map[check.Level]string{check.OK: "√", check.Unknown: "?", check.Warning: "‼", check.Error: "×"}
 	var rows [][]string
 	for _, f := range s.Findings {
-		rows = append(rows, []string{s.painted(signs[f.Level]+" "+f.Level.String(), f.Level), f.Code, f.About, strings.Join(strings.Fields(f.Message), " "), f.Mend})
+		finding := strings.Join(strings.Fields(f.Message), " ")
+		if len(f.Stops) > 0 {
+			finding += " (stopped: " + strings.Join(f.Stops, ", ") + ")"
+		}
+		rows = append(rows, []string{s.painted(signs[f.Level]+" "+f.Level.String(), f.Level), f.Code, f.About, finding, f.Mend})
 	}
 	return rows
 }

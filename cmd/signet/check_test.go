@@ -207,9 +207,10 @@ func TestCheckFindsWhatARotationWaitsForInAFolder(t *testing.T) {
 	}
 	east := h.write("east.yaml", fmt.Sprintf("trust_domain: example.org\ncluster: east\nkeystore: { passphrase_file: ./pass }\nlisten: { http: %q }\n", free))
 	h.must(exitYes, "cluster", "init", "--config", east)
-	if got := h.levels("--config", east); got["SGN1019"] != "warning" {
+	if got := h.levels("--config", east); got["SGN1019"] != "warning" || got["SGN1017"] != "error" {
 		t.Errorf("a request that is not signed: %v", got)
 	}
 	out, _ := h.must(exitNo, "check", "--config", east)
-	contains(t, out, "intermediate-1", "its request waits for a signature since", "signet ca show --config "+east+" intermediate-1", "signet root sign")
+	contains(t, out, "intermediate-1", "its request waits for a signature since", "signet cluster init --config "+east+" --csr-out CSR; ", "signet root sign",
+		"nothing can be issued: no intermediate is active; intermediate-1, which is to take over, is not signed")
 }

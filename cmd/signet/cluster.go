@@ -157,7 +157,7 @@ func (c *cli) hintSign(root, cluster, file string, keys ...string) {
 
 func (c *cli) clusterInstallCommand() *cobra.Command {
 	var file, chainFile, fingerprint, trustFile, digest string
-	var dryRun bool
+	var first, dryRun bool
 	cmd := &cobra.Command{
 		Use:   "install --config FILE --chain FILE --root-fingerprint SHA256:…",
 		Short: "Check what the root has signed and take it into use",
@@ -168,16 +168,21 @@ trusted. A later one takes over when its time has come: signet rotation status s
 The server may be running: then it is asked over its admin socket. Several chains may follow one another in the file, as
 signet root sign writes them; all are installed, or none.
 
-A cluster that joins others while roots are being replaced has to believe all that they believe: --trust is what
+A cluster that joins others has to believe all that they believe, for they may be replacing a root: --trust is what
 signet trust export --format json wrote in one of them, and --trust-digest the digest that it printed, which must have come
 by another way than the file. The digest speaks for the certificates; which of them are leaving is taken from the file.
 A chain under a root that is leaving is refused; a root that has expired is left out.
+
+So the first chain of a cluster whose file names others under rotation.peers is refused without --trust, unless
+trust.vault_kv tells what they believe. --first is for clusters that are made together under one root: you say that none of
+the others serves yet; it is written in the audit log. Later it means nothing.
 
 Installing the same chain again changes nothing. Exit status 1 when the chain is refused.`,
 		Example: `  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:…
   signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:… --dry-run
   signet cluster install --config west.yaml --chain west.chain.pem --root-fingerprint SHA256:AB:CD:… \
-    --trust east.trust.json --trust-digest SHA256:12ab…`,
+    --trust east.trust.json --trust-digest SHA256:12ab…
+  signet cluster install --config east.yaml --chain east.chain.pem --root-fingerprint SHA256:AB:CD:… --first`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.LoadServer(file)
@@ -202,7 +207,7 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			defer b.Close()
 			r, err := server.Install(cmd.Context(), server.InstallConfig{
 				Folder: folderOf(cfg, b.keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint,
-				Trust: given, DryRun: dryRun,
+				Trust: given, First: first, Exchange: b.exchange, DryRun: dryRun,
 			})
 			if errors.Is(err, durable.ErrInUse) {
 				return c.installAtServer(cmd.Context(), cfg, err, &adminv1.InstallAuthoritiesRequest{
@@ -220,7 +225,7 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			for _, a := range shown.Authorities {
 				stands[a.KeyFingerprint] = a.ID + ", " + string(a.State)
 			}
-			return c.printInstalled(chain, stands, describeNext(r.Next), r.Changed, dryRun)
+			return c.printInstalled(chain, stands, installed{r.Changed, r.Done, describeNext(r.Taken), describeNext(r.Next)}, dryRun)
 		},
 	}
 	serverConfigFlag(cmd, &file)
@@ -228,7 +233,9 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 	cmd.Flags().StringVar(&fingerprint, "root-fingerprint", "", "fingerprint of the root, from the root's holder")
 	cmd.Flags().StringVar(&trustFile, "trust", "", "what another cluster believes: trust export --format json, or - for stdin")
 	cmd.Flags().StringVar(&digest, "trust-digest", "", "digest of what it believes, which trust export printed there")
+	cmd.Flags().BoolVar(&first, "first", false, "no other cluster of rotation.peers serves yet")
 	cmd.MarkFlagsRequiredTogether("trust", "trust-digest")
+	cmd.MarkFlagsMutuallyExclusive("trust", "first")
 	_ = cmd.MarkFlagFilename("trust", "json")
 	_ = cmd.MarkFlagRequired("chain")
 	_ = cmd.MarkFlagFilename("chain", "pem")
@@ -261,11 +268,18 @@ func (c *cli) installAtServer(ctx context.Context, cfg *config.Server, inUse err
 	for _, a := range list {
 		stands[a.KeyFingerprint] = a.ID + ", " + a.State
 	}
-	return c.printInstalled(request.Chains, stands, describeSteps(r.Next), r.Changed, request.DryRun)
+	return c.printInstalled(request.Chains, stands, installed{r.Changed, r.Done, describeSteps(r.Taken), describeSteps(r.Next)}, request.DryRun)
+}
+
+// installed is what an installation has done.
+type installed struct {
+	changed     bool
+	done        []string
+	taken, next []stepShown
 }
 
 // printInstalled says how the intermediates of these chains stand, by the fingerprints of their keys.
-func (c *cli) printInstalled(text []byte, stands map[string]string, next []stepShown, changed, dryRun bool) error {
+func (c *cli) printInstalled(text []byte, stands map[string]string, r installed, dryRun bool) error {
 	chains, err := ca.ParseChains(text)
 	if err != nil {
 		return err
@@ -282,13 +296,16 @@ func (c *cli) printInstalled(text []byte, stands map[string]string, next []stepS
 	if err := what.print(c.err); err != nil {
 		return err
 	}
-	if len(next) > 0 {
+	for _, line := range did(r.done, r.taken, nil) {
+		folded(c.err, would(dryRun), "  ", line)
+	}
+	if len(r.next) > 0 {
 		fmt.Fprintln(c.err, "next:")
-		printSteps(c.err, next, time.Now())
+		printSteps(c.err, r.next, time.Now())
 	}
 	state := "installed"
 	switch {
-	case !changed:
+	case !r.changed:
 		state = "unchanged"
 	case dryRun:
 		state = "would be installed"

@@ -115,6 +115,7 @@ type logEntry struct {
 	Authority    string     `json:"authority,omitempty"`
 	Change       string     `json:"change,omitempty"`
 	Selectors    []string   `json:"selectors,omitempty"`
+	KeySHA256    string     `json:"public_key_sha256,omitempty"`
 	Proven       bool       `json:"proven,omitempty"`
 }
 
@@ -123,6 +124,7 @@ func newLogEntry(index uint64, f audit.Facts) logEntry {
 		Index: index, Time: f.Time, Kind: f.Kind, SPIFFEID: f.SPIFFEID, Serial: f.Serial, Agent: f.Agent,
 		Caller: f.Evidence.GetCaller(), Door: f.Evidence.GetDoor(), Instance: f.Evidence.GetInstance(),
 		Registration: f.Registration, Token: f.Token, Authority: f.Authority, Change: f.Change, Selectors: f.Evidence.GetSelectors(),
+		KeySHA256: f.KeySHA256,
 	}
 	if f.Certificate != nil {
 		e.NotBefore, e.NotAfter = &f.NotBefore, &f.NotAfter
@@ -137,19 +139,22 @@ func (e logEntry) cells() []string {
 	}
 	return []string{
 		strconv.FormatUint(e.Index, 10), clock(e.Time), e.Kind, printable(e.SPIFFEID), e.Serial, printable(e.Agent), clockOf(e.NotAfter),
-		printable(e.Authority), printable(e.Change), clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Token), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), proven,
+		printable(e.Authority), printable(e.Change), clockOf(e.NotBefore), e.Door, printable(e.Caller), printable(e.Registration), printable(e.Token), printable(e.Instance), printable(strings.Join(e.Selectors, ",")), e.KeySHA256, proven,
 	}
 }
 
 type logEntries []logEntry
 
 func (l logEntries) columns() []string {
-	heads := []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "SERIAL", "AGENT", "NOT AFTER", "+AUTHORITY", "+CHANGE", "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+PROVEN"}
+	heads := []string{"INDEX", "TIME", "KIND", "SPIFFE ID", "~SERIAL", "AGENT", "~NOT AFTER", "+AUTHORITY", "+CHANGE", "+NOT BEFORE", "+DOOR", "+CALLER", "+REGISTRATION", "+TOKEN", "+INSTANCE", "+SELECTORS", "+KEY", "+PROVEN"}
 	// What became of CAs is shown where there is any of it.
 	if l.tellOfCAs() {
 		for i, head := range heads {
-			if head == "+AUTHORITY" || head == "+CHANGE" {
-				heads[i] = head[1:]
+			switch head {
+			case "+AUTHORITY":
+				heads[i] = "AUTHORITY"
+			case "+CHANGE":
+				heads[i] = ">CHANGE"
 			}
 		}
 	}
@@ -197,7 +202,8 @@ func (c *cli) logFindCommand() *cobra.Command {
 
 The search uses an index that is made from the log when it is missing and follows it from then on; it is checked against
 the log's checkpoint before every answer. Entries that are younger than the newest checkpoint, about a second, are not
-found yet. With --prove every entry shown is also proven to be in the log.
+found yet. With --prove every entry shown is also proven to be in the log. On a terminal that is too narrow for them serial
+numbers and ends are left out: -o wide shows all that json has.
 
 Exit status: 0 found, 1 nothing matches, 2 could not tell.`,
 		Example: `  signet log find --config east.yaml --spiffe-id spiffe://example.org/ns/shop/sa/frontend --since 24h
@@ -410,9 +416,8 @@ func newEntryView(p audit.Proof) (entryView, error) {
 		v.Unread = unread.Error()
 	}
 	if x := f.Certificate; x != nil {
-		key := sha256.Sum256(x.RawSubjectPublicKeyInfo)
 		v.Certificate = &certificateView{
-			Subject: x.Subject.String(), Issuer: x.Issuer.String(), PublicKey: x.PublicKeyAlgorithm.String(), KeySHA256: hex.EncodeToString(key[:]),
+			Subject: x.Subject.String(), Issuer: x.Issuer.String(), PublicKey: x.PublicKeyAlgorithm.String(), KeySHA256: f.KeySHA256,
 			Signature: x.SignatureAlgorithm.String(), IsCA: x.IsCA, IssuerKeyID: hex.EncodeToString(x.AuthorityKeyId),
 		}
 	}
@@ -449,12 +454,12 @@ func (v entryView) rows() [][]string {
 	add("serial", v.Serial)
 	add("not before", clockOf(v.NotBefore))
 	add("not after", clockOf(v.NotAfter))
+	add("public key SHA-256", v.KeySHA256)
 	if x := v.Certificate; x != nil {
 		add("subject", x.Subject)
 		add("issuer", x.Issuer)
 		add("issuer key id", x.IssuerKeyID)
 		add("public key", x.PublicKey)
-		add("public key SHA-256", x.KeySHA256)
 		add("signature algorithm", x.Signature)
 		add("CA", strconv.FormatBool(x.IsCA))
 	}

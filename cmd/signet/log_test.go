@@ -279,7 +279,7 @@ func TestLogVerifyNamesWhatIsDamaged(t *testing.T) {
 	s.says(2, "log's folder", "verify", "--dir", t.TempDir())
 	s.says(2, "no such file", "verify", "--dir", filepath.Join(t.TempDir(), "none"), "--key", s.vkey)
 	s.says(2, "--dir", "verify")
-	s.says(2, "none of the others can be", "verify", "--dir", s.dir, "--config", s.config)
+	s.says(2, "can't be used together", "verify", "--dir", s.dir, "--config", s.config)
 	s.says(2, "log prove --cert", "verify", "--dir", s.dir, "--cert", s.frontend)
 }
 

@@ -2,7 +2,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +27,8 @@ func main() {
 type cli struct {
 	in       io.Reader
 	out, err io.Writer
+	// columns is how wide out is; 0 = as wide as its terminal, and without an end where it is none.
+	columns int
 }
 
 // The exit codes, one rule for all commands (docs: `signet help exit-codes`).
@@ -70,8 +71,6 @@ func (c *cli) command() *cobra.Command {
 one shared root, renews everything ahead of expiry, and can prove afterwards what it has issued.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		// A variable that was not set must not pass for a flag that was not given.
-		PersistentPreRunE: noEmptyFlags,
 	}
 	root.AddCommand(
 		c.rootCommand(),
@@ -91,34 +90,18 @@ one shared root, renews everything ahead of expiry, and can prove afterwards wha
 		c.versionCommand(),
 		exitCodesTopic(),
 	)
-	for _, group := range root.Commands() {
-		if group.HasSubCommands() && !group.Runnable() {
-			group.Args, group.RunE = onlySubcommands, func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
-		}
-	}
+	sayUsage(root)
 	return root
 }
 
-func noEmptyFlags(cmd *cobra.Command, _ []string) (err error) {
+// noEmptyFlags: a variable that was not set must not pass for a flag that was not given.
+func noEmptyFlags(cmd *cobra.Command) (err error) {
 	cmd.Flags().Visit(func(f *pflag.Flag) {
 		if f.Value.Type() == "string" && f.Value.String() == "" {
 			err = fmt.Errorf("--%s is empty: give it a value or leave it out", f.Name)
 		}
 	})
 	return err
-}
-
-// onlySubcommands refuses what is none: cobra would show the help and say that all is well.
-func onlySubcommands(cmd *cobra.Command, args []string) error {
-	if len(args) == 0 {
-		return nil
-	}
-	cmd.SuggestionsMinimumDistance = 2
-	hint := ""
-	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-		hint = fmt.Sprintf("; did you mean %q?", near[0])
-	}
-	return fmt.Errorf("unknown command %q for %q%s See: %s --help", args[0], cmd.CommandPath(), cmp.Or(hint, "."), cmd.CommandPath())
 }
 
 // exitCodesTopic is a page of help, not a command: `signet help exit-codes`.

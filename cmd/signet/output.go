@@ -1,10 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -13,7 +14,8 @@ import (
 
 // listing is what a read command shows. Its JSON form is the value itself.
 type listing interface {
-	// columns of the table; those that begin with '+' are shown by -o wide only.
+	// columns of the table; those that begin with '+' are shown by -o wide only. On a terminal where the others don't fit, those
+	// that begin with '>' are set below their rows, and those with '~' are left out, the last first.
 	columns() []string
 	rows() [][]string
 	// names, one per item, for -o name: "registration/frontend".
@@ -57,28 +59,23 @@ func (c *cli) show(format string, l listing) error {
 		}
 		return nil
 	case "table", "wide":
-		w := tabwriter.NewWriter(c.out, 0, 0, 3, ' ', 0)
-		var keep []int
-		var head []string
-		for i, col := range l.columns() {
-			name, wide := strings.CutPrefix(col, "+")
-			if wide && format != "wide" {
+		t := table{width: c.width()}
+		if format == "wide" {
+			t.width = 0
+		}
+		rows := l.rows()
+		for i, head := range l.columns() {
+			if strings.HasPrefix(head, "+") && format != "wide" {
 				continue
 			}
-			keep, head = append(keep, i), append(head, name)
-		}
-		fmt.Fprintln(w, strings.Join(head, "\t"))
-		for _, row := range l.rows() {
-			cells := make([]string, len(keep))
-			for j, i := range keep {
-				cells[j] = row[i]
-				if cells[j] == "" {
-					cells[j] = "-"
-				}
+			col := column{name: strings.TrimLeft(head, "+>~"), kind: head[0]}
+			for _, row := range rows {
+				col.cells = append(col.cells, cmp.Or(row[i], "-"))
 			}
-			fmt.Fprintln(w, strings.Join(cells, "\t"))
+			t.columns = append(t.columns, col)
 		}
-		return w.Flush()
+		_, err := io.WriteString(c.out, t.text(len(rows)))
+		return err
 	}
 	return fmt.Errorf("output format %q is unknown: use %s", format, strings.ReplaceAll(outputFormats, "|", ", "))
 }

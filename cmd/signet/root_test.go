@@ -300,7 +300,7 @@ func TestRootSaysInOneSentenceWhatIsWrong(t *testing.T) {
 		"no cluster":               {[]string{"--cluster", ""}, exitCouldNotSay, "--cluster is empty"},
 		"no root":                  {[]string{"--dir", d.dir}, exitCouldNotSay, "make one with `signet root init`"},
 		"bad life":                 {[]string{"--life", "soon"}, exitCouldNotSay, `life "soon"`},
-		"unknown argument":         {[]string{"now"}, exitCouldNotSay, "unknown command"},
+		"unknown argument":         {[]string{"now"}, exitCouldNotSay, `"now" is too much for signet root sign`},
 	} {
 		r := d.sign(t, c.args...)
 		if r.code != c.code || !strings.Contains(r.err, c.want) || r.out != "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -99,11 +100,11 @@ func openRootKey(k *config.RootKey) (_ *rootHolder, err error) {
 		return h, err
 	}
 	c := transit.Config{Vault: h.vault, Mount: k.Transit.Mount, Prefix: k.Transit.Prefix, Timeout: max(k.Vault.Timeout, transit.DefaultTimeout)}
-	needs, err := transit.KeyNeeds(c, "root")
+	needs, err := transit.Needs(c, transit.Use{Name: "root", Made: true})
 	if err != nil {
 		return nil, err
 	}
-	h.needs = append(h.needs, needs...)
+	h.needs = slices.Concat(h.needs, transit.ListNeeds(c), needs)
 	h.Keys, err = transit.New(c)
 	return h, err
 }
@@ -144,7 +145,7 @@ func rootKeyOf(root *ceremony.Root) (*rootHolder, error) {
 // allowed asks Vault whether it will do what is going to be asked of it, before anything is begun.
 func (h *rootHolder) allowed(ctx context.Context, needs []vault.Need) error {
 	missing, err := h.vault.Missing(ctx, needs)
-	if errors.Is(err, vault.ErrDenied) {
+	if errors.Is(err, vault.ErrDenied) && !errors.Is(err, vault.ErrLogin) {
 		return fmt.Errorf("%w; for a root it is `signet root init --dry-run`", err)
 	}
 	if err != nil || len(missing) == 0 {

@@ -97,7 +97,7 @@ func TestADryRunSaysWhereTheKeyWillBeAndWhichPolicyThatNeeds(t *testing.T) {
 	for engine, want := range map[string][]string{
 		"transit: {mount: keys}\n": {
 			"key in:", "Vault's Transit engine, mount keys, key signet_example.org_root, at http://127.0.0.1:1",
-			`path "keys/keys/signet_example.org_root"`, `path "keys/keys/signet_example.org_root/*"`, `path "keys/sign/signet_example.org_root/*"`, `path "auth/token/lookup-self"`,
+			`path "keys/keys/signet_example.org_root"`, `"type" = ["ecdsa-p256"`, `path "keys/sign/signet_example.org_root/*"`, `path "auth/token/lookup-self"`,
 		},
 		"pki: {issuer: root-2026}\n": {
 			"Vault's PKI engine, mount pki, issuer root-2026,", `path "pki/issuers/generate/root/internal"`, `path "pki/issuer/+/sign-intermediate"`,

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
@@ -106,6 +107,13 @@ type stepShown struct {
 	Ready     bool        `json:"ready"`
 	At        *time.Time  `json:"at,omitempty"`
 	Waits     []waitShown `json:"waits"`
+	// Assumed is what a plan takes for granted.
+	Assumed []assumedShown `json:"assumed,omitempty"`
+}
+
+type assumedShown struct {
+	Code string `json:"code"`
+	For  string `json:"for"`
 }
 
 type waitShown struct {
@@ -128,7 +136,21 @@ func describeSteps(steps []*adminv1.RotationStep) []stepShown {
 				Code: w.Code, For: printableText(w.For), Until: timeOf(w.Until), Missing: printableTexts(w.Missing), Forcible: w.Forcible,
 			})
 		}
+		for _, w := range m.Assumed {
+			s.Assumed = append(s.Assumed, assumedShown{w.Code, printableText(w.For)})
+		}
 		list = append(list, s)
+	}
+	return list
+}
+
+// describePlan is describeSteps for a plan. Ready is what nothing and nobody keeps waiting: those steps come first.
+func describePlan(steps []*adminv1.RotationStep, now time.Time) []stepShown {
+	list := describeSteps(steps)
+	ready := true
+	for i, s := range list {
+		ready = ready && s.Ready && len(s.Assumed) == 0 && (s.At == nil || !s.At.After(now))
+		list[i].Ready = ready
 	}
 	return list
 }
@@ -205,11 +227,17 @@ func folded(w io.Writer, first, indent, text string) {
 
 // some names the first few of many.
 func some(names []string) string {
+	return someOf(names, len(names))
+}
+
+// someOf names those of all that are known, as far as they fit.
+func someOf(names []string, all int) string {
 	const most = 8
-	if len(names) <= most {
+	names = names[:min(len(names), most)]
+	if len(names) == all {
 		return strings.Join(names, ", ")
 	}
-	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	return fmt.Sprintf("%s and %d more", strings.Join(names, ", "), all-len(names))
 }
 
 // printSteps writes steps for people, each with what it waits for.
@@ -234,6 +262,23 @@ func printSteps(w io.Writer, steps []stepShown, now time.Time) {
 				text += " (--force overrides this)"
 			}
 			folded(w, "    - ", "      ", text)
+		}
+	}
+}
+
+// printPlan writes the steps of a plan for people, each with what is assumed for it.
+func printPlan(w io.Writer, steps []stepShown, now time.Time) {
+	for _, s := range steps {
+		when := "then"
+		switch {
+		case s.Ready:
+			when = "now"
+		case s.At != nil && s.At.Sub(now) > time.Minute:
+			when = moment(*s.At, now)
+		}
+		folded(w, "  ", "    ", s.what()+", "+when+": "+s.Because)
+		for _, a := range s.Assumed {
+			folded(w, "    - ", "      ", "assumed: "+a.For)
 		}
 	}
 }
@@ -294,7 +339,12 @@ func (c *cli) rotationPlanCommand() *cobra.Command {
 		Use:   "plan --config FILE [intermediate|root]",
 		Short: "Show which steps would come",
 		Long: `Shows which steps a rotation of the intermediate or of the root would take, in order, and why; without either, those
-that come by themselves. Nothing is changed.`,
+that come by themselves, up to the end of a rotation that is under way. Nothing is changed. While the root is being replaced,
+plan root shows how that goes on.
+
+The times hold if others do their part at once: the holder of an offline root signs, agents acknowledge a root, other clusters
+report. Each step says what of this is assumed for it. With -o json it is in assumed, and ready is true only for what needs
+neither that nor time.`,
 		Example: `  signet rotation plan --config east.yaml
   signet rotation plan --config east.yaml root
   signet rotation plan --config east.yaml intermediate -o json`,
@@ -310,7 +360,8 @@ that come by themselves. Nothing is changed.`,
 				if err != nil {
 					return err
 				}
-				steps := stepList(describeSteps(answer.Steps))
+				now := time.Now()
+				steps := stepList(describePlan(answer.Steps, now))
 				if format != "table" && format != "wide" {
 					return c.show(format, steps)
 				}
@@ -319,7 +370,7 @@ that come by themselves. Nothing is changed.`,
 					return err
 				}
 				var b bytes.Buffer
-				printSteps(&b, steps, time.Now())
+				printPlan(&b, steps, now)
 				_, err = c.out.Write(b.Bytes())
 				return err
 			})
@@ -333,22 +384,16 @@ that come by themselves. Nothing is changed.`,
 // printChange writes what a write has done, or would do: the steps on stdout, what is overridden and what comes next on stderr.
 func (c *cli) printChange(r *adminv1.RotationChangeResponse, dryRun bool) error {
 	var b bytes.Buffer
-	would := ""
-	if dryRun {
-		would = "would be: "
+	for _, x := range r.Reports {
+		b.WriteString(reportTaken(x, dryRun) + "\n")
 	}
-	for _, s := range describeSteps(r.Taken) {
-		fmt.Fprintf(&b, "%s%s\n", would, s.what())
+	for _, line := range did(r.Done, describeSteps(r.Taken), r.Requests) {
+		b.WriteString(would(dryRun) + line + "\n")
 	}
-	for _, p := range r.Requests {
-		fmt.Fprintf(&b, "%s%s requested, key %s\n", would, p.Authority, p.KeyFingerprint)
-	}
-	switch {
-	case b.Len() > 0:
-	case r.Changed:
-		b.WriteString(would + "changed\n")
-	default:
+	if !r.Changed {
 		b.WriteString("unchanged\n")
+	} else if b.Len() == 0 {
+		b.WriteString(would(dryRun) + "changed\n")
 	}
 	if _, err := c.out.Write(b.Bytes()); err != nil {
 		return err
@@ -357,9 +402,53 @@ func (c *cli) printChange(r *adminv1.RotationChangeResponse, dryRun bool) error 
 	return nil
 }
 
+func would(dryRun bool) string {
+	if dryRun {
+		return "would be: "
+	}
+	return ""
+}
+
+// did is what a write has done, or would do, one a line: what was asked for, then the steps that followed.
+func did(done []string, taken []stepShown, requests []*adminv1.PendingRequest) []string {
+	lines := printableTexts(done)
+	for _, s := range taken {
+		lines = append(lines, s.did(requests))
+	}
+	return lines
+}
+
+// did is what a step has done. One that makes an intermediate is a request, whose key is told where somebody has to carry it.
+func (s stepShown) did(requests []*adminv1.PendingRequest) string {
+	if s.From != "" || s.Kind != ca.KindIntermediate {
+		return s.what()
+	}
+	if s.Authority == "" {
+		return "a new intermediate requested (its key would be made)"
+	}
+	for _, p := range requests {
+		if p.Authority == s.Authority {
+			return s.Authority + " requested, key " + p.KeyFingerprint
+		}
+	}
+	return s.Authority + " requested"
+}
+
+// reportTaken is what became of a report.
+func reportTaken(r *adminv1.ReportTaken, dryRun bool) string {
+	of, made := "report of "+r.Cluster, clock(r.At.AsTime())
+	switch {
+	case r.Held == nil:
+		return would(dryRun) + of + " taken, made at " + made
+	case r.Held.AsTime().Equal(r.At.AsTime()):
+		return of + " is held already, made at " + made
+	}
+	return of + " ignored: made at " + made + ", older than the one held, of " + clock(r.Held.AsTime())
+}
+
 func (c *cli) talkOfChange(r *adminv1.RotationChangeResponse, dryRun bool) {
 	for _, f := range r.Forced {
-		folded(c.err, "forced: ", "  ", f)
+		folded(c.err, "forced: ", "  ", printableText(f))
 	}
 	if len(r.Next) > 0 {
 		fmt.Fprintln(c.err, "next:")
@@ -381,11 +470,14 @@ func (c *cli) rotationStartCommand() *cobra.Command {
 ready; it takes over as soon as it is signed and may, instead of when its predecessor is old.
 
 start root begins to trust a new root, marks the one in use as leaving, and makes a request for an intermediate under the
-new one. The fingerprint must have come from the new root's holder by another way than the file.
+new one. The fingerprint must have come from the new root's holder by another way than the file. While one new root is not
+in use yet, another is refused: turn the first back with signet rotation abort.
 
 The requests go to stdout, or with --csr-out to a file; then stdout gets the fingerprints of their keys, one a line.
 signet root sign wants both. With --successors several are requested at once, to be signed in one ceremony.
-Starting again what has been started changes nothing and prints the same requests.`,
+Starting again what has been started changes nothing and prints the same requests. Where there is none to print, --csr-out is
+refused (exit status 1): an upstream authority signs by itself, or with rotation.automatic: false the request comes with
+signet rotation advance, and signet ca show prints it.`,
 		Example: `  signet rotation start --config east.yaml intermediate --csr-out east-2.csr.pem
   signet rotation start --config east.yaml root --root root-2.pem --fingerprint SHA256:AB:CD:… --csr-out east-2.csr.pem
   signet rotation start --config east.yaml intermediate --successors 4 --csr-out east.csr.pem
@@ -397,6 +489,8 @@ Starting again what has been started changes nothing and prints the same request
 			switch {
 			case successors == 0:
 				return errors.New("rotation start: --successors 0 would request nothing: give 1 or more")
+			case args[0] == ca.KindRoot && successors > 1:
+				return errors.New("rotation start root: --successors is for start intermediate: one intermediate under the new root is requested; ask for more when it is in use")
 			case args[0] == ca.KindIntermediate && (rootFile != "" || fingerprint != ""):
 				return errors.New("rotation start intermediate: --root and --fingerprint are for start root: the intermediate stays under the root that is in use")
 			case args[0] == ca.KindRoot && rootFile == "":
@@ -416,16 +510,22 @@ Starting again what has been started changes nothing and prints the same request
 			if err != nil {
 				return err
 			}
-			signs := cfg.Upstream.VaultPKI.Mount != "" // by itself
-			if signs && out != "" {
-				return errors.New("--csr-out: there is nothing to carry, because upstream.vault_pki signs by itself")
-			}
 			return c.rotationOf(cmd.Context(), cfg, file, func(ctx context.Context, r adminv1.RotationClient) error {
+				if out != "" && !dryRun {
+					if err := mayRequest(ctx, r, request, cfg.Rotation.Automatic); err != nil {
+						return err
+					}
+				}
 				answer, err := r.StartRotation(ctx, request)
 				if err != nil {
 					return err
 				}
-				if dryRun || signs || len(answer.Requests) == 0 {
+				if dryRun {
+					for _, p := range answer.Requests {
+						fmt.Fprintf(c.err, "waiting: %s was requested before, key %s\n", p.Authority, p.KeyFingerprint)
+					}
+				}
+				if dryRun || len(answer.Requests) == 0 {
 					return c.printChange(answer, dryRun)
 				}
 				root := "the root"
@@ -447,6 +547,26 @@ Starting again what has been started changes nothing and prints the same request
 	return cmd
 }
 
+// mayRequest refuses to start what leaves no request for a file.
+func mayRequest(ctx context.Context, r adminv1.RotationClient, request *adminv1.StartRotationRequest, automatic bool) error {
+	dry := proto.CloneOf(request)
+	dry.DryRun = true
+	answer, err := r.StartRotation(ctx, dry)
+	if err != nil {
+		return err
+	}
+	why := "nothing is requested now, and nothing waits for a signature: leave it out, and see signet rotation status for what comes"
+	switch {
+	case answer.Upstream:
+		why = "there is nothing to carry, because the upstream authority of this cluster signs by itself: leave it out"
+	case answer.Requested > 0 || len(answer.Requests) > 0:
+		return nil
+	case !automatic:
+		why = "nothing is requested now, because with rotation.automatic: false each step waits for signet rotation advance: leave it out, advance, and take the request from signet ca show"
+	}
+	return no("--csr-out: %s; nothing is changed", why)
+}
+
 // printRequests writes the requests of a rotation as `cluster init` writes its one.
 func (c *cli) printRequests(root, cluster string, r *adminv1.RotationChangeResponse, file string) error {
 	var requests, keys bytes.Buffer
@@ -466,8 +586,8 @@ func (c *cli) printRequests(root, cluster string, r *adminv1.RotationChangeRespo
 		what = append(what, [2]string{"requests", file})
 		data = keys.Bytes()
 	}
-	for _, s := range describeSteps(r.Taken) {
-		fmt.Fprintln(c.err, s.what())
+	for _, line := range did(r.Done, describeSteps(r.Taken), r.Requests) {
+		fmt.Fprintln(c.err, line)
 	}
 	if err := what.print(c.err); err != nil {
 		return err
@@ -506,13 +626,15 @@ func (c *cli) rotationAdvanceCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "advance --config FILE [ID]",
 		Short: "Take in reports, then every step that can be taken",
-		Long: `Takes in the reports of other clusters, then takes every step that can be taken; with the ID of a CA, that CA's alone.
+		Long: `Takes in the reports of other clusters, all that are given or none, then takes every step that can be taken; with the ID of
+a CA, that CA's alone.
 The server does the same by itself unless rotation.automatic is false; then this is how steps are taken.
 
 --force takes the next step of the CA although agents have not acknowledged it or clusters have not reported. What that
 breaks is said, and written in the audit log. Try it with --dry-run first. Times, signatures and lives can't be forced.
 
-Exit status: 0 steps were taken, or there are none; 1 a report is refused, or the step of the CA still waits.`,
+Exit status: 0 steps were taken, or there are none; 1 a report is refused, or the step of the CA still waits; 2 it could not
+be told, for instance since a file can't be read.`,
 		Example: `  signet rotation advance --config east.yaml --report west.report --report north.report
   signet rotation advance --config east.yaml intermediate-2 --dry-run
   signet rotation advance --config east.yaml intermediate-2 --force`,
@@ -530,7 +652,11 @@ Exit status: 0 steps were taken, or there are none; 1 a report is refused, or th
 				if err != nil {
 					return err
 				}
+				if path == "-" {
+					path = "stdin"
+				}
 				request.Reports = append(request.Reports, report)
+				request.ReportNames = append(request.ReportNames, strings.ToValidUTF8(path, "?"))
 			}
 			return c.rotation(cmd.Context(), file, func(ctx context.Context, r adminv1.RotationClient) error {
 				answer, err := r.AdvanceRotation(ctx, request)
@@ -598,7 +724,7 @@ func (c *cli) rotationReportCommand() *cobra.Command {
 It is signed with the key of the cluster's audit log. Carry it to the other clusters, whose files name this cluster and its
 log verifier key under rotation.peers: signet rotation advance --report FILE.
 
-What it promises holds for rotation.report_life.`,
+What it promises holds for rotation.report_life of this cluster, which it says, and not longer than the others' own.`,
 		Example: `  signet rotation report --config west.yaml --out west.report
   signet rotation report --config west.yaml > west.report`,
 		Args: cobra.NoArgs,

@@ -162,11 +162,17 @@ func inTheMiddle() *adminv1.RotationStatusResponse {
 		},
 		Tainted: []*adminv1.TaintStatus{
 			{
-				Id: "intermediate-1", Root: oldRoot, Cluster: "east", Since: ago(5 * time.Minute), AcceptedUntil: in(60 * day), Accepting: 14,
-				AcceptingAgents: []string{"node-1", "node-2"}, Advice: "have the request of intermediate-2 signed under another root",
+				Id: "intermediate-1", Root: oldRoot, Cluster: "east", Since: ago(5 * time.Minute), AcceptedUntil: in(60 * day), Accepting: 19,
+				AcceptedBy: []*adminv1.Acceptance{
+					{Cluster: "east", Bundle: true, Agents: 10, Reported: ago(0), Named: []*adminv1.AcceptingAgent{{Agent: "node-4", LastHeard: ago(70 * time.Second)}, {Agent: "node-1"}}},
+					{Cluster: "west", Bundle: true, Agents: 4, Reported: ago(3 * time.Hour)},
+					{Cluster: "north", Unknown: true},
+					{Cluster: "south", Agents: 1, Reported: ago(3 * day), Unknown: true},
+				},
+				Advice: "have the request of intermediate-2 signed under another root",
 			},
 		},
-		Reissue: &adminv1.ReissueStatus{Holding: 3, Agents: 10, HoldingAgents: []string{"node-1", "node-2", "node-4"}, Until: in(4 * time.Minute)},
+		Reissue: &adminv1.ReissueStatus{Holding: 3, Agents: 10, HoldingAgents: []string{"node-1", "node-2", "node-4"}, Until: in(4 * time.Minute), Tainted: []string{"intermediate-1"}},
 	}
 }
 
@@ -196,11 +202,17 @@ CLUSTERS
 
 TAINTED
   intermediate-1 of cluster east, under root-0123456789abcdef, tainted 5m ago: FORGED CERTIFICATES
-    ARE ACCEPTED by 14 agents (node-1, node-2); that ends in 60d at the latest
+    ARE ACCEPTED; that ends in 60d at the latest
+    - cluster east: its trust bundle, which new agents and exports get; 10 agents: node-4 (last
+      heard 70s ago), node-1 and 8 more. One that is not heard may accept it until it is banned:
+      signet agent ban, if it is gone for good
+    - cluster west: its trust bundle, which new agents and exports get; 4 agents (reported 3h ago)
+    - cluster north: unknown, as it has never reported
+    - cluster south: 1 agent; that was reported 3d ago, and is not known now
     - to do: have the request of intermediate-2 signed under another root
 
 RE-ISSUE
-  3 of 10 agents still use what a tainted CA has signed, over in 4m: node-1, node-2, node-4
+  3 of 10 agents still use a leaf of intermediate-1 (tainted), over in 4m: node-1, node-2, node-4
 `
 
 func TestTheStatusOfARotationSaysWhatIsWaitedFor(t *testing.T) {
@@ -211,12 +223,24 @@ func TestTheStatusOfARotationSaysWhatIsWaitedFor(t *testing.T) {
 		t.Errorf("status is\n%s\nwant\n%s", out, statusForPeople)
 	}
 	contains(t, errs, "certificates forged with the key of 1 tainted CA are accepted")
-	d.status.Tainted[0].Accepting, d.status.Tainted[0].AcceptingAgents = 0, nil
+	d.status.Tainted[0].Accepting, d.status.Tainted[0].AcceptedBy = 0, nil
 	out, _ = h.must(exitYes, "rotation", "status", "--config", east)
 	contains(t, strings.Join(strings.Fields(out), " "), "nobody accepts a forged certificate any more")
 	for line := range strings.Lines(out) {
 		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > terminalWidth {
 			t.Errorf("a line of %d columns: %s", n, line)
+		}
+	}
+}
+
+func TestAReissueSaysWhoseLeavesItReplaces(t *testing.T) {
+	for want, r := range map[string]reissueShown{
+		"1 of 1 agent still uses a leaf of i-5 (tainted)":                                    {Holding: 1, Agents: 1, Tainted: []string{"i-5"}},
+		"2 of 3 agents still use a leaf of i-5 (tainted), i-4 (under a root that has to go)": {Holding: 2, Agents: 3, Tainted: []string{"i-5"}, Exposed: []string{"i-4"}},
+		"no agent uses a leaf of i-4 (under a root that has to go) any more":                 {Agents: 1, Exposed: []string{"i-4"}},
+	} {
+		if got := r.text(); got != want {
+			t.Errorf("it says %q, want %q", got, want)
 		}
 	}
 }
@@ -272,7 +296,9 @@ func TestTheKeysOfWhatIsReadAboutCAsStay(t *testing.T) {
 	for _, want := range []string{
 		".automatic", ".cluster", ".clusters[].reported", ".clusters[].roots[].holding", ".clusters[].roots[].missing", ".clusters[].roots[].trusting",
 		".clusters[].roots[].validators", ".next[].waits[].missing", ".reissue.agents", ".reissue.holding", ".reissue.until", ".tainted[].accepted_until",
-		".tainted[].accepting", ".tainted[].advice", ".authorities[].tainted",
+		".reissue.tainted", ".reissue.exposed", ".tainted[].accepting", ".tainted[].accepted_by[].cluster", ".tainted[].accepted_by[].bundle",
+		".tainted[].accepted_by[].agents", ".tainted[].accepted_by[].unknown", ".tainted[].accepted_by[].reported", ".tainted[].accepted_by[].named[].agent",
+		".tainted[].accepted_by[].named[].last_heard", ".tainted[].advice", ".authorities[].tainted",
 	} {
 		if !slices.Contains(strings.Fields(jsonKeys(t, out)), want) {
 			t.Errorf("status -o json has no %s", want)
@@ -300,6 +326,27 @@ func TestAWriteSaysWhatItDidAndWhatComesNext(t *testing.T) {
 	if r := d.asked[0].(*adminv1.AdvanceRotationRequest); !r.Force || !r.DryRun || r.Authority != newRoot {
 		t.Errorf("asked %v", r)
 	}
+	// What was done, in order; a request with its key; and what became of reports.
+	d.change.Done, d.change.Requests = []string{newRoot + " added", oldRoot + " leaves"}, []*adminv1.PendingRequest{
+		{Authority: "intermediate-3", KeyFingerprint: "SHA256:33"}, {Authority: "intermediate-2", KeyFingerprint: "SHA256:22"},
+	}
+	d.change.Taken = append(d.change.Taken, &adminv1.RotationStep{Authority: "intermediate-3", Kind: "intermediate", To: "prepared"}, &adminv1.RotationStep{Kind: "intermediate", To: "prepared"})
+	made, older := timestamppb.New(time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)), timestamppb.New(time.Date(2030, 1, 1, 3, 4, 5, 0, time.UTC))
+	d.change.Reports = []*adminv1.ReportTaken{{Cluster: "west", At: made}, {Cluster: "north", At: older, Held: made}, {Cluster: "south", At: made, Held: made}}
+	done := "report of west taken, made at 2030-01-02T03:04:05Z\n" +
+		"report of north ignored: made at 2030-01-01T03:04:05Z, older than the one held, of 2030-01-02T03:04:05Z\n" +
+		"report of south is held already, made at 2030-01-02T03:04:05Z\n" +
+		newRoot + " added\n" + oldRoot + " leaves\n" + newRoot + " published → active\n" +
+		"intermediate-3 requested, key SHA256:33\na new intermediate requested (its key would be made)\n"
+	if out, _ = h.must(exitYes, "trust", "remove", newRoot, "--config", east); out != done {
+		t.Errorf("stdout is\n%swant\n%s", out, done)
+	}
+	unchanged := "report of south is held already, made at 2030-01-02T03:04:05Z\nunchanged\n"
+	d.change = &adminv1.RotationChangeResponse{Reports: d.change.Reports[2:], Requests: d.change.Requests, Next: d.change.Next}
+	if out, _ = h.must(exitYes, "rotation", "advance", "--config", east); out != unchanged {
+		t.Errorf("stdout is\n%swant\n%s", out, unchanged)
+	}
+	d.asked = d.asked[:1]
 	report := h.write("west.report", "a note\n")
 	h.must(exitYes, "rotation", "advance", "--report", report, "--config", east)
 	if r := d.asked[1].(*adminv1.AdvanceRotationRequest); len(r.Reports) != 1 || string(r.Reports[0]) != "a note\n" || r.DryRun {
@@ -399,8 +446,33 @@ func TestARotationOfTheRootNeedsItsFingerprint(t *testing.T) {
 	if text, err := ceremony.ReadRequestFile(h.path("x.csr")); err != nil || len(text) != 1 {
 		t.Errorf("the request: %v", err)
 	}
-	out, _ = h.must(exitYes, start("intermediate", "--successors", "3", "--dry-run")...)
-	contains(t, out, "would be: intermediate-2 requested, key "+desk.key)
+	// What waits from before is not what would be done.
+	d.change.Done, d.change.Requested = []string{"a new intermediate requested (its key would be made)"}, 1
+	out, errs = h.must(exitYes, start("intermediate", "--successors", "3", "--dry-run")...)
+	if out != "would be: a new intermediate requested (its key would be made)\n" {
+		t.Errorf("a dry run says\n%s", out)
+	}
+	contains(t, errs, "waiting: intermediate-2 was requested before, key "+desk.key)
+	_, errs = h.must(exitCouldNotSay, start("root", "--root", root, "--fingerprint", desk.rootFingerprint, "--successors", "3")...)
+	contains(t, errs, "--successors is for start intermediate")
+	// Where nothing is to be carried, a file for it is refused, and nothing is done.
+	d.change, d.asked = &adminv1.RotationChangeResponse{Changed: true, Upstream: true, Requested: 1}, nil
+	_, errs = h.must(exitNo, start("intermediate", "--csr-out", h.path("y.csr"))...)
+	contains(t, errs, "--csr-out: there is nothing to carry", "signs by itself", "nothing is changed")
+	d.change = &adminv1.RotationChangeResponse{Changed: true}
+	h.write("manual.yaml", "trust_domain: example.org\ncluster: east\nadmin_socket: ./admin.sock\nrotation: { automatic: false }\n")
+	_, errs = h.must(exitNo, "rotation", "start", "--config", h.path("manual.yaml"), "root", "--root", root, "--fingerprint", desk.rootFingerprint, "--csr-out", h.path("y.csr"))
+	contains(t, errs, "--csr-out: nothing is requested now, because with rotation.automatic: false", "signet rotation advance", "signet ca show", "nothing is changed")
+	_, errs = h.must(exitNo, start("root", "--root", root, "--fingerprint", desk.rootFingerprint, "--csr-out", h.path("y.csr"))...)
+	contains(t, errs, "--csr-out: nothing is requested now", "signet rotation status")
+	for _, m := range d.asked {
+		if !m.(*adminv1.StartRotationRequest).DryRun {
+			t.Error("it was started without its file")
+		}
+	}
+	if _, err := os.Stat(h.path("y.csr")); err == nil {
+		t.Error("there is a file")
+	}
 	h.must(exitYes, "trust", "add", "--config", east, root, "--fingerprint", desk.rootFingerprint)
 }
 

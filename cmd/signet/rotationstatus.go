@@ -49,14 +49,32 @@ type rootTrusts struct {
 }
 
 type taintShown struct {
-	ID              string     `json:"id"`
-	Root            string     `json:"root"`
-	Cluster         string     `json:"cluster"`
-	Since           time.Time  `json:"since"`
-	AcceptedUntil   *time.Time `json:"accepted_until,omitempty"`
-	Accepting       uint32     `json:"accepting"`
-	AcceptingAgents []string   `json:"accepting_agents"`
-	Advice          string     `json:"advice,omitempty"`
+	ID            string     `json:"id"`
+	Root          string     `json:"root"`
+	Cluster       string     `json:"cluster"`
+	Since         time.Time  `json:"since"`
+	AcceptedUntil *time.Time `json:"accepted_until,omitempty"`
+	// Accepting counts trust bundles, agents, and clusters of which it is not known.
+	Accepting  uint32            `json:"accepting"`
+	AcceptedBy []acceptanceShown `json:"accepted_by"`
+	Advice     string            `json:"advice,omitempty"`
+}
+
+type acceptanceShown struct {
+	Cluster string `json:"cluster"`
+	Bundle  bool   `json:"bundle"`
+	Agents  uint32 `json:"agents"`
+	// Named are agents of this cluster, those that were away longest first.
+	Named []acceptingShown `json:"named"`
+	// Reported is missing for a cluster that never has.
+	Reported *time.Time `json:"reported,omitempty"`
+	Unknown  bool       `json:"unknown"`
+}
+
+type acceptingShown struct {
+	Agent string `json:"agent"`
+	// LastHeard is missing for one that is connected.
+	LastHeard *time.Time `json:"last_heard,omitempty"`
 }
 
 type reissueShown struct {
@@ -64,6 +82,9 @@ type reissueShown struct {
 	Agents        uint32     `json:"agents"`
 	HoldingAgents []string   `json:"holding_agents"`
 	Until         *time.Time `json:"until,omitempty"`
+	// Tainted are the issuers whose leaves are replaced; Exposed those that have to go only since their root has.
+	Tainted []string `json:"tainted"`
+	Exposed []string `json:"exposed"`
 }
 
 func describeRotation(r *adminv1.RotationStatusResponse) (rotationShown, error) {
@@ -85,13 +106,24 @@ func describeRotation(r *adminv1.RotationStatusResponse) (rotationShown, error) 
 		s.Clusters = append(s.Clusters, t)
 	}
 	for _, m := range r.Tainted {
-		s.Tainted = append(s.Tainted, taintShown{
+		t := taintShown{
 			ID: printableText(m.Id), Root: printableText(m.Root), Cluster: m.Cluster, Since: m.Since.AsTime(), AcceptedUntil: timeOf(m.AcceptedUntil),
-			Accepting: m.Accepting, AcceptingAgents: printableTexts(m.AcceptingAgents), Advice: m.Advice,
-		})
+			Accepting: m.Accepting, AcceptedBy: []acceptanceShown{}, Advice: m.Advice,
+		}
+		for _, a := range m.AcceptedBy {
+			by := acceptanceShown{Cluster: a.Cluster, Bundle: a.Bundle, Agents: a.Agents, Named: []acceptingShown{}, Reported: timeOf(a.Reported), Unknown: a.Unknown}
+			for _, x := range a.Named {
+				by.Named = append(by.Named, acceptingShown{printableText(x.Agent), timeOf(x.LastHeard)})
+			}
+			t.AcceptedBy = append(t.AcceptedBy, by)
+		}
+		s.Tainted = append(s.Tainted, t)
 	}
 	if m := r.Reissue; m != nil {
-		s.Reissue = &reissueShown{Holding: m.Holding, Agents: m.Agents, HoldingAgents: printableTexts(m.HoldingAgents), Until: timeOf(m.Until)}
+		s.Reissue = &reissueShown{
+			Holding: m.Holding, Agents: m.Agents, HoldingAgents: printableTexts(m.HoldingAgents), Until: timeOf(m.Until),
+			Tainted: printableTexts(m.Tainted), Exposed: printableTexts(m.Exposed),
+		}
 	}
 	return s, nil
 }
@@ -223,18 +255,57 @@ func (t taintShown) print(w io.Writer, now time.Time) {
 	if t.Accepting == 0 {
 		folded(w, "  ", "    ", text+"nobody accepts a forged certificate any more")
 	} else {
-		text += "FORGED CERTIFICATES ARE ACCEPTED by " + count(t.Accepting, "agent")
-		if len(t.AcceptingAgents) > 0 {
-			text += " (" + some(t.AcceptingAgents) + ")"
-		}
+		text += "FORGED CERTIFICATES ARE ACCEPTED"
 		if t.AcceptedUntil != nil {
 			text += "; that ends " + moment(*t.AcceptedUntil, now) + " at the latest"
 		}
 		folded(w, "  ", "    ", text)
+		for i, a := range t.AcceptedBy {
+			folded(w, "    - ", "      ", a.text(i == 0, now))
+		}
 	}
 	if t.Advice != "" {
 		folded(w, "    - ", "      ", "to do: "+t.Advice)
 	}
+}
+
+// text says who of a cluster accepts it. What is told of another one is as old as its report.
+func (a acceptanceShown) text(own bool, now time.Time) string {
+	var who []string
+	if a.Bundle {
+		who = append(who, "its trust bundle, which new agents and exports get")
+	}
+	away := 0
+	if a.Agents > 0 {
+		var names []string
+		for _, x := range a.Named {
+			if x.LastHeard == nil {
+				names = append(names, x.Agent)
+				continue
+			}
+			away++
+			names = append(names, x.Agent+" (last heard "+moment(*x.LastHeard, now)+")")
+		}
+		agents := count(a.Agents, "agent")
+		if len(names) > 0 {
+			agents += ": " + someOf(names, int(a.Agents))
+		}
+		who = append(who, agents)
+	}
+	text := "cluster " + a.Cluster + ": " + strings.Join(who, "; ")
+	switch {
+	case a.Unknown && a.Reported == nil:
+		return text + "unknown, as it has never reported"
+	case a.Unknown && len(who) == 0:
+		return text + "unknown, as its report of " + moment(*a.Reported, now) + " does not say how it is now"
+	case a.Unknown:
+		return text + "; that was reported " + moment(*a.Reported, now) + ", and is not known now"
+	case !own:
+		text += " (reported " + moment(*a.Reported, now) + ")"
+	case away > 0:
+		text += ". One that is not heard may accept it until it is banned: signet agent ban, if it is gone for good"
+	}
+	return text
 }
 
 func count(n uint32, what string) string {
@@ -246,10 +317,27 @@ func count(n uint32, what string) string {
 
 // text is how far it is.
 func (r reissueShown) text() string {
-	if r.Holding == 0 {
-		return fmt.Sprintf("none of %d agents uses what a tainted CA has signed any more", r.Agents)
+	var issuers []string
+	for _, id := range r.Tainted {
+		issuers = append(issuers, id+" (tainted)")
 	}
-	return fmt.Sprintf("%d of %d agents still use what a tainted CA has signed", r.Holding, r.Agents)
+	for _, id := range r.Exposed {
+		issuers = append(issuers, id+" (under a root that has to go)")
+	}
+	leaf := "a leaf of " + some(issuers)
+	if r.Holding == 0 {
+		return "no agent uses " + leaf + " any more"
+	}
+	return r.progress() + " " + leaf
+}
+
+// progress is how many are left.
+func (r reissueShown) progress() string {
+	use := "use"
+	if r.Holding == 1 {
+		use = "uses"
+	}
+	return fmt.Sprintf("%d of %s still %s", r.Holding, count(r.Agents, "agent"), use)
 }
 
 func (c *cli) rotationStatusCommand() *cobra.Command {
@@ -259,10 +347,11 @@ func (c *cli) rotationStatusCommand() *cobra.Command {
 		Use:   "status --config FILE",
 		Short: "Show where every CA stands and what is waited for",
 		Long: `Shows the CAs with their states; which steps come next, what each waits for and who is missing; how many agents of each
-cluster believe each root, as of its last report; and for each tainted CA who accepts a forged certificate, until when.
+cluster believe each root, as of its last report; and for each tainted CA who accepts a forged certificate, until when: trust
+bundles that hold the root above it, agents that may have it and are not banned, and clusters of which it is not known.
 
-Exit status: 0 nobody accepts what a tainted CA has signed; 1 somebody does; 2 the server could not be asked. With --watch
-it is shown again whenever it has changed, until interrupted, and the exit status is 0.`,
+Exit status: 0 nobody accepts what a tainted CA has signed; 1 somebody does, or may; 2 the server could not be asked. With
+--watch it is shown again whenever it has changed, until interrupted, and the exit status is 0.`,
 		Example: `  signet rotation status --config east.yaml
   signet rotation status --config east.yaml --watch
   signet rotation status --config east.yaml -o json`,
@@ -375,7 +464,7 @@ func (b *reissueBar) draw(r *reissueShown) {
 	}
 	const width = 40
 	full := min(int(uint64(width)*uint64(r.Agents-min(r.Holding, r.Agents))/uint64(r.Agents)), width)
-	fmt.Fprintf(b.to, "\r[%s%s] %s\x1b[K", strings.Repeat("#", full), strings.Repeat(".", width-full), r.text())
+	fmt.Fprintf(b.to, "\r[%s%s] %s\x1b[K", strings.Repeat("#", full), strings.Repeat(".", width-full), r.progress()+" a leaf that is to be replaced")
 	b.shown = true
 }
 

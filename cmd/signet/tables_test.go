@@ -19,7 +19,7 @@ func TestAllTablesHaveHeadsOfOneKind(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	head := regexp.MustCompile(`^\+?([A-Z][A-Z0-9]*( [A-Z0-9]+)*|SHA-256|#)$`)
+	head := regexp.MustCompile(`^[+>~]?([A-Z][A-Z0-9]*( [A-Z0-9]+)*|SHA-256|#)$`)
 	tables := 0
 	for _, file := range files {
 		if strings.HasSuffix(file, "_test.go") {

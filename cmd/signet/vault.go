@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -39,6 +40,8 @@ type backing struct {
 	// vault is nil where nothing uses one. needs is what will be asked of it until the next rotation is through.
 	vault *vault.Client
 	needs []vault.Need
+	// signing, certifying and sharing are the ways to its engines, nil where none is used.
+	signing, certifying, sharing *vault.Engine
 	// metrics are those of the connection, which outlive a server that could not begin.
 	metrics *prometheus.Registry
 	log     *slog.Logger
@@ -49,8 +52,8 @@ type backing struct {
 	asked   time.Time
 	unasked string
 	missing []vault.Need
-	// refused is since when Vault is there and our login is not accepted, lives when the token at hand was first seen.
-	refused, lives, ends time.Time
+	// lives is when the token at hand was first seen, and ends when it ends.
+	lives, ends time.Time
 }
 
 // openBacking talks to nobody. What it returns has to be closed.
@@ -89,6 +92,7 @@ func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error
 		if backends[transit.Backend], err = transit.New(t); err != nil {
 			return nil, err
 		}
+		b.signing = b.vault.Engine(transit.SigningEngine(t))
 	}
 	if cfg.Upstream.VaultPKI.Mount != "" {
 		p := pkiConfig(cfg)
@@ -96,10 +100,12 @@ func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error
 		if b.upstream, err = pki.New(p); err != nil {
 			return nil, err
 		}
+		b.certifying = b.vault.Engine(p.Mount)
 	}
 	if cfg.Trust.VaultKV.Mount != "" {
 		k := kvConfig(cfg)
-		k.Vault = b.vault
+		b.sharing = b.vault.Engine(k.Mount)
+		k.Vault = b.sharing
 		if b.exchange, err = kv.New(k); err != nil {
 			return nil, err
 		}
@@ -124,32 +130,42 @@ func kvConfig(cfg *config.Server) kv.Config {
 	return k
 }
 
-// transitKeys are the names of the keys that are used in Transit; none where it holds only what is left of others.
-func transitKeys(cfg *config.Server) (names []string) {
-	for name, home := range homes(cfg) {
-		if home == config.KeysTransit {
-			names = append(names, name)
+// transitUses are what Transit's keys are used for. The control CA's is made once. Where a mount is given in the file, there may
+// be older keys of what is made elsewhere by now.
+func transitUses(cfg *config.Server) (uses []transit.Use) {
+	for _, name := range slices.Sorted(maps.Keys(homes(cfg))) {
+		u := transit.Use{Name: name, Shrinks: name == intermediateKey}
+		switch {
+		case homes(cfg)[name] == config.KeysTransit:
+			u.Algorithm, u.Made, u.Grows = cfg.Keystore.Algorithm, true, u.Shrinks
+		case !cfg.OlderInTransit():
+			continue
 		}
+		uses = append(uses, u)
 	}
-	slices.Sort(names)
-	return names
+	return uses
 }
+
+// Names of keys of CAs.
+const (
+	controlKey      = "control-ca"
+	intermediateKey = "intermediate"
+)
 
 // homes says where the keys of CAs are made.
 func homes(cfg *config.Server) map[string]string {
-	return map[string]string{"control-ca": cfg.Keystore.ControlCA, "intermediate": cfg.Keystore.Intermediates}
+	return map[string]string{controlKey: cfg.Keystore.ControlCA, intermediateKey: cfg.Keystore.Intermediates}
 }
 
 // needsOf is all that a server of this configuration will ask of Vault.
 func needsOf(cfg *config.Server) (needs []vault.Need, err error) {
 	needs = vault.Needs()
 	if cfg.UsesTransit() {
-		of, err := transit.Needs(transitConfig(cfg), cfg.Keystore.Algorithm, transitKeys(cfg)...)
+		of, err := transit.Needs(transitConfig(cfg), transitUses(cfg)...)
 		if err != nil {
 			return nil, err
 		}
-		// Ceremonies list keys. A server knows which it has.
-		needs = append(needs, slices.DeleteFunc(of, func(n vault.Need) bool { return slices.Equal(n.Capabilities, []string{"list"}) })...)
+		needs = append(needs, of...)
 	}
 	if cfg.Upstream.VaultPKI.Mount != "" {
 		needs = append(needs, pki.Needs(pkiConfig(cfg))...)
@@ -221,6 +237,9 @@ func (b *backing) ask(ctx context.Context) error {
 	missing, err := b.vault.Missing(ctx, b.needs)
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if errors.Is(err, vault.ErrLogin) {
+		return err // no policy is in question
+	}
 	if err != nil {
 		b.unasked = err.Error()
 		return err
@@ -251,14 +270,10 @@ func (b *backing) look() check.Vault {
 	s, now := b.vault.Status(), time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	v := check.Vault{Address: s.Address, Away: s.Away, Since: s.Since, Why: s.Why, Asked: b.asked, Unasked: b.unasked}
-	if !s.Away && !s.LoggedIn && s.Why != "" {
-		if b.refused.IsZero() {
-			b.refused = now
-		}
-		v.Away, v.Refused, v.Since = true, true, b.refused
-	} else {
-		b.refused = time.Time{}
+	v := check.Vault{
+		Address: s.Address, Away: s.Away || s.Refused && !s.LoggedIn, Refused: s.Refused, Since: s.Since, Ends: s.TokenUntil, Why: s.Why, Mend: s.Mend,
+		Asked: b.asked, Unasked: b.unasked,
+		Signing: troubleOf(b.signing), Certifying: troubleOf(b.certifying), Sharing: troubleOf(b.sharing),
 	}
 	for _, n := range b.missing {
 		v.Missing = append(v.Missing, check.Lack{Path: n.Path, Capabilities: n.Capabilities, Why: n.Why})
@@ -270,6 +285,13 @@ func (b *backing) look() check.Vault {
 		v.Token = check.Token{File: b.token, Begins: b.lives, Ends: b.ends}
 	}
 	return v
+}
+
+func troubleOf(e *vault.Engine) (t check.Trouble) {
+	if e != nil {
+		t.Since, t.Why = e.Trouble()
+	}
+	return t
 }
 
 // check asks Vault once, for a server that does not run.
@@ -302,15 +324,16 @@ const (
 	firstWait, mostWait = time.Second, 15 * time.Second
 )
 
-// begin makes the server. While Vault is away and has a key that is needed to begin, it waits: to end would help nobody.
+// begin makes the server. While a key that is needed to begin is in a Vault that is away, or that refuses our login, it waits: to
+// end would help nobody, and a process that is started again and again with the same secret-id has Vault lock its role.
 func (b *backing) begin(ctx context.Context, cfg *config.Server, start func() (*server.Server, error)) (*server.Server, error) {
 	for wait := firstWait; ; wait = min(2*wait, mostWait) {
 		s, err := start()
-		if err == nil || !errors.Is(err, keystore.ErrAway) || ctx.Err() != nil {
+		if err == nil || !errors.Is(err, keystore.ErrAway) && !errors.Is(err, vault.ErrLogin) || ctx.Err() != nil {
 			return s, err
 		}
 		if wait == firstWait {
-			b.log.Warn("a key that the server needs to begin is away; it waits and tries again", "err", err)
+			b.log.Warn("a key that the server needs to begin can't be had; it waits and tries again", "err", err)
 		}
 		wait := wait/2 + rand.N(wait/2+1)
 		notify(b.log, fmt.Sprintf("STATUS=waiting for Vault\nEXTEND_TIMEOUT_USEC=%d", (wait+time.Minute).Microseconds()))

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -22,6 +23,7 @@ import (
 	"github.com/signet-ca/signet/internal/config"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/server"
+	"github.com/signet-ca/signet/vault"
 )
 
 // fakeVault answers what a connection asks about itself. What a real one does is tested in test/e2e.
@@ -108,11 +110,28 @@ func TestThePolicyIsMadeOfTheConfiguration(t *testing.T) {
 	}
 	contains(t, out, "# What the server of cluster east of example.org asks of Vault.",
 		`path "auth/token/renew-self"`, `path "sys/capabilities-self"`, `path "pki/issuer/+/sign-intermediate"`,
-		`path "transit/keys/signet-east_example.org_*"`, `path "transit/sign/signet-east_example.org_*"`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
+		`path "transit/keys/signet-east_example.org_control-ca"`, `"type" = ["ecdsa-p256"]`, `path "transit/sign/signet-east_example.org_control-ca/sha2-256"`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
+	if strings.Contains(out, "*") || strings.Contains(out, "_intermediate") || strings.Contains(out, "/config") {
+		t.Errorf("it allows more than this configuration needs:\n%s", out)
+	}
 	again, _ := h.must(exitYes, "config", "vault-policy", "--config", file)
 	if again != out {
 		t.Error("it is another one the second time")
 	}
+	// Who moves away from Transit leaves the mount in the file: older keys sign on, and are destroyed one day.
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := strings.Replace(string(text), "intermediates: memory", "intermediates: memory, transit: { mount: transit }", 1)
+	out, _ = h.must(exitYes, "config", "vault-policy", "--config", h.write("moved.yaml", moved))
+	contains(t, out, `path "transit/keys/signet-east_example.org_intermediate" {
+  capabilities = ["read"]`, `path "transit/keys/signet-east_example.org_intermediate/trim"`, `path "transit/sign/signet-east_example.org_intermediate/*"`)
+	if strings.Contains(out, "rotate") {
+		t.Errorf("older keys get no new versions:\n%s", out)
+	}
+	out, _ = h.must(exitYes, "config", "vault-policy", "--config", h.write("west.yaml", strings.Replace(string(text), "intermediates: memory", "intermediates: vault-transit", 1)))
+	contains(t, out, `path "transit/keys/signet-east_example.org_intermediate/rotate"`, `"min_decryption_version" = []`)
 
 	plain := h.write("plain.yaml", rightConfig)
 	_, errs = h.must(exitCouldNotSay, "config", "vault-policy", "--config", plain)
@@ -124,7 +143,7 @@ func TestAPolicyForTheKeysAndTheIssuerInUseIsEnough(t *testing.T) {
 	b := shortFolder(t).backing(v.URL, io.Discard)
 	// What the printed policy allows beside what this server calls.
 	for _, path := range []string{
-		"pki/issuer/+/sign-intermediate", "transit/keys/signet-east_example.org_*", "transit/sign/signet-east_example.org_*",
+		"pki/issuer/+/sign-intermediate",
 		"transit/keys/signet-east_example.org_intermediate", "transit/sign/signet-east_example.org_intermediate/sha2-256",
 	} {
 		v.set(func() { v.denied[path] = true })
@@ -178,7 +197,7 @@ func TestARefusedLoginImpairsAsMuchAsAVaultThatIsAway(t *testing.T) {
 		t.Errorf("%+v, then %+v", first, b.look())
 	}
 	found := first.Findings(check.Duties{Upstream: true, Due: time.Now(), Until: time.Now().Add(time.Hour)}, time.Now())
-	if len(found) != 1 || found[0].Code != check.CodeVault || !found.Ready() {
+	if len(found) != 1 || found[0].Code != check.CodeVault || found[0].Mend != "vault token create" || !found.Ready() {
 		t.Errorf("%+v", found)
 	}
 
@@ -255,6 +274,16 @@ func TestAServerWaitsForTheKeysThatItBeginsWith(t *testing.T) {
 		}
 		if n := strings.Count(log.String(), "waits and tries again"); n != 1 {
 			t.Errorf("said %d times:\n%s", n, log.String())
+		}
+		// Each start of a process would be one more login that is refused, until Vault locks the role.
+		tries = 0
+		if s, err := b.begin(t.Context(), cfg, func() (*server.Server, error) {
+			if tries++; tries < 8 {
+				return nil, fmt.Errorf("open the control CA: %w", vault.ErrLogin)
+			}
+			return &server.Server{}, nil
+		}); err != nil || s == nil || tries != 8 {
+			t.Fatalf("after %d tries with a login that is refused: %v", tries, err)
 		}
 		// Whatever else keeps it from beginning will not pass by itself.
 		other := errors.New("wrong passphrase")

@@ -119,6 +119,10 @@ func (s *Server) UsesTransit() bool {
 	return s.Keystore.ControlCA == KeysTransit || s.Keystore.Intermediates == KeysTransit || s.Keystore.Transit.Mount != ""
 }
 
+// OlderInTransit reports whether keys may be in Transit that were made there before new ones were to be made elsewhere: who moves
+// away says so by a mount.
+func (s *Server) OlderInTransit() bool { return s.origin.Given("keystore.transit.mount") }
+
 // loginKeys are what a method needs, and what else it may have. The method token has no mount: nothing is asked of one. A
 // client certificate may go with each, for a Vault whose listener wants one.
 var loginKeys = map[string]struct{ needs, may []string }{
@@ -167,8 +171,8 @@ func (v *Vault) complete() {
 	}
 }
 
-// clusterPrefix is with what the names of a cluster's keys in Transit begin by default: signet-<cluster>_<trust domain>_. A policy
-// allows all that begins with it, so it must be the begin of no other's key. Neither the name of a cluster nor that of a key has a
+// clusterPrefix is with what the names of a cluster's keys in Transit begin by default: signet-<cluster>_<trust domain>_. What begins with
+// it is taken for ours, so it must be the begin of no other's key. Neither the name of a cluster nor that of a key has a
 // '_': without one in the trust domain, no two of these names can be read in two ways. With one, and where it is too long, there
 // is no default.
 func clusterPrefix(cluster string, td spiffeid.TrustDomain) string {

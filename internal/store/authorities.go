@@ -362,12 +362,16 @@ func (s *Store) PeerReports(ctx context.Context) (map[string][]byte, error) {
 	return all, err
 }
 
-// PutPeerReport keeps a peer's report in the place of the one before.
-func (s *Store) PutPeerReport(ctx context.Context, cluster string, note []byte) error {
-	return s.write(ctx, "keep the report of cluster "+cluster, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `INSERT INTO peer_reports (cluster, note) VALUES ($1, $2)
-			ON CONFLICT (cluster) DO UPDATE SET note = excluded.note`, cluster, note)
-		return err
+// PutPeerReports keeps peers' reports, by cluster, in the place of those before: all of them or none.
+func (s *Store) PutPeerReports(ctx context.Context, notes map[string][]byte) error {
+	return s.write(ctx, "keep the reports of peers", func(tx *sql.Tx) error {
+		for cluster, note := range notes {
+			if _, err := tx.ExecContext(ctx, `INSERT INTO peer_reports (cluster, note) VALUES ($1, $2)
+				ON CONFLICT (cluster) DO UPDATE SET note = excluded.note`, cluster, note); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 

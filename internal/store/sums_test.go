@@ -34,7 +34,7 @@ func filled(t *testing.T) *Store {
 		s.CreateToken(ctx, identity.Token{ID: "01", Hash: [32]byte{1}, Agent: "node-2", Created: now, Expires: now}),
 		keepAuthority(ctx, s, Authority{Authority: rotation.Authority{ID: "a", Kind: ca.KindIntermediate, State: ca.Active}, Key: keystore.Ref{Backend: "file", Name: "k", Version: 1}, Chain: [][]byte{{1}, {2}}, Created: now}),
 		keepBundle(ctx, s, newBundle(t, 1, newRoot(t), newRoot(t))),
-		s.PutPeerReport(ctx, "west", []byte("note")),
+		s.PutPeerReports(ctx, map[string][]byte{"west": []byte("note")}),
 		s.PutSharedTrust(ctx, spiffeid.RequireTrustDomainFromString("example.org"), []byte("[]")),
 		s.BanIdentity(ctx, BannedIdentity{ID: spiffeid.RequireFromString("spiffe://example.org/ns/a/sa/b"), Since: now, Reason: "stolen"}),
 	} {

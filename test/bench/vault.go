@@ -274,7 +274,7 @@ func (w *work) micros() float64 {
 // transitKey makes a key as signet serve would, with a token that may do what that needs.
 func transitKey(ctx context.Context, b *bench, v *lab.Vault) (_ keystore.Key, token string, done func(), err error) {
 	c := transit.Config{Prefix: "signet-bench-"}
-	needs, err := transit.Needs(c, keystore.ECDSAP256)
+	needs, err := transit.Needs(c, transit.Use{Name: "ca", Algorithm: keystore.ECDSAP256, Made: true})
 	if err != nil {
 		return nil, "", nil, err
 	}

@@ -17,6 +17,11 @@ func (d *demo) table() {
 		fmt.Fprintf(w, "%s\t%d\t%d\tall\n", s, n, n+1)
 	}
 	w.Flush()
+	d.tableOfRequests(w)
+}
+
+// tableOfRequests is what ends the table of a story.
+func (d *demo) tableOfRequests(w *tabwriter.Writer) {
 	fmt.Fprintln(w, "\nREQUESTS\tFAILED\tREFUSED ATTEMPTS\tPROOFS\tSECONDS")
 	fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%.1f\n", d.requests(), d.failures(), d.refused, d.proven, time.Since(d.started).Seconds())
 	w.Flush()
@@ -69,10 +74,7 @@ func (r *rotating) table() {
 		fmt.Fprintf(w, "%s\t%s\n", c.Name, strings.Join(names, ", "))
 	}
 	w.Flush()
-	fmt.Fprintln(w, "\nREQUESTS\tFAILED\tREFUSED ATTEMPTS\tPROOFS\tSECONDS")
-	fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%.1f\n", r.requests(), r.failures(), r.refused, r.proven, time.Since(r.started).Seconds())
-	w.Flush()
-	fmt.Println()
+	r.tableOfRequests(w)
 }
 
 // tryThis prints what a visitor may type while it all runs.

@@ -135,7 +135,7 @@ func (r *rotating) join(ctx context.Context) (string, error) {
 	}
 	for _, c := range r.clusters() {
 		other := r.other(c)
-		if err := errors.Join(c.Configure(fmt.Sprintf(rotationPolicy, r.ttl, other.Name, keys[other])), c.Join(ctx)); err != nil {
+		if err := errors.Join(c.Configure(fmt.Sprintf(rotationPolicy, r.ttl, other.Name, keys[other])), c.Join(ctx, "--first")); err != nil {
 			return "", err
 		}
 	}
@@ -274,14 +274,9 @@ func (r *rotating) exchange(ctx context.Context, what string, ok func() error) e
 func (r *rotating) inBoth(ok func(*cluster) error) error { return errors.Join(ok(r.east), ok(r.west)) }
 
 func (r *rotating) load(ctx context.Context) (_ string, err error) {
-	stopRequests, err := r.startLoad(ctx)
-	if err != nil {
+	if r.stopLoad, err = r.startLoadBeside(ctx, r.look); err != nil {
 		return "", err
 	}
-	look, stopLook := context.WithCancel(r.whole)
-	var looking sync.WaitGroup
-	looking.Go(func() { r.look(look) })
-	r.stopLoad = func() { stopRequests(); stopLook(); looking.Wait() }
 	for _, w := range r.ways {
 		if w.perConnection == 0 {
 			if r.held[w.from], err = w.from.envoy.Stat(ctx, connectionsMade); err != nil {
@@ -506,14 +501,21 @@ type standing struct {
 		} `json:"roots"`
 	} `json:"clusters"`
 	Tainted []struct {
-		ID              string   `json:"id"`
-		Cluster         string   `json:"cluster"`
-		Accepting       int      `json:"accepting"`
-		AcceptingAgents []string `json:"accepting_agents"`
+		ID         string       `json:"id"`
+		Cluster    string       `json:"cluster"`
+		Accepting  int          `json:"accepting"`
+		AcceptedBy []acceptance `json:"accepted_by"`
 	} `json:"tainted"`
 	Reissue *struct {
 		Holding int `json:"holding"`
 	} `json:"reissue"`
+}
+
+// acceptance is what of a cluster accepts what is forged.
+type acceptance struct {
+	Cluster string `json:"cluster"`
+	Bundle  bool   `json:"bundle"`
+	Agents  int    `json:"agents"`
 }
 
 // status asks for it; the command must say by its exit status whether a forged certificate is accepted.
@@ -533,6 +535,13 @@ func (r *rotating) status(ctx context.Context, c *cluster) (s standing, err erro
 		return s, fmt.Errorf("rotation status of %s ends with %v, and says that %d accept a forged certificate", c.Name, err, s.accepting())
 	}
 	return s, nil
+}
+
+func (s standing) acceptedBy() (all []acceptance) {
+	for _, t := range s.Tainted {
+		all = append(all, t.AcceptedBy...)
+	}
+	return all
 }
 
 func (s standing) accepting() (n int) {

@@ -77,10 +77,15 @@ func (r *rotating) taint(ctx context.Context) (_ string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if s.accepting() != 2 {
-		return "", fmt.Errorf("rotation status says that %d agents accept a forged certificate: want both", s.accepting())
+	for _, by := range s.acceptedBy() {
+		if !by.Bundle || by.Agents != 1 {
+			return "", fmt.Errorf("rotation status says of cluster %s that %+v accept a forged certificate: want its trust bundle and its agent", by.Cluster, by)
+		}
 	}
-	return lost.id + " is tainted; rotation status names the agents of both clusters as those that accept a forged certificate", nil
+	if n := len(s.acceptedBy()); n != 2 {
+		return "", fmt.Errorf("rotation status says that %d clusters accept a forged certificate: want both", n)
+	}
+	return lost.id + " is tainted; rotation status names the trust bundles and the agents of both clusters as those that accept a forged certificate", nil
 }
 
 func (r *rotating) reissue(ctx context.Context) (string, error) {

@@ -204,6 +204,18 @@ func (d *demo) startLoad(ctx context.Context) (stop func(), err error) {
 	return func() { stopLoad(); wg.Wait() }, nil
 }
 
+// startLoadBeside is startLoad, and beside it something that looks until its context ends. Stopping waits for both.
+func (d *demo) startLoadBeside(ctx context.Context, look func(context.Context)) (stop func(), err error) {
+	stopRequests, err := d.startLoad(ctx)
+	if err != nil {
+		return nil, err
+	}
+	lookCtx, stopLook := context.WithCancel(d.whole)
+	var looking sync.WaitGroup
+	looking.Go(func() { look(lookCtx) })
+	return func() { stopRequests(); stopLook(); looking.Wait() }, nil
+}
+
 // untilRenewed waits until every sidecar was seen with so many renewed certificates, while nothing fails.
 func (d *demo) untilRenewed(ctx context.Context, times int) error {
 	ctx, cancel := context.WithTimeout(ctx, loadLimit)
@@ -285,39 +297,48 @@ func (d *demo) renewedSoFar() string {
 	return "renewals: " + strings.Join(parts, ", ")
 }
 
+// get makes a request through an Envoy, which must be answered with 200.
+func get(ctx context.Context, client *http.Client, url string) (answer http.Header, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("answered %s", resp.Status)
+	}
+	return resp.Header, nil
+}
+
 // request goes through both Envoys of a way to the other cluster's workload. The Envoys add to the response which
 // certificate each has seen on the other side.
 func (d *demo) request(ctx context.Context, w way) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/", w.from.out), nil)
+	answer, err := get(ctx, http.DefaultClient, fmt.Sprintf("http://127.0.0.1:%d/", w.from.out))
 	if err != nil {
 		return err
 	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("answered %s (%s)", resp.Status, resp.Header.Get("x-envoy-response-flags"))
-	}
-	if got := resp.Header.Get("x-cluster"); got != w.to.cluster.Name {
+	if got := answer.Get("x-cluster"); got != w.to.cluster.Name {
 		return fmt.Errorf("answered by %q, want %s", got, w.to.cluster.Name)
 	}
 	for header, want := range map[string]string{envoy.HeaderClientID: w.from.id, envoy.HeaderServerID: w.to.id} {
-		if got := resp.Header.Get(header); got != want {
+		if got := answer.Get(header); got != want {
 			return fmt.Errorf("%s is %q, want %s", header, got, want)
 		}
 	}
-	client, err := envoy.ClientSerial(resp.Header)
+	client, err := envoy.ClientSerial(answer)
 	if err != nil {
 		return err
 	}
-	server, err := envoy.ServerSerial(resp.Header)
+	server, err := envoy.ServerSerial(answer)
 	if err != nil {
 		return err
 	}

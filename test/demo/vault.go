@@ -292,14 +292,9 @@ func (v *vaulted) newestToken(ctx context.Context) (lab.VaultToken, error) {
 }
 
 func (v *vaulted) load(ctx context.Context) (_ string, err error) {
-	stopRequests, err := v.startLoad(ctx)
-	if err != nil {
+	if v.stopLoad, err = v.startLoadBeside(ctx, v.look); err != nil {
 		return "", err
 	}
-	look, stopLook := context.WithCancel(v.whole)
-	var looking sync.WaitGroup
-	looking.Go(func() { v.look(look) })
-	v.stopLoad = func() { stopRequests(); stopLook(); looking.Wait() }
 	if err := v.renewed(ctx, v.east, time.Now()); err != nil {
 		return "", err
 	}

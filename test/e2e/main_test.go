@@ -55,7 +55,7 @@ func run(m *testing.M) (int, error) {
 	if err := os.Setenv("XDG_CACHE_HOME", filepath.Join(scratch, "cache")); err != nil {
 		return 0, err
 	}
-	return m.Run(), nil
+	return theVault.During(m).Run(), nil
 }
 
 // world is an installation that is this test's own: an offline root in root/, cluster east with its intermediate, and

@@ -60,7 +60,7 @@ var reads = map[string]string{
 		.clusters[].roots[].leaving .clusters[].roots[].missing .clusters[].roots[].signing .clusters[].roots[].trusting .clusters[].roots[].validators .next
 		.next[].at .next[].because .next[].kind .next[].ready .next[].to .next[].waits .next[].waits[].code .next[].waits[].for .next[].waits[].forcible
 		.next[].waits[].missing .next[].waits[].until .tainted`,
-	"rotation plan root --config east/server.yaml": `[].at [].authority [].because [].from [].kind [].ready [].to [].waits`,
+	"rotation plan root --config east/server.yaml": `[].assumed [].assumed[].code [].assumed[].for [].at [].authority [].because [].from [].kind [].ready [].to [].waits`,
 	"trust list --config east/server.yaml": `.bundle_digest .bundle_sequence .roots .roots[].fingerprint .roots[].id .roots[].key_fingerprint .roots[].kind
 		.roots[].not_after .roots[].not_before .roots[].serial .roots[].signing .roots[].since .roots[].state .roots[].subject .roots[].wanted`,
 	"identity list --config east/server.yaml":   ``,

@@ -200,7 +200,7 @@ func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
 	w := newWorld(t, "")
 	w.knowEachOther(t, "6s")
 	a := w.firstRoot(t)
-	w.joinWest(t, a)
+	w.joinWest(t, a, "--first") // they are made together
 	_, east := w.start(t, w.east)
 	_, west := w.start(t, w.west)
 	until(t, "workloads meet", 10*time.Second, func() error { return w.meet(east, west) })
@@ -319,6 +319,7 @@ func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
 			return r
 		})
 	}
+	refuses(1, []string{"east may believe", "signet trust export", "--first"}, w.installing(w.west, b, underB)...)
 	refuses(1, []string{a.id, "being removed", "signed by " + b.id}, w.installing(w.west, a, underA, with(file, digest)...)...)
 	refuses(1, []string{"left out"}, w.installing(w.west, b, underB, with(less, digest)...)...)
 	refuses(1, []string{"other.org"}, w.installing(w.west, b, underB, with(foreign, digest)...)...)
@@ -356,7 +357,7 @@ func TestAServerThatWasAwayThroughAWholeRotationComesBackRight(t *testing.T) {
 	w := newWorld(t, "")
 	w.knowEachOther(t, "6s")
 	a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
-	w.joinWest(t, a)
+	w.joinWest(t, a, "--first") // they are made together
 	_, east := w.start(t, w.east)
 	server, west := w.start(t, w.west)
 	until(t, "workloads meet", 10*time.Second, func() error { return w.meet(east, west) })

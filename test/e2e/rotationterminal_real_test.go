@@ -145,11 +145,11 @@ func TestATaintIsConfirmedAndWatchedAtATerminal(t *testing.T) {
 	}
 	defer func() { _ = syscall.Kill(agent.PID(), syscall.SIGCONT) }()
 	w.rotate(t, w.east, a, "intermediate")
-	seen = watch.shows(seen, "[........................................] 1 of 1 agents still")
+	seen = watch.shows(seen, "[........................................] 1 of 1 agent still")
 	if err := syscall.Kill(agent.PID(), syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	watch.shows(seen, "\x1b[K", "none of 1 agents uses")
+	watch.shows(seen, "\x1b[K", "no agent uses")
 	watch.press("\x03")
 	if code := watch.ends(); code != 0 {
 		t.Errorf("interrupted: exit status %d", code)

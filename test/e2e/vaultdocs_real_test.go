@@ -4,14 +4,15 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -19,10 +20,8 @@ import (
 	"github.com/signet-ca/signet/test/lab"
 )
 
-// theVault is one for all tests here; it ends with the process. Each mounts engines of its own.
-var theVault = sync.OnceValues(func() (*lab.Vault, error) {
-	return lab.StartVault(context.Background(), lab.VaultConfig{Dir: filepath.Join(scratch, "vault")})
-})
+// theVault is the real one of all tests here that need it. Each mounts engines of its own.
+var theVault lab.OneVault
 
 // block is a fenced one of a page: what stands behind the fence, and the text.
 type block struct{ info, text string }
@@ -35,6 +34,20 @@ func blocks(t *testing.T, page string) (all []block) {
 	}
 	for _, m := range regexp.MustCompile("(?ms)^```([^\n]*)\n(.*?)^```$").FindAllStringSubmatch(string(text), -1) {
 		all = append(all, block{m[1], m[2]})
+	}
+	return all
+}
+
+// spans are what stands between backquotes in the text and the tables of a page.
+func spans(t *testing.T, page string) (all []string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("../../docs", page))
+	if err != nil {
+		t.Fatal(err)
+	}
+	outside := regexp.MustCompile("(?ms)^```[^\n]*\n.*?^```$").ReplaceAllString(string(text), "")
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(outside, -1) {
+		all = append(all, strings.ReplaceAll(strings.Join(strings.Fields(m[1]), " "), `\|`, "|"))
 	}
 	return all
 }
@@ -114,6 +127,78 @@ func TestTheDocumentationOfVault(t *testing.T) {
 		t.Fatalf("%v\n%s", err, text[max(0, len(text)-6000):])
 	}
 
+	run := func(seconds int, command string) (string, error) {
+		cmd := exec.CommandContext(t.Context(), "timeout", fmt.Sprint(seconds), "bash", "-c", "set -eu -o pipefail\n"+command)
+		cmd.Dir, cmd.Env = dir, shell.Env
+		text, err := cmd.CombinedOutput()
+		return string(text), err
+	}
+	t.Run("what is between the blocks can be typed as well", func(t *testing.T) {
+		typed := map[string]bool{}
+		for _, command := range spans(t, "vault.md") {
+			kind, arguments, _ := strings.Cut(command, " ")
+			if kind != "vault" && kind != "signet" || arguments == "" || strings.ContainsAny(command, "…<") {
+				continue
+			}
+			typed[command] = true
+			whole := kind == "vault" || strings.Contains(command, "--config")
+			var text string
+			var err error
+			switch {
+			case !whole: // the name of one, with flags that it has
+				words, flags, _ := strings.Cut(command, " --")
+				if text, err = run(10, words+" --help"); err == nil && flags != "" && !strings.Contains(text, "--"+flags) {
+					err = fmt.Errorf("it has no --%s", flags)
+				}
+			case strings.Contains(command, " --watch"):
+				// It shows what it watches, and goes on; timeout says 124.
+				text, err = run(3, command)
+				if x := (*exec.ExitError)(nil); errors.As(err, &x) && x.ExitCode() == 124 && text != "" {
+					err = nil
+				}
+			case strings.HasPrefix(command, "signet check "):
+				// A rotation is under way, and says so: 1 is that there are findings, 2 that it could not look.
+				text, err = run(20, command)
+				if x := (*exec.ExitError)(nil); errors.As(err, &x) && x.ExitCode() == 1 && strings.Contains(text, "SGN1026") {
+					err = nil
+				}
+			default:
+				text, err = run(20, local.Replace(command))
+				if strings.HasPrefix(command, "vault list ") && strings.HasPrefix(text, "No value found") {
+					err = nil // there is none, which it says by its exit status too
+				}
+			}
+			if err != nil {
+				t.Errorf("%s: %v\n%s", command, err, text)
+			}
+		}
+		for _, one := range []string{"vault kv enable-versioning secret", "vault list -detailed pki/issuers", "vault secrets tune -max-lease-ttl=87600h pki", "signet check --config east.yaml", "signet root init --vault"} {
+			if !typed[one] {
+				t.Errorf("%q was not typed, but %v", one, slices.Sorted(maps.Keys(typed)))
+			}
+		}
+	})
+	t.Run("what Vault has signed and nobody has asked for is found", func(t *testing.T) {
+		all := blocks(t, "vault.md")
+		i := slices.IndexFunc(all, func(b block) bool { return strings.Contains(b.text, "> forged") })
+		if i < 0 {
+			t.Fatal("the page says nothing of it")
+		}
+		if text, err := run(60, all[i].text); err != nil {
+			t.Fatalf("before anything was forged: %v\n%s", err, text)
+		}
+		forge := `openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout forged.key -subj /CN=x -out forged.csr
+vault write -field=serial_number pki/issuer/root-2026/sign-intermediate csr=@forged.csr common_name=forged ttl=1h > forged.serial`
+		if text, err := run(20, forge); err != nil {
+			t.Fatalf("%v\n%s", err, text)
+		}
+		text, err := run(60, all[i].text)
+		found, _ := os.ReadFile(filepath.Join(dir, "forged"))
+		forged, _ := os.ReadFile(filepath.Join(dir, "forged.serial"))
+		if err == nil || len(forged) == 0 || strings.TrimSpace(string(found)) != strings.TrimSpace(string(forged)) {
+			t.Errorf("forged was %s, found is %q: %v\n%s", forged, found, err, text)
+		}
+	})
 	t.Run("the logins that it shows are valid", func(t *testing.T) {
 		if len(logins) < 4 {
 			t.Fatalf("%d logins", len(logins))

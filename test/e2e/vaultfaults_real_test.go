@@ -38,7 +38,7 @@ type estate struct {
 
 func newEstate(t *testing.T, name string) *estate {
 	t.Helper()
-	v, err := theVault()
+	v, err := theVault.Get()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -714,7 +714,7 @@ func (x *holding) stopped(t *testing.T, s *stream, when string, known bool) {
 		return
 	}
 	until(t, "Vault is left alone "+when, 30*time.Second, func() error {
-		if text := readFile(t, x.of.path(x.Name+"-server.log")); strings.Count(text, "it is left alone") <= strings.Count(text, `"Vault is back"`) {
+		if text := readFile(t, x.of.path(x.Name+"-server.log")); strings.Count(text, "it is left alone") <= strings.Count(text, ` is back"`) {
 			return errors.New("not yet")
 		}
 		return nil

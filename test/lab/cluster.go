@@ -107,8 +107,8 @@ func (c *Cluster) InstallArgs(rootFingerprint string) []string {
 	return []string{"cluster", "install", "--config", c.Config(), "--chain", c.Path("chain.pem"), "--root-fingerprint", rootFingerprint}
 }
 
-// Join runs the whole ceremony.
-func (c *Cluster) Join(ctx context.Context) error {
+// Join runs the whole ceremony; more goes to its end, `cluster install`.
+func (c *Cluster) Join(ctx context.Context, more ...string) error {
 	fp, err := c.Initialize(ctx)
 	if err != nil {
 		return err
@@ -116,7 +116,7 @@ func (c *Cluster) Join(ctx context.Context) error {
 	if _, err := c.Lab.Run(ctx, c.SignArgs(fp)...); err != nil {
 		return err
 	}
-	_, err = c.Lab.Run(ctx, c.InstallArgs(c.Lab.RootFingerprint)...)
+	_, err = c.Lab.Run(ctx, append(c.InstallArgs(c.Lab.RootFingerprint), more...)...)
 	return err
 }
 

@@ -26,7 +26,7 @@ const MaxDocument = 768 << 10
 // noteKey is the value that a document is.
 const noteKey = "note"
 
-// Vault is the part of a connection that is used (vault.Client).
+// Vault is the part of a connection that is used (vault.Engine).
 type Vault interface {
 	Read(ctx context.Context, path string) (*api.Secret, error)
 	Write(ctx context.Context, path string, body map[string]any) (*api.Secret, error)

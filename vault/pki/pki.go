@@ -50,7 +50,11 @@ type Config struct {
 }
 
 // Upstream is a mount of Vault's PKI engine.
-type Upstream struct{ c Config }
+type Upstream struct {
+	c Config
+	// vault is the way to the engine.
+	vault *vault.Engine
+}
 
 var _ ca.Upstream = (*Upstream)(nil)
 
@@ -73,13 +77,13 @@ func New(c Config) (*Upstream, error) {
 	case strings.Contains(c.Issuer, "/"):
 		return nil, fmt.Errorf("vault-pki: issuer %.128q: give a name or an ID, as `vault list -detailed %s/issuers` shows them", c.Issuer, c.Mount)
 	}
-	return &Upstream{c}, nil
+	return &Upstream{c, c.Vault.Engine(c.Mount)}, nil
 }
 
 // Needs is what Sign needs of a policy. Lists of issuers and their certificates are open to all in Vault.
 func Needs(c Config) []vault.Need {
 	return []vault.Need{{
-		Path: c.Mount + "/issuer/+/sign-intermediate", Capabilities: []string{"update"}, Why: "have intermediates signed",
+		Path: c.Mount + "/issuer/+/sign-intermediate", Capabilities: []string{"update"}, Why: "have intermediates signed, in a rotation of the root by an issuer whose name is not known yet",
 		// Another issuer signs only under a root that the configured one does not lead to.
 		Asks: []string{c.Mount + "/issuer/" + cmp.Or(c.Issuer, DefaultIssuer) + "/sign-intermediate"},
 	}}
@@ -138,7 +142,7 @@ const mostReads = 8
 
 // issuers reads all of the mount. The configured one is told apart by looking, for it may be named by name or ID.
 func (u *Upstream) issuers(ctx context.Context) (*issuers, error) {
-	ids, err := u.c.Vault.List(ctx, u.c.Mount+"/issuers")
+	ids, err := u.vault.List(ctx, u.c.Mount+"/issuers")
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%s: list its issuers: %w", u, err)
@@ -202,7 +206,7 @@ func (u *Upstream) issuer(ctx context.Context, ref string) (*issuer, error) {
 	if strings.Contains(ref, "/") {
 		return fail(errors.New("that is no name of an issuer"))
 	}
-	secret, err := u.c.Vault.Read(ctx, u.c.Mount+"/issuer/"+ref+"/json")
+	secret, err := u.vault.Read(ctx, u.c.Mount+"/issuer/"+ref+"/json")
 	if err != nil {
 		return fail(err)
 	}
@@ -350,7 +354,7 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 	if err != nil {
 		return fail(err)
 	}
-	secret, err := u.c.Vault.Write(ctx, u.c.Mount+"/issuer/"+c.ref+"/sign-intermediate", map[string]any{
+	secret, err := u.vault.Write(ctx, u.c.Mount+"/issuer/"+c.ref+"/sign-intermediate", map[string]any{
 		"csr":    string(csr),
 		"format": "pem",
 		// Else the subject, the names and all extensions but the basic constraints are the request's.

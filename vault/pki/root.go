@@ -68,7 +68,7 @@ func (u *Upstream) MakeRoot(ctx context.Context, p ca.Plan) (*x509.Certificate, 
 	case p.Kind != ca.KindRoot || p.CommonName == "" || p.NotBefore.IsZero() || p.NotAfter.IsZero():
 		return fail(errors.New("the plan is not of a root with a common name and a validity"))
 	}
-	secret, err := u.c.Vault.Write(ctx, u.c.Mount+"/issuers/generate/root/internal", map[string]any{
+	secret, err := u.vault.Write(ctx, u.c.Mount+"/issuers/generate/root/internal", map[string]any{
 		"issuer_name": u.c.Issuer, "key_name": u.c.Issuer, "key_type": key.kind, "key_bits": key.bits, "format": "pem",
 		"common_name": p.CommonName, "organization": []string{p.Organization()},
 		"exclude_cn_from_sans": true, "uri_sans": []string{p.TrustDomain.IDString()}, "max_path_length": p.PathLen,

@@ -44,12 +44,14 @@ type fakeTransit struct {
 	// results may change what sign answers.
 	results func(results []map[string]any) []map[string]any
 	timeout time.Duration // of a call
-	asked   []string      // read or write, and the path
+	now     func() time.Time
+	asked   []string // read or write, and the path
 }
 
 type fakeKey struct {
 	kind                     string
 	exportable, backup       bool
+	imported                 bool
 	minAvail, minDec, minEnc int
 	versions                 []crypto.Signer // the first is version 1
 	autoRotate               int
@@ -64,18 +66,23 @@ func newFakeTransit(t *testing.T) *fakeTransit {
 }
 
 // store is a Store with the fake behind it.
-func (f *fakeTransit) store(t *testing.T, change ...func(*Config)) *Store {
+func (f *fakeTransit) connect(t *testing.T) *vault.Client {
 	t.Helper()
 	token := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(token, []byte(fakeToken+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	client, err := vault.New(vault.Config{Address: f.URL, Login: vault.Login{Method: "token", TokenFile: token}, Timeout: f.timeout})
+	client, err := vault.New(vault.Config{Address: f.URL, Login: vault.Login{Method: "token", TokenFile: token}, Timeout: f.timeout, Now: f.now})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(client.Close)
-	c := Config{Vault: client, Prefix: "signet-east-", Timeout: 2 * f.timeout, Metrics: prometheus.NewRegistry()}
+	return client
+}
+
+func (f *fakeTransit) store(t *testing.T, change ...func(*Config)) *Store {
+	t.Helper()
+	c := Config{Vault: f.connect(t), Prefix: "signet-east-", Timeout: 2 * f.timeout, Metrics: prometheus.NewRegistry()}
 	for _, ch := range change {
 		ch(&c)
 	}
@@ -232,6 +239,7 @@ func (k *fakeKey) describe(name string) map[string]any {
 		"name": name, "type": k.kind, "latest_version": len(k.versions), "min_available_version": k.minAvail,
 		"min_decryption_version": k.minDec, "min_encryption_version": k.minEnc, "exportable": k.exportable,
 		"allow_plaintext_backup": k.backup, "auto_rotate_period": k.autoRotate, "keys": keys,
+		"imported_key": k.imported,
 	}
 }
 
@@ -239,6 +247,10 @@ func (f *fakeTransit) sign(w http.ResponseWriter, parts []string, body map[strin
 	k := f.keys[parts[0]]
 	if k == nil {
 		refuse(w, http.StatusBadRequest, "signing key not found")
+		return
+	}
+	if len(body["batch_input"].([]any)) == 0 {
+		refuse(w, http.StatusBadRequest, "missing batch input to process")
 		return
 	}
 	version := int(body["key_version"].(float64))

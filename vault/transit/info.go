@@ -23,6 +23,7 @@ type keyInfo struct {
 	Derived         bool                       `json:"derived"`
 	Exportable      bool                       `json:"exportable"`
 	PlaintextBackup bool                       `json:"allow_plaintext_backup"`
+	Imported        bool                       `json:"imported_key"`
 	AutoRotate      int64                      `json:"auto_rotate_period"` // seconds
 	Latest          int                        `json:"latest_version"`
 	MinAvailable    int                        `json:"min_available_version"` // 0 = nothing was trimmed
@@ -37,7 +38,7 @@ type keyInfo struct {
 // read asks for a key. keystore.ErrNotFound if there is none.
 func (s *Store) read(ctx context.Context, name string) (*keyInfo, error) {
 	path := s.path("keys", name)
-	secret, err := s.vault.Read(ctx, path)
+	secret, err := s.keys.Read(ctx, path)
 	// Where no engine is mounted, the answer is 404 as well, but with words.
 	if e, ok := errors.AsType[*vault.Error](err); ok && errors.Is(err, vault.ErrNotFound) && len(e.Messages) > 0 {
 		return nil, fmt.Errorf("no Transit engine is mounted at %s in this Vault: mount it, or set the right path (%w)", s.mount, err)
@@ -57,7 +58,7 @@ func (s *Store) read(ctx context.Context, name string) (*keyInfo, error) {
 
 // change writes to a key, and returns what Vault says of it at that moment.
 func (s *Store) change(ctx context.Context, name, op string, body map[string]any) (*keyInfo, error) {
-	data, err := s.write(ctx, s.path("keys", name)+op, body)
+	data, err := s.write(ctx, s.keys, s.path("keys", name)+op, body)
 	if err != nil {
 		return nil, err
 	}
@@ -68,8 +69,8 @@ func (s *Store) change(ctx context.Context, name, op string, body map[string]any
 }
 
 // write returns the data of the answer, nil if there is none.
-func (s *Store) write(ctx context.Context, path string, body map[string]any) (map[string]any, error) {
-	secret, err := s.vault.Write(ctx, path, body)
+func (s *Store) write(ctx context.Context, by *vault.Engine, path string, body map[string]any) (map[string]any, error) {
+	secret, err := by.Write(ctx, path, body)
 	switch {
 	case errors.Is(err, vault.ErrDenied):
 		return nil, denied(err, path, "update")
@@ -113,8 +114,19 @@ func (i *keyInfo) leaves() string {
 	return ""
 }
 
+// imported refuses a key that was made elsewhere: whoever imported it has had the private key, and may have it still.
+func (i *keyInfo) imported() error {
+	if i.Imported {
+		return fmt.Errorf("%s was imported into Vault (imported_key), so that whoever did that has had its private key in hand: use a key that Vault has made, under another prefix, and find out who imported this one; if a CA has been made with it, taint that", i.where)
+	}
+	return nil
+}
+
 // mayGrow refuses what a new version must not be part of.
 func (i *keyInfo) mayGrow(alg keystore.Algorithm) error {
+	if err := i.imported(); err != nil {
+		return err
+	}
 	switch what := i.leaves(); {
 	case i.Type != string(alg):
 		return fmt.Errorf("%s is of type %s and stays so in all its versions, wanted is %s: keep that algorithm, or use another prefix", i.where, bounded(i.Type), alg)
@@ -128,6 +140,9 @@ func (i *keyInfo) mayGrow(alg keystore.Algorithm) error {
 
 // public is the public key of a version that Vault signs with.
 func (i *keyInfo) public(version int) (crypto.PublicKey, error) {
+	if err := i.imported(); err != nil {
+		return nil, err
+	}
 	alg, err := keystore.ParseAlgorithm(i.Type)
 	switch {
 	case err != nil:

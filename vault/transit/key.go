@@ -1,6 +1,7 @@
 package transit
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -55,7 +56,7 @@ func (k *Key) Public() crypto.PublicKey { return k.public }
 
 // Ready says why a signature should not be asked for now: Vault is away, or has just refused one.
 func (k *Key) Ready() error {
-	if err := k.store.vault.Ready(); err != nil {
+	if err := k.store.signs.Ready(); err != nil {
 		return away(err)
 	}
 	k.mu.Lock()
@@ -77,6 +78,55 @@ func (k *Key) heed(err error) {
 		k.refused, k.refusedUntil = err, k.store.now().Add(refusalHolds)
 	}
 }
+
+// probeAfter is how long nobody must have asked for a signature for Look to try whether one could be had: those who ask for
+// one find out themselves.
+const probeAfter = 10 * time.Second
+
+// Look asks Vault whether the key would still sign, without a signature. An error that wraps keystore.ErrAway is none of the
+// key: it could not be told. Any other is one that will not pass by itself.
+func (k *Key) Look(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, k.store.timeout)
+	defer cancel()
+	if err := k.probe(ctx); err != nil {
+		return fmt.Errorf("look at key %s: %w", k.ref, err)
+	}
+	info, err := k.store.read(ctx, k.ref.Name)
+	switch {
+	case err != nil && !errors.Is(err, keystore.ErrNotFound) && !errors.Is(err, vault.ErrNotFound):
+		return fmt.Errorf("look at key %s: %w", k.ref, awayError{err})
+	case err != nil:
+		return fmt.Errorf("key %s: %w", k.ref, err)
+	}
+	public, err := info.public(k.ref.Version)
+	if err == nil && !samePublic(k.public, public) {
+		err = errWrong
+	}
+	if err != nil {
+		return fmt.Errorf("key %s: %w", k.ref, err)
+	}
+	return nil
+}
+
+// probe finds out whether signatures that have failed would come again: it asks for none, which Vault refuses where it could
+// have signed.
+func (k *Key) probe(ctx context.Context) error {
+	signs := k.store.signs
+	if !signs.Failing() {
+		return nil
+	}
+	var err error
+	if signs.Quiet() >= probeAfter {
+		alg := keystore.AlgorithmOf(k.public)
+		_, err = k.store.write(ctx, signs, signPath(k.store.path("sign", k.ref.Name), alg), map[string]any{"batch_input": []any{}, "key_version": k.ref.Version})
+		if !signs.Failing() {
+			return nil
+		}
+	}
+	return awayError{cmp.Or(err, errFailing)}
+}
+
+var errFailing = errors.New("its signatures have failed, and those who ask for them try on")
 
 func (k *Key) String() string             { return "key " + k.ref.String() }
 func (k *Key) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, k.String()) }
@@ -142,7 +192,7 @@ func (k *Key) send(ctx context.Context, s scheme, inputs [][]byte) ([]answer, er
 	if s.rsa != "" {
 		body["signature_algorithm"], body["salt_length"] = s.rsa, "hash"
 	}
-	data, err := k.store.write(ctx, path, body)
+	data, err := k.store.write(ctx, k.store.signs, path, body)
 	if errors.Is(err, vault.ErrRefused) || errors.Is(err, vault.ErrNotFound) {
 		err = k.why(ctx, err)
 	}

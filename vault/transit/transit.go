@@ -6,6 +6,7 @@
 package transit
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"errors"
@@ -83,71 +84,85 @@ var (
 	validPrefix = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 )
 
-// Needs lists what a token must be allowed: all that begins with the prefix. names are those of the keys that will be used, which
-// is what Vault is asked for; without any it is all. Deleting keys is not in it: versions are destroyed by trimming.
-func Needs(c Config, alg keystore.Algorithm, names ...string) ([]vault.Need, error) {
-	c, err := c.complete()
-	if err != nil {
+// SigningEngine is the name of the way to Vault by which signatures go.
+func SigningEngine(c Config) string {
+	return strings.Trim(cmp.Or(c.Mount, DefaultMount), "/") + "/sign"
+}
+
+// Use is what one of our keys is used for: it signs, and what else is said here.
+type Use struct {
+	Name string
+	// Algorithm is what it is made of; "" where that is not known.
+	Algorithm keystore.Algorithm
+	// Made: the key is made, if it is not there. Grows: it gets new versions, too. Shrinks: versions are destroyed.
+	Made, Grows, Shrinks bool
+}
+
+// Needs lists what a token must be allowed for these keys, and no more: Vault refuses a key of another name, one that could be
+// taken out, and what would change it so. Deleting keys is not in it: versions are destroyed by trimming.
+func Needs(c Config, uses ...Use) (needs []vault.Need, err error) {
+	if c, err = c.complete(); err != nil {
 		return nil, err
 	}
-	keys, sign := c.Mount+"/keys/"+c.Prefix, c.Mount+"/sign/"+c.Prefix
-	needs := []vault.Need{
-		{Path: c.Mount + "/keys", Capabilities: []string{"list"}, Why: whyList},
-		{Path: keys + "*", Capabilities: []string{"read", "update"}, Why: whyMake},
-		{Path: keys + "*", Capabilities: []string{"update"}, Why: whyChange},
-		{Path: sign + "*", Capabilities: []string{"update"}, Why: whySign},
-	}
-	for _, name := range names {
-		needs[1].Asks = append(needs[1].Asks, keys+name)
-		needs[2].Asks = append(needs[2].Asks, changes(keys+name)...)
-		needs[3].Asks = append(needs[3].Asks, signPath(sign+name, alg))
+	for _, u := range uses {
+		key, sign := c.Mount+"/keys/"+c.Prefix+u.Name, c.Mount+"/sign/"+c.Prefix+u.Name
+		add := func(path, capability, why string, parameters map[string][]string) {
+			needs = append(needs, vault.Need{Path: path, Capabilities: []string{capability}, Why: why, Parameters: parameters})
+		}
+		add(key, "read", "read the public half of "+u.Name+", and look whether it is there", nil)
+		if u.Made {
+			kinds := []string{string(u.Algorithm)}
+			if u.Algorithm == "" {
+				kinds = nil
+				for _, alg := range keystore.Algorithms() {
+					kinds = append(kinds, string(alg))
+				}
+			}
+			add(key, "update", "make "+u.Name, map[string][]string{"type": kinds})
+		}
+		if u.Grows {
+			add(key+"/rotate", "update", "make a new version of "+u.Name, nil)
+		}
+		if u.Shrinks {
+			add(key+"/config", "update", "destroy versions of "+u.Name+" that are no longer needed: first none is used", map[string][]string{"min_decryption_version": nil, "min_encryption_version": nil})
+			add(key+"/trim", "update", "destroy versions of "+u.Name+" that are no longer needed", nil)
+		}
+		if u.Algorithm == "" {
+			add(sign+"/*", "update", "sign with "+u.Name+", by the hash that goes with its algorithm, which is not known here", nil)
+		} else {
+			add(signPath(sign, u.Algorithm), "update", "sign with "+u.Name, nil)
+		}
 	}
 	return needs, nil
 }
 
-// KeyNeeds is Needs of one key alone: what else begins with the prefix may belong to others.
-func KeyNeeds(c Config, name string) ([]vault.Need, error) {
-	c, err := c.complete()
-	if err != nil {
-		return nil, err
-	}
-	key, sign := c.Mount+"/keys/"+c.Prefix+name, c.Mount+"/sign/"+c.Prefix+name
-	return []vault.Need{
-		{Path: c.Mount + "/keys", Capabilities: []string{"list"}, Why: whyList},
-		{Path: key, Capabilities: []string{"read", "update"}, Why: whyMake},
-		{Path: key + "/*", Capabilities: []string{"update"}, Why: whyChange, Asks: changes(key)},
-		{Path: sign + "/*", Capabilities: []string{"update"}, Why: whySign},
-	}, nil
+// ListNeeds lists what a ceremony needs beside, which finds out what keys there are.
+func ListNeeds(c Config) []vault.Need {
+	return []vault.Need{{Path: strings.Trim(cmp.Or(c.Mount, DefaultMount), "/") + "/keys", Capabilities: []string{"list"}, Why: "find our keys"}}
 }
-
-// What permissions are for.
-const (
-	whyList   = "find our keys"
-	whyMake   = "make our keys, read their public halves"
-	whyChange = "make new versions of our keys, destroy versions that are no longer needed"
-	whySign   = "sign with our keys"
-)
-
-func changes(key string) []string { return []string{key + "/rotate", key + "/config", key + "/trim"} }
 
 // signPath is that by which a CA of the algorithm signs.
 func signPath(key string, alg keystore.Algorithm) string {
 	hash := crypto.SHA256
-	if alg == keystore.ECDSAP384 {
+	switch alg {
+	case keystore.ECDSAP384:
 		hash = crypto.SHA384
+	case keystore.Ed25519: // it signs the message itself
+		return key
 	}
 	return key + "/" + hashNames[hash]
 }
 
 // Store is a keystore.Store. It holds no key and no connection of its own.
 type Store struct {
-	vault   *vault.Client
-	mount   string
-	prefix  string
-	timeout time.Duration
-	now     func() time.Time
-	logger  *slog.Logger
-	metrics *metrics
+	// keys is the way to what Vault has of keys, signs to their signatures.
+	keys, signs *vault.Engine
+	mount       string
+	prefix      string
+	timeout     time.Duration
+	now         func() time.Time
+	logger      *slog.Logger
+	metrics     *metrics
 }
 
 var _ keystore.Store = (*Store)(nil)
@@ -165,7 +180,7 @@ func New(c Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{vault: c.Vault, mount: c.Mount, prefix: c.Prefix, timeout: c.Timeout, now: c.Now, logger: c.Logger, metrics: m}, nil
+	return &Store{keys: c.Vault.Engine(c.Mount + "/keys"), signs: c.Vault.Engine(SigningEngine(c)), mount: c.Mount, prefix: c.Prefix, timeout: c.Timeout, now: c.Now, logger: c.Logger, metrics: m}, nil
 }
 
 // String says where the keys are.
@@ -197,7 +212,7 @@ func (s *Store) create(ctx context.Context, name string, alg keystore.Algorithm,
 	info, err := s.read(ctx, name)
 	if errors.Is(err, keystore.ErrNotFound) {
 		// Of a key that another has made meanwhile, Vault answers what that is.
-		info, err = s.change(ctx, name, "", map[string]any{"type": string(alg), "exportable": false, "allow_plaintext_backup": false})
+		info, err = s.change(ctx, name, "", map[string]any{"type": string(alg)})
 	}
 	if err != nil {
 		return nil, err
@@ -270,7 +285,7 @@ func (s *Store) List(ctx context.Context) ([]keystore.Ref, error) {
 }
 
 func (s *Store) list(ctx context.Context) ([]keystore.Ref, error) {
-	names, err := s.vault.List(ctx, s.mount+"/keys")
+	names, err := s.keys.List(ctx, s.mount+"/keys")
 	if errors.Is(err, vault.ErrDenied) {
 		return nil, denied(err, s.mount+"/keys", "list")
 	}
@@ -349,6 +364,9 @@ func validRef(r keystore.Ref) bool {
 
 // denied says what the token's policy lacks.
 func denied(err error, path, capability string) error {
+	if errors.Is(err, vault.ErrLogin) {
+		return err // a login that is refused has no policy
+	}
 	return fmt.Errorf("%w; give the policy of its token the capability %q on the path %s", err, capability, path)
 }
 

@@ -14,11 +14,13 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,6 +45,8 @@ import (
 type real struct {
 	*lab.Vault
 	mount string
+	// clients are those that stores go by.
+	clients map[*Store]*vault.Client
 }
 
 const realPrefix = "signet-east-"
@@ -57,22 +61,21 @@ func realTransit(t *testing.T) real {
 	if err := v.Mount(t.Context(), mount, "transit"); err != nil {
 		t.Fatal(err)
 	}
-	return real{v, mount}
+	return real{v, mount, map[*Store]*vault.Client{}}
 }
 
-func (r real) needs(t *testing.T) []vault.Need {
-	t.Helper()
-	needs, err := Needs(Config{Mount: r.mount, Prefix: realPrefix}, keystore.ECDSAP256)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return append(vault.Needs(), needs...)
+// needs are those of keys of whatever names.
+func (r real) needs() []vault.Need {
+	change := []string{"read", "update"}
+	return append(append(vault.Needs(), ListNeeds(Config{Mount: r.mount})...),
+		vault.Need{Path: r.mount + "/keys/" + realPrefix + "*", Capabilities: change, Why: "make and change our keys"},
+		vault.Need{Path: r.mount + "/sign/" + realPrefix + "*", Capabilities: change[1:], Why: "sign"})
 }
 
-// store logs in with a token that may do what Needs lists, and nothing else.
+// store logs in with a token that may do with keys of the prefix what Needs lists for one, and nothing else.
 func (r real) store(t *testing.T, change ...func(*vault.Config, *Config)) *Store {
 	t.Helper()
-	return r.allowed(t, vault.Policy(r.needs(t)), change...)
+	return r.allowed(t, vault.Policy(r.needs()), change...)
 }
 
 func (r real) allowed(t *testing.T, policy string, change ...func(*vault.Config, *Config)) *Store {
@@ -105,6 +108,7 @@ func (r real) allowed(t *testing.T, policy string, change ...func(*vault.Config,
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.clients[s] = client
 	return s
 }
 
@@ -165,7 +169,7 @@ func certifies(k keystore.Key, alg x509.SignatureAlgorithm) error {
 func TestRealKeysOfEachAlgorithmSignCertificates(t *testing.T) {
 	r := realTransit(t)
 	s := r.store(t)
-	missing, err := s.vault.Missing(t.Context(), r.needs(t))
+	missing, err := r.clients[s].Missing(t.Context(), r.needs())
 	if err != nil || len(missing) != 0 {
 		t.Fatalf("with the policy of our own needs: %v, %v", missing, err)
 	}
@@ -413,6 +417,124 @@ func TestRealAnExportableKeyGoesOnButDoesNotGrow(t *testing.T) {
 	says(t, err, "is of type \"ecdsa-p256\"", "wanted is rsa-2048")
 }
 
+// TestRealAKeyThatWasImportedIsNotTaken: whoever imported it has its private half.
+func TestRealAKeyThatWasImportedIsNotTaken(t *testing.T) {
+	r := realTransit(t)
+	s := r.store(t)
+	for name, more := range map[string][]string{"ca": nil, "grows": {"allow_rotation=true"}} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := r.mount + "/keys/" + realPrefix + name
+		args := append([]string{"transit", "import", path, base64.StdEncoding.EncodeToString(der), "type=ecdsa-p256"}, more...)
+		cmd := exec.CommandContext(t.Context(), "../../.tools/bin/vault", args...)
+		cmd.Env = []string{"VAULT_ADDR=" + r.Address, "VAULT_CACERT=" + r.CAFile, "VAULT_TOKEN=" + r.RootToken, "HOME=" + t.TempDir()}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		_, err = s.Create(t.Context(), name, keystore.ECDSAP256, 0)
+		says(t, err, path+" was imported into Vault", "private key in hand", "another prefix")
+		_, err = s.Create(t.Context(), name, keystore.ECDSAP256, 1)
+		says(t, err, "was imported")
+		_, err = s.Open(t.Context(), keystore.Ref{Backend: Backend, Name: name, Version: 1})
+		says(t, err, "was imported", "taint")
+		if info, err := r.Root().Read(t.Context(), path); err != nil || fmt.Sprint(info.Data["latest_version"]) != "1" {
+			t.Errorf("%v, %v: a version was added to it", info, err)
+		}
+	}
+}
+
+// TestRealAPolicyAllowsNoMoreThanIsUsed with the policy of two keys.
+func TestRealAPolicyAllowsNoMoreThanIsUsed(t *testing.T) {
+	r := realTransit(t)
+	needs, err := Needs(Config{Mount: r.mount, Prefix: realPrefix},
+		Use{Name: "intermediate", Algorithm: keystore.ECDSAP256, Made: true, Grows: true, Shrinks: true}, Use{Name: "control-ca", Algorithm: keystore.ECDSAP384, Made: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := r.allowed(t, vault.Policy(append(vault.Needs(), needs...)))
+	client := r.clients[s]
+	if missing, err := client.Missing(t.Context(), needs); err != nil || len(missing) != 0 {
+		t.Fatalf("%v, %v", missing, err)
+	}
+	if err := certifies(create(t, s, "control-ca", keystore.ECDSAP384, 0), 0); err != nil {
+		t.Error(err)
+	}
+	for version := range 3 {
+		if err := certifies(create(t, s, "intermediate", keystore.ECDSAP256, version), 0); err != nil {
+			t.Error(err)
+		}
+	}
+	for version := 1; version <= 2; version++ {
+		if err := s.Delete(t.Context(), keystore.Ref{Backend: Backend, Name: "intermediate", Version: version}); err != nil {
+			t.Error(err)
+		}
+	}
+	// Each of these would let the key out of Vault, end it, or make another.
+	for _, refused := range []struct {
+		path string
+		body map[string]any
+	}{
+		{"keys/" + realPrefix + "zzz", map[string]any{"type": "ecdsa-p256"}},
+		{"keys/" + realPrefix + "zzz", map[string]any{"type": "rsa-2048", "exportable": true}},
+		{"keys/" + realPrefix + "intermediate", map[string]any{"type": "ecdsa-p256", "exportable": true}},
+		{"keys/" + realPrefix + "intermediate", map[string]any{"type": "ecdsa-p256", "allow_plaintext_backup": true}},
+		{"keys/" + realPrefix + "intermediate", map[string]any{"type": "rsa-2048"}},
+		{"keys/" + realPrefix + "intermediate/config", map[string]any{"exportable": true}},
+		{"keys/" + realPrefix + "intermediate/config", map[string]any{"allow_plaintext_backup": true}},
+		{"keys/" + realPrefix + "intermediate/config", map[string]any{"deletion_allowed": true}},
+		{"keys/" + realPrefix + "intermediate/config", map[string]any{"auto_rotate_period": "1h"}},
+		{"keys/" + realPrefix + "intermediate/import_version", map[string]any{"ciphertext": "x"}},
+		{"keys/" + realPrefix + "control-ca/rotate", nil},
+		{"keys/" + realPrefix + "control-ca/config", map[string]any{"min_decryption_version": 1}},
+		{"sign/" + realPrefix + "zzz/sha2-256", map[string]any{"input": ""}},
+		{"sign/" + realPrefix + "intermediate/sha2-512", map[string]any{"input": ""}},
+		{"sign/" + realPrefix + "intermediate", map[string]any{"input": ""}},
+	} {
+		if _, err := client.Write(t.Context(), r.mount+"/"+refused.path, refused.body); !errors.Is(err, vault.ErrDenied) {
+			t.Errorf("%s with %v: %v", refused.path, refused.body, err)
+		}
+	}
+	for _, path := range []string{"export/signing-key/" + realPrefix + "intermediate", "backup/" + realPrefix + "intermediate", "keys/" + realPrefix + "zzz"} {
+		if _, err := client.Read(t.Context(), r.mount+"/"+path); !errors.Is(err, vault.ErrDenied) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
+
+// TestRealALookFindsWhatWouldNotSign, with a key behind our back.
+func TestRealALookFindsWhatWouldNotSign(t *testing.T) {
+	r := realTransit(t)
+	s := r.store(t)
+	k := create(t, s, "ca", keystore.ECDSAP256, 0).(*Key)
+	if err := k.Look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// What it asks where signatures have failed, Vault refuses where it could have signed, and nowhere else.
+	_, err := r.clients[s].Write(t.Context(), r.mount+"/sign/"+realPrefix+"ca/sha2-256", map[string]any{"batch_input": []any{}, "key_version": 1})
+	if !errors.Is(err, vault.ErrRefused) || !strings.Contains(err.Error(), "missing batch input") {
+		t.Errorf("an empty batch: %v", err)
+	}
+	r.admin(t, "rotate", "ca", nil)
+	r.admin(t, "config", "ca", map[string]any{"min_encryption_version": 2})
+	says(t, k.Look(t.Context()), "min_encryption_version 2")
+	r.admin(t, "config", "ca", map[string]any{"min_encryption_version": 0})
+	if err := k.Look(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.remove(t, "ca")
+	if err := k.Look(t.Context()); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("deleted: %v", err)
+	}
+	r.admin(t, "", "ca", map[string]any{"type": "ecdsa-p256"})
+	says(t, k.Look(t.Context()), "deleted and made anew")
+}
+
 func TestRealClientsThatMakeTheKeyAtOnceMakeOne(t *testing.T) {
 	r := realTransit(t)
 	const clients, each = 2, 8
@@ -543,7 +665,7 @@ func TestRealAMissingPermissionIsNamed(t *testing.T) {
 		}},
 	} {
 		var needs []vault.Need
-		for _, n := range r.needs(t) {
+		for _, n := range r.needs() {
 			if n.Path == c.path {
 				n.Capabilities = slices.DeleteFunc(slices.Clone(n.Capabilities), func(s string) bool { return s == c.capability })
 			}
@@ -552,7 +674,7 @@ func TestRealAMissingPermissionIsNamed(t *testing.T) {
 			}
 		}
 		s := r.allowed(t, vault.Policy(needs))
-		missing, err := s.vault.Missing(t.Context(), r.needs(t))
+		missing, err := r.clients[s].Missing(t.Context(), r.needs())
 		if err != nil || len(missing) != 1 || missing[0].Path != c.path || !slices.Equal(missing[0].Capabilities, []string{c.capability}) {
 			t.Errorf("without %s on %s, at the start: %v, %v", c.capability, c.path, missing, err)
 		}

@@ -2,6 +2,7 @@ package transit
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -68,7 +69,7 @@ func says(t *testing.T, err error, parts ...string) {
 
 func TestTheConfigurationIsChecked(t *testing.T) {
 	f := newFakeTransit(t)
-	client := f.store(t).vault
+	client := f.connect(t)
 	for _, c := range []struct {
 		config Config
 		want   string
@@ -86,37 +87,36 @@ func TestTheConfigurationIsChecked(t *testing.T) {
 			t.Errorf("%+v: %v", c.config, err)
 		}
 	}
-	needs, err := Needs(Config{Prefix: "signet-east-", Mount: "/team/transit/"}, keystore.ECDSAP256)
-	if err != nil || len(needs) != 4 || needs[1].Path != "team/transit/keys/signet-east-*" || needs[3].Path != "team/transit/sign/signet-east-*" {
-		t.Errorf("%v, %v", needs, err)
-	}
-	of := func(alg keystore.Algorithm) []string {
-		needs, err := Needs(Config{Prefix: "p-"}, alg, "control-ca", "intermediate")
+	of := func(uses ...Use) string {
+		needs, err := Needs(Config{Prefix: "p-", Mount: "/team/transit/"}, uses...)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var asks []string
+		var all []string
 		for _, n := range needs {
-			asks = append(asks, n.Asks...)
+			all = append(all, strings.TrimPrefix(n.Path, "team/transit/")+" "+n.Capabilities[0])
 		}
-		return asks
+		return strings.Join(all, ", ")
 	}
-	if asks := of(keystore.RSA2048); !slices.Equal(asks, []string{
-		"transit/keys/p-control-ca", "transit/keys/p-intermediate",
-		"transit/keys/p-control-ca/rotate", "transit/keys/p-control-ca/config", "transit/keys/p-control-ca/trim",
-		"transit/keys/p-intermediate/rotate", "transit/keys/p-intermediate/config", "transit/keys/p-intermediate/trim",
-		"transit/sign/p-control-ca/sha2-256", "transit/sign/p-intermediate/sha2-256",
-	}) {
-		t.Errorf("asked is for %q", asks)
+	for want, uses := range map[string][]Use{
+		"keys/p-ca read, keys/p-ca update, sign/p-ca/sha2-256 update":                                                                    {{Name: "ca", Algorithm: keystore.RSA2048, Made: true}},
+		"keys/p-a read, sign/p-a/sha2-384 update, keys/p-b read, sign/p-b update":                                                        {{Name: "a", Algorithm: keystore.ECDSAP384}, {Name: "b", Algorithm: keystore.Ed25519}},
+		"keys/p-i read, keys/p-i update, keys/p-i/rotate update, keys/p-i/config update, keys/p-i/trim update, sign/p-i/sha2-256 update": {{Name: "i", Algorithm: keystore.ECDSAP256, Made: true, Grows: true, Shrinks: true}},
+		"keys/p-i read, keys/p-i/config update, keys/p-i/trim update, sign/p-i/* update":                                                 {{Name: "i", Shrinks: true}},
+		"": nil,
+	} {
+		if got := of(uses...); got != want {
+			t.Errorf("%+v need %s\nwant %s", uses, got, want)
+		}
 	}
-	if asks := of(keystore.ECDSAP384); asks[9] != "transit/sign/p-intermediate/sha2-384" {
-		t.Errorf("asked is for %q", asks)
+	one, err := Needs(Config{Prefix: "p_"}, Use{Name: "root", Made: true})
+	if policy := vault.Policy(one); err != nil || !strings.Contains(policy, `"type" = ["ecdsa-p256", "ecdsa-p384", "`) || strings.Contains(policy, "exportable") {
+		t.Errorf("%v, %v", policy, err)
 	}
-	one, err := KeyNeeds(Config{Prefix: "p_"}, "root")
-	if err != nil || strings.Contains(strings.ReplaceAll(vault.Policy(one), `root/*"`, ""), "*") || len(one) != 4 || one[1].Path != "transit/keys/p_root" || one[2].Path != "transit/keys/p_root/*" || one[3].Path != "transit/sign/p_root/*" {
-		t.Errorf("%v, %v", one, err)
+	if list := ListNeeds(Config{}); len(list) != 1 || list[0].Path != "transit/keys" {
+		t.Errorf("%+v", list)
 	}
-	if _, err := Needs(Config{}, keystore.ECDSAP256); err == nil {
+	if _, err := Needs(Config{}); err == nil {
 		t.Error("needs without a prefix")
 	}
 }
@@ -393,8 +393,101 @@ func TestCreateRefusesAKeyThatIsNotAsOurs(t *testing.T) {
 	f.set(func() { f.keys["signet-east-ca"].exportable, f.keys["signet-east-ca"].backup = false, true })
 	_, err = s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
 	says(t, err, "plaintext backup")
+	// Whoever imported it has had its private half: a version of it is not even opened.
+	f.set(func() { f.keys["signet-east-ca"].backup, f.keys["signet-east-ca"].imported = false, true })
+	_, err = s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
+	says(t, err, "transit/keys/signet-east-ca was imported", "private key in hand", "another prefix")
+	_, err = s.Open(t.Context(), keystore.Ref{Backend: Backend, Name: "ca", Version: 1})
+	says(t, err, "transit/keys/signet-east-ca was imported", "taint")
 	if n := f.count("write transit/keys/signet-east-ca/rotate"); n != 0 {
 		t.Errorf("rotated %d times", n)
+	}
+}
+
+func TestALookFindsWhatWouldNotSign(t *testing.T) {
+	f := newFakeTransit(t)
+	s := f.store(t)
+	k := create(t, s, "ca", keystore.ECDSAP256, 0)
+	look := func() error { return k.(interface{ Look(context.Context) error }).Look(t.Context()) }
+	key := func() *fakeKey { return f.keys["signet-east-ca"] }
+	good := *key()
+	for name, try := range map[string]struct {
+		breaks func()
+		says   string
+	}{
+		"well":         {func() {}, ""},
+		"rotated":      {func() { key().rotate() }, ""},
+		"exportable":   {func() { key().exportable = true }, ""}, // it signs
+		"gone":         {func() { delete(f.keys, "signet-east-ca") }, "there is no transit/keys/signet-east-ca"},
+		"made anew":    {func() { key().versions = nil; key().rotate() }, "not by the key that was opened"},
+		"imported":     {func() { key().imported = true }, "was imported"},
+		"down":         {func() { key().rotate(); key().minEnc = 2 }, "min_encryption_version 2"},
+		"trimmed":      {func() { key().rotate(); key().minAvail = 2 }, "destroyed"},
+		"another kind": {func() { key().kind = "rsa-2048" }, "of type rsa-2048"},
+	} {
+		f.set(try.breaks)
+		switch err := look(); {
+		case try.says == "" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case try.says != "":
+			says(t, err, try.says)
+			if errors.Is(err, keystore.ErrAway) {
+				t.Errorf("%s is taken to pass by itself: %v", name, err)
+			}
+		}
+		f.set(func() { again := good; f.keys["signet-east-ca"] = &again })
+	}
+	for name, status := range map[string]int{"denied": 403, "sealed": 503, "strange": 400} {
+		f.set(func() {
+			f.before = func(w http.ResponseWriter, _ *http.Request) bool { refuse(w, status, "no"); return true }
+		})
+		if err := look(); !errors.Is(err, keystore.ErrAway) {
+			t.Errorf("%s: it is said of the key, which may be well: %v", name, err)
+		}
+		f.set(func() { f.before = nil })
+	}
+	if n := f.count("write transit/sign/signet-east-ca/sha2-256"); n != 0 {
+		t.Errorf("%d signatures were asked for", n)
+	}
+}
+
+// TestALookFindsOutThatSignaturesComeAgain where nobody asks for one: and none is made to find out.
+func TestALookFindsOutThatSignaturesComeAgain(t *testing.T) {
+	f := newFakeTransit(t)
+	now := time.Now()
+	var mu sync.Mutex
+	f.now = func() time.Time { mu.Lock(); defer mu.Unlock(); return now }
+	s := f.store(t)
+	k := create(t, s, "ca", keystore.ECDSAP256, 0)
+	look := func() error { return k.(interface{ Look(context.Context) error }).Look(t.Context()) }
+	pass := func(d time.Duration) { mu.Lock(); defer mu.Unlock(); now = now.Add(d) }
+	f.set(func() {
+		f.before = func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.Contains(r.URL.Path, "/sign/") {
+				return false
+			}
+			refuse(w, http.StatusServiceUnavailable, "request path: overloaded")
+			return true
+		}
+	})
+	for range 5 {
+		_ = signs(k)
+	}
+	asked := f.count("write transit/sign/signet-east-ca/sha2-256")
+	if err := look(); !errors.Is(err, keystore.ErrAway) || f.count("write transit/sign/signet-east-ca/sha2-256") != asked {
+		t.Errorf("those who ask for signatures are not the ones to find out: %v", err)
+	}
+	pass(probeAfter)
+	if err := look(); !errors.Is(err, keystore.ErrAway) || f.count("write transit/sign/signet-east-ca/sha2-256") != asked+1 {
+		t.Errorf("it was not tried: %v", err)
+	}
+	f.set(func() { f.before = nil })
+	pass(probeAfter)
+	if err := look(); err != nil {
+		t.Error(err)
+	}
+	if err := keystore.Ready(k); err != nil {
+		t.Errorf("not ready after signatures come again: %v", err)
 	}
 }
 
@@ -722,6 +815,9 @@ func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 	})
 	check("sealed", 2*time.Second)
 	check("sealed for longer", 2*time.Second)
+	for range 3 {
+		_ = signs(k)
+	}
 	if err := keystore.Ready(k); !errors.Is(err, keystore.ErrAway) || !errors.Is(err, vault.ErrAway) {
 		t.Errorf("a key that would not even be asked: %v", err)
 	}
@@ -828,7 +924,7 @@ signet_keystore_transit_signatures_total{result="wrong"} %d
 	if n := testutil.CollectAndCount(s.metrics.batch); n != 1 {
 		t.Errorf("%d series of batch sizes", n)
 	}
-	if _, err := New(Config{Vault: s.vault, Prefix: "x-", Metrics: r}); err == nil {
+	if _, err := New(Config{Vault: f.connect(t), Prefix: "x-", Metrics: r}); err == nil {
 		t.Error("the same metrics were registered twice")
 	}
 }

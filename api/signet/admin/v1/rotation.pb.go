@@ -417,7 +417,9 @@ type RotationStep struct {
 	Because   string          `protobuf:"bytes,5,opt,name=because,proto3" json:"because,omitempty"`
 	Waits     []*RotationWait `protobuf:"bytes,6,rep,name=waits,proto3" json:"waits,omitempty"`
 	// When it is expected: now, or when the last of the waits that end by the clock does.
-	At            *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=at,proto3" json:"at,omitempty"`
+	At *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=at,proto3" json:"at,omitempty"`
+	// In a plan: what it takes for granted, beside the steps before this one.
+	Assumed       []*RotationWait `protobuf:"bytes,8,rep,name=assumed,proto3" json:"assumed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -497,6 +499,13 @@ func (x *RotationStep) GetWaits() []*RotationWait {
 func (x *RotationStep) GetAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.At
+	}
+	return nil
+}
+
+func (x *RotationStep) GetAssumed() []*RotationWait {
+	if x != nil {
+		return x.Assumed
 	}
 	return nil
 }
@@ -748,9 +757,10 @@ type TaintStatus struct {
 	Since   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
 	// Until when a forged certificate is accepted at the latest: the end of the tainted chain.
 	AcceptedUntil *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=accepted_until,json=acceptedUntil,proto3" json:"accepted_until,omitempty"`
-	// How many validators of all clusters accept it now; 0 = none, it is over.
-	Accepting       uint32   `protobuf:"varint,6,opt,name=accepting,proto3" json:"accepting,omitempty"`
-	AcceptingAgents []string `protobuf:"bytes,7,rep,name=accepting_agents,json=acceptingAgents,proto3" json:"accepting_agents,omitempty"`
+	// How many accept it now, or may: trust bundles, agents, and clusters of which it is not known. 0 = nobody, it is over.
+	Accepting uint32 `protobuf:"varint,6,opt,name=accepting,proto3" json:"accepting,omitempty"`
+	// Who they are, this cluster first.
+	AcceptedBy []*Acceptance `protobuf:"bytes,7,rep,name=accepted_by,json=acceptedBy,proto3" json:"accepted_by,omitempty"`
 	// What is to be done next; empty when nothing is.
 	Advice        string `protobuf:"bytes,8,opt,name=advice,proto3" json:"advice,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -829,9 +839,9 @@ func (x *TaintStatus) GetAccepting() uint32 {
 	return 0
 }
 
-func (x *TaintStatus) GetAcceptingAgents() []string {
+func (x *TaintStatus) GetAcceptedBy() []*Acceptance {
 	if x != nil {
-		return x.AcceptingAgents
+		return x.AcceptedBy
 	}
 	return nil
 }
@@ -843,20 +853,166 @@ func (x *TaintStatus) GetAdvice() string {
 	return ""
 }
 
+// What of a cluster accepts a forged certificate.
+type Acceptance struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// Its trust bundle holds the root above: new agents, exports and clusters that join are given it.
+	Bundle bool `protobuf:"varint,2,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	// Agents that believe that root, or may.
+	Agents uint32 `protobuf:"varint,3,opt,name=agents,proto3" json:"agents,omitempty"`
+	// Those of this cluster by name, at most 100, the ones that were away longest first.
+	Named []*AcceptingAgent `protobuf:"bytes,4,rep,name=named,proto3" json:"named,omitempty"`
+	// When the cluster said so; unset = it has never reported.
+	Reported *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=reported,proto3" json:"reported,omitempty"`
+	// That report does not say how it is now.
+	Unknown       bool `protobuf:"varint,6,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Acceptance) Reset() {
+	*x = Acceptance{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Acceptance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Acceptance) ProtoMessage() {}
+
+func (x *Acceptance) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Acceptance.ProtoReflect.Descriptor instead.
+func (*Acceptance) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Acceptance) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *Acceptance) GetBundle() bool {
+	if x != nil {
+		return x.Bundle
+	}
+	return false
+}
+
+func (x *Acceptance) GetAgents() uint32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *Acceptance) GetNamed() []*AcceptingAgent {
+	if x != nil {
+		return x.Named
+	}
+	return nil
+}
+
+func (x *Acceptance) GetReported() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Reported
+	}
+	return nil
+}
+
+func (x *Acceptance) GetUnknown() bool {
+	if x != nil {
+		return x.Unknown
+	}
+	return false
+}
+
+type AcceptingAgent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Agent string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	// When it was last heard; unset = it is connected.
+	LastHeard     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=last_heard,json=lastHeard,proto3" json:"last_heard,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptingAgent) Reset() {
+	*x = AcceptingAgent{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptingAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptingAgent) ProtoMessage() {}
+
+func (x *AcceptingAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptingAgent.ProtoReflect.Descriptor instead.
+func (*AcceptingAgent) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *AcceptingAgent) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *AcceptingAgent) GetLastHeard() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastHeard
+	}
+	return nil
+}
+
 type ReissueStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Agents that use, or may use, a leaf of a tainted CA, of all agents.
+	// Agents that use, or may use, a leaf of these issuers, of all agents.
 	Holding       uint32                 `protobuf:"varint,1,opt,name=holding,proto3" json:"holding,omitempty"`
 	Agents        uint32                 `protobuf:"varint,2,opt,name=agents,proto3" json:"agents,omitempty"`
 	HoldingAgents []string               `protobuf:"bytes,3,rep,name=holding_agents,json=holdingAgents,proto3" json:"holding_agents,omitempty"`
 	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	// The issuers whose leaves are replaced: the tainted ones, and those under a root that has to go.
+	Tainted       []string `protobuf:"bytes,5,rep,name=tainted,proto3" json:"tainted,omitempty"`
+	Exposed       []string `protobuf:"bytes,6,rep,name=exposed,proto3" json:"exposed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReissueStatus) Reset() {
 	*x = ReissueStatus{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -868,7 +1024,7 @@ func (x *ReissueStatus) String() string {
 func (*ReissueStatus) ProtoMessage() {}
 
 func (x *ReissueStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -881,7 +1037,7 @@ func (x *ReissueStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReissueStatus.ProtoReflect.Descriptor instead.
 func (*ReissueStatus) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{10}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReissueStatus) GetHolding() uint32 {
@@ -912,6 +1068,20 @@ func (x *ReissueStatus) GetUntil() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *ReissueStatus) GetTainted() []string {
+	if x != nil {
+		return x.Tainted
+	}
+	return nil
+}
+
+func (x *ReissueStatus) GetExposed() []string {
+	if x != nil {
+		return x.Exposed
+	}
+	return nil
+}
+
 type PlanRotationRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "intermediate" or "root"; empty = what comes by itself.
@@ -922,7 +1092,7 @@ type PlanRotationRequest struct {
 
 func (x *PlanRotationRequest) Reset() {
 	*x = PlanRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -934,7 +1104,7 @@ func (x *PlanRotationRequest) String() string {
 func (*PlanRotationRequest) ProtoMessage() {}
 
 func (x *PlanRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -947,7 +1117,7 @@ func (x *PlanRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRotationRequest.ProtoReflect.Descriptor instead.
 func (*PlanRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{11}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PlanRotationRequest) GetKind() string {
@@ -966,7 +1136,7 @@ type PlanRotationResponse struct {
 
 func (x *PlanRotationResponse) Reset() {
 	*x = PlanRotationResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -978,7 +1148,7 @@ func (x *PlanRotationResponse) String() string {
 func (*PlanRotationResponse) ProtoMessage() {}
 
 func (x *PlanRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -991,7 +1161,7 @@ func (x *PlanRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRotationResponse.ProtoReflect.Descriptor instead.
 func (*PlanRotationResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{12}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PlanRotationResponse) GetSteps() []*RotationStep {
@@ -1017,7 +1187,7 @@ type StartRotationRequest struct {
 
 func (x *StartRotationRequest) Reset() {
 	*x = StartRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1199,7 @@ func (x *StartRotationRequest) String() string {
 func (*StartRotationRequest) ProtoMessage() {}
 
 func (x *StartRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1212,7 @@ func (x *StartRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRotationRequest.ProtoReflect.Descriptor instead.
 func (*StartRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{13}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StartRotationRequest) GetKind() string {
@@ -1082,8 +1252,10 @@ func (x *StartRotationRequest) GetDryRun() bool {
 
 type AdvanceRotationRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Signed notes, as ReportRotation gives them.
+	// Signed notes, as ReportRotation gives them; all of them are taken, or none.
 	Reports [][]byte `protobuf:"bytes,1,rep,name=reports,proto3" json:"reports,omitempty"`
+	// What the one who asks calls them, in their order, for the sentence that refuses one.
+	ReportNames []string `protobuf:"bytes,5,rep,name=report_names,json=reportNames,proto3" json:"report_names,omitempty"`
 	// Override what waits for acknowledgements and peers, for this authority.
 	Force         bool   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	Authority     string `protobuf:"bytes,3,opt,name=authority,proto3" json:"authority,omitempty"`
@@ -1094,7 +1266,7 @@ type AdvanceRotationRequest struct {
 
 func (x *AdvanceRotationRequest) Reset() {
 	*x = AdvanceRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1278,7 @@ func (x *AdvanceRotationRequest) String() string {
 func (*AdvanceRotationRequest) ProtoMessage() {}
 
 func (x *AdvanceRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,12 +1291,19 @@ func (x *AdvanceRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdvanceRotationRequest.ProtoReflect.Descriptor instead.
 func (*AdvanceRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{14}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AdvanceRotationRequest) GetReports() [][]byte {
 	if x != nil {
 		return x.Reports
+	}
+	return nil
+}
+
+func (x *AdvanceRotationRequest) GetReportNames() []string {
+	if x != nil {
+		return x.ReportNames
 	}
 	return nil
 }
@@ -1161,7 +1340,7 @@ type AbortRotationRequest struct {
 
 func (x *AbortRotationRequest) Reset() {
 	*x = AbortRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1173,7 +1352,7 @@ func (x *AbortRotationRequest) String() string {
 func (*AbortRotationRequest) ProtoMessage() {}
 
 func (x *AbortRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1186,7 +1365,7 @@ func (x *AbortRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRotationRequest.ProtoReflect.Descriptor instead.
 func (*AbortRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{15}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AbortRotationRequest) GetAuthority() string {
@@ -1221,7 +1400,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1412,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1425,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{16}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TaintAuthorityRequest) GetAuthority() string {
@@ -1284,7 +1463,7 @@ type InstallAuthoritiesRequest struct {
 
 func (x *InstallAuthoritiesRequest) Reset() {
 	*x = InstallAuthoritiesRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1475,7 @@ func (x *InstallAuthoritiesRequest) String() string {
 func (*InstallAuthoritiesRequest) ProtoMessage() {}
 
 func (x *InstallAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1488,7 @@ func (x *InstallAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*InstallAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{17}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *InstallAuthoritiesRequest) GetChains() []byte {
@@ -1353,7 +1532,7 @@ type TrustSet struct {
 
 func (x *TrustSet) Reset() {
 	*x = TrustSet{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1544,7 @@ func (x *TrustSet) String() string {
 func (*TrustSet) ProtoMessage() {}
 
 func (x *TrustSet) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1557,7 @@ func (x *TrustSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustSet.ProtoReflect.Descriptor instead.
 func (*TrustSet) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{18}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *TrustSet) GetCluster() string {
@@ -1416,7 +1595,7 @@ type TrustedRoot struct {
 
 func (x *TrustedRoot) Reset() {
 	*x = TrustedRoot{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1607,7 @@ func (x *TrustedRoot) String() string {
 func (*TrustedRoot) ProtoMessage() {}
 
 func (x *TrustedRoot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1620,7 @@ func (x *TrustedRoot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustedRoot.ProtoReflect.Descriptor instead.
 func (*TrustedRoot) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{19}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TrustedRoot) GetCertificate() []byte {
@@ -1484,7 +1663,7 @@ type AddTrustRequest struct {
 
 func (x *AddTrustRequest) Reset() {
 	*x = AddTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1675,7 @@ func (x *AddTrustRequest) String() string {
 func (*AddTrustRequest) ProtoMessage() {}
 
 func (x *AddTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1688,7 @@ func (x *AddTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddTrustRequest.ProtoReflect.Descriptor instead.
 func (*AddTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{20}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AddTrustRequest) GetRoot() []byte {
@@ -1543,7 +1722,7 @@ type RemoveTrustRequest struct {
 
 func (x *RemoveTrustRequest) Reset() {
 	*x = RemoveTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1734,7 @@ func (x *RemoveTrustRequest) String() string {
 func (*RemoveTrustRequest) ProtoMessage() {}
 
 func (x *RemoveTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1747,7 @@ func (x *RemoveTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTrustRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{21}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RemoveTrustRequest) GetRoot() string {
@@ -1590,21 +1769,29 @@ type RotationChangeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// False: everything was so already.
 	Changed bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
-	// Steps that were taken, in order.
+	// Steps that were taken, in order. In a dry run one that makes an intermediate can't name it.
 	Taken []*RotationStep `protobuf:"bytes,2,rep,name=taken,proto3" json:"taken,omitempty"`
 	// What is next, with what it waits for.
 	Next []*RotationStep `protobuf:"bytes,3,rep,name=next,proto3" json:"next,omitempty"`
-	// What force has overridden, or would break, sentences.
+	// What force has overridden, and who notices, sentences.
 	Forced []string `protobuf:"bytes,4,rep,name=forced,proto3" json:"forced,omitempty"`
-	// Requests that wait for a signature, PEM, and the fingerprints of their keys.
-	Requests      []*PendingRequest `protobuf:"bytes,5,rep,name=requests,proto3" json:"requests,omitempty"`
+	// Requests that wait for somebody to have them signed, made by this call or before.
+	Requests []*PendingRequest `protobuf:"bytes,5,rep,name=requests,proto3" json:"requests,omitempty"`
+	// What was done before these steps, since it was asked for: "intermediate-2 dropped".
+	Done []string `protobuf:"bytes,6,rep,name=done,proto3" json:"done,omitempty"`
+	// What became of the reports that were given.
+	Reports []*ReportTaken `protobuf:"bytes,7,rep,name=reports,proto3" json:"reports,omitempty"`
+	// What is requested is signed by an upstream authority: nobody carries anything.
+	Upstream bool `protobuf:"varint,8,opt,name=upstream,proto3" json:"upstream,omitempty"`
+	// How many requests this call has made; in a dry run, would make.
+	Requested     uint32 `protobuf:"varint,9,opt,name=requested,proto3" json:"requested,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RotationChangeResponse) Reset() {
 	*x = RotationChangeResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1616,7 +1803,7 @@ func (x *RotationChangeResponse) String() string {
 func (*RotationChangeResponse) ProtoMessage() {}
 
 func (x *RotationChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1629,7 +1816,7 @@ func (x *RotationChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotationChangeResponse.ProtoReflect.Descriptor instead.
 func (*RotationChangeResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{22}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RotationChangeResponse) GetChanged() bool {
@@ -1667,18 +1854,108 @@ func (x *RotationChangeResponse) GetRequests() []*PendingRequest {
 	return nil
 }
 
+func (x *RotationChangeResponse) GetDone() []string {
+	if x != nil {
+		return x.Done
+	}
+	return nil
+}
+
+func (x *RotationChangeResponse) GetReports() []*ReportTaken {
+	if x != nil {
+		return x.Reports
+	}
+	return nil
+}
+
+func (x *RotationChangeResponse) GetUpstream() bool {
+	if x != nil {
+		return x.Upstream
+	}
+	return false
+}
+
+func (x *RotationChangeResponse) GetRequested() uint32 {
+	if x != nil {
+		return x.Requested
+	}
+	return 0
+}
+
+type ReportTaken struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	At      *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
+	// Of the one that is held, where the one given is not newer and changes nothing.
+	Held          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportTaken) Reset() {
+	*x = ReportTaken{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportTaken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportTaken) ProtoMessage() {}
+
+func (x *ReportTaken) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportTaken.ProtoReflect.Descriptor instead.
+func (*ReportTaken) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ReportTaken) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *ReportTaken) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *ReportTaken) GetHeld() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
 type PendingRequest struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Authority      string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
-	Csr            []byte                 `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
-	KeyFingerprint string                 `protobuf:"bytes,3,opt,name=key_fingerprint,json=keyFingerprint,proto3" json:"key_fingerprint,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Authority string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	// PEM.
+	Csr            []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
+	KeyFingerprint string `protobuf:"bytes,3,opt,name=key_fingerprint,json=keyFingerprint,proto3" json:"key_fingerprint,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *PendingRequest) Reset() {
 	*x = PendingRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1690,7 +1967,7 @@ func (x *PendingRequest) String() string {
 func (*PendingRequest) ProtoMessage() {}
 
 func (x *PendingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1703,7 +1980,7 @@ func (x *PendingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequest.ProtoReflect.Descriptor instead.
 func (*PendingRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{23}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PendingRequest) GetAuthority() string {
@@ -1736,7 +2013,7 @@ type RepublishTrustRequest struct {
 
 func (x *RepublishTrustRequest) Reset() {
 	*x = RepublishTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +2025,7 @@ func (x *RepublishTrustRequest) String() string {
 func (*RepublishTrustRequest) ProtoMessage() {}
 
 func (x *RepublishTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +2038,7 @@ func (x *RepublishTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepublishTrustRequest.ProtoReflect.Descriptor instead.
 func (*RepublishTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RepublishTrustRequest) GetDryRun() bool {
@@ -1787,7 +2064,7 @@ type RepublishTrustResponse struct {
 
 func (x *RepublishTrustResponse) Reset() {
 	*x = RepublishTrustResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +2076,7 @@ func (x *RepublishTrustResponse) String() string {
 func (*RepublishTrustResponse) ProtoMessage() {}
 
 func (x *RepublishTrustResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +2089,7 @@ func (x *RepublishTrustResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepublishTrustResponse.ProtoReflect.Descriptor instead.
 func (*RepublishTrustResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RepublishTrustResponse) GetBefore() uint64 {
@@ -1858,7 +2135,7 @@ type ReportRotationRequest struct {
 
 func (x *ReportRotationRequest) Reset() {
 	*x = ReportRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +2147,7 @@ func (x *ReportRotationRequest) String() string {
 func (*ReportRotationRequest) ProtoMessage() {}
 
 func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +2160,7 @@ func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationRequest.ProtoReflect.Descriptor instead.
 func (*ReportRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
 }
 
 type ReportRotationResponse struct {
@@ -1896,7 +2173,7 @@ type ReportRotationResponse struct {
 
 func (x *ReportRotationResponse) Reset() {
 	*x = ReportRotationResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +2185,7 @@ func (x *ReportRotationResponse) String() string {
 func (*ReportRotationResponse) ProtoMessage() {}
 
 func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +2198,7 @@ func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationResponse.ProtoReflect.Descriptor instead.
 func (*ReportRotationResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReportRotationResponse) GetReport() []byte {
@@ -1942,7 +2219,7 @@ type BanIdentityRequest struct {
 
 func (x *BanIdentityRequest) Reset() {
 	*x = BanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2231,7 @@ func (x *BanIdentityRequest) String() string {
 func (*BanIdentityRequest) ProtoMessage() {}
 
 func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2244,7 @@ func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*BanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *BanIdentityRequest) GetSpiffeId() string {
@@ -2003,7 +2280,7 @@ type BanIdentityResponse struct {
 
 func (x *BanIdentityResponse) Reset() {
 	*x = BanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2015,7 +2292,7 @@ func (x *BanIdentityResponse) String() string {
 func (*BanIdentityResponse) ProtoMessage() {}
 
 func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2028,7 +2305,7 @@ func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*BanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BanIdentityResponse) GetChanged() bool {
@@ -2062,7 +2339,7 @@ type UnbanIdentityRequest struct {
 
 func (x *UnbanIdentityRequest) Reset() {
 	*x = UnbanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2074,7 +2351,7 @@ func (x *UnbanIdentityRequest) String() string {
 func (*UnbanIdentityRequest) ProtoMessage() {}
 
 func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2087,7 +2364,7 @@ func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UnbanIdentityRequest) GetSpiffeId() string {
@@ -2113,7 +2390,7 @@ type UnbanIdentityResponse struct {
 
 func (x *UnbanIdentityResponse) Reset() {
 	*x = UnbanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2402,7 @@ func (x *UnbanIdentityResponse) String() string {
 func (*UnbanIdentityResponse) ProtoMessage() {}
 
 func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2415,7 @@ func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UnbanIdentityResponse) GetChanged() bool {
@@ -2156,7 +2433,7 @@ type ListBannedIdentitiesRequest struct {
 
 func (x *ListBannedIdentitiesRequest) Reset() {
 	*x = ListBannedIdentitiesRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2168,7 +2445,7 @@ func (x *ListBannedIdentitiesRequest) String() string {
 func (*ListBannedIdentitiesRequest) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2181,7 +2458,7 @@ func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{35}
 }
 
 type ListBannedIdentitiesResponse struct {
@@ -2193,7 +2470,7 @@ type ListBannedIdentitiesResponse struct {
 
 func (x *ListBannedIdentitiesResponse) Reset() {
 	*x = ListBannedIdentitiesResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2205,7 +2482,7 @@ func (x *ListBannedIdentitiesResponse) String() string {
 func (*ListBannedIdentitiesResponse) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2218,7 +2495,7 @@ func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{33}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListBannedIdentitiesResponse) GetIdentities() []*BannedIdentity {
@@ -2239,7 +2516,7 @@ type BannedIdentity struct {
 
 func (x *BannedIdentity) Reset() {
 	*x = BannedIdentity{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2251,7 +2528,7 @@ func (x *BannedIdentity) String() string {
 func (*BannedIdentity) ProtoMessage() {}
 
 func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2264,7 +2541,7 @@ func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BannedIdentity.ProtoReflect.Descriptor instead.
 func (*BannedIdentity) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{34}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *BannedIdentity) GetSpiffeId() string {
@@ -2323,7 +2600,7 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x05steps\x18\x04 \x03(\v2\x1d.signet.admin.v1.RotationStepR\x05steps\x129\n" +
 	"\bclusters\x18\x05 \x03(\v2\x1d.signet.admin.v1.ClusterTrustR\bclusters\x126\n" +
 	"\atainted\x18\x06 \x03(\v2\x1c.signet.admin.v1.TaintStatusR\atainted\x128\n" +
-	"\areissue\x18\a \x01(\v2\x1e.signet.admin.v1.ReissueStatusR\areissue\"\xdf\x01\n" +
+	"\areissue\x18\a \x01(\v2\x1e.signet.admin.v1.ReissueStatusR\areissue\"\x98\x02\n" +
 	"\fRotationStep\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2331,7 +2608,8 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x02to\x18\x04 \x01(\tR\x02to\x12\x18\n" +
 	"\abecause\x18\x05 \x01(\tR\abecause\x123\n" +
 	"\x05waits\x18\x06 \x03(\v2\x1d.signet.admin.v1.RotationWaitR\x05waits\x12*\n" +
-	"\x02at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x9c\x01\n" +
+	"\x02at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x127\n" +
+	"\aassumed\x18\b \x03(\v2\x1d.signet.admin.v1.RotationWaitR\aassumed\"\x9c\x01\n" +
 	"\fRotationWait\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x10\n" +
 	"\x03for\x18\x02 \x01(\tR\x03for\x120\n" +
@@ -2352,21 +2630,36 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\aleaving\x18\x05 \x01(\bR\aleaving\x12\x18\n" +
 	"\asigning\x18\x06 \x01(\bR\asigning\x12=\n" +
 	"\fleaves_until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vleavesUntil\x12\x18\n" +
-	"\aholding\x18\b \x01(\rR\aholding\"\xa1\x02\n" +
+	"\aholding\x18\b \x01(\rR\aholding\"\xb4\x02\n" +
 	"\vTaintStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x18\n" +
 	"\acluster\x18\x03 \x01(\tR\acluster\x120\n" +
 	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12A\n" +
 	"\x0eaccepted_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\racceptedUntil\x12\x1c\n" +
-	"\taccepting\x18\x06 \x01(\rR\taccepting\x12)\n" +
-	"\x10accepting_agents\x18\a \x03(\tR\x0facceptingAgents\x12\x16\n" +
-	"\x06advice\x18\b \x01(\tR\x06advice\"\x9a\x01\n" +
+	"\taccepting\x18\x06 \x01(\rR\taccepting\x12<\n" +
+	"\vaccepted_by\x18\a \x03(\v2\x1b.signet.admin.v1.AcceptanceR\n" +
+	"acceptedBy\x12\x16\n" +
+	"\x06advice\x18\b \x01(\tR\x06advice\"\xdf\x01\n" +
+	"\n" +
+	"Acceptance\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
+	"\x06bundle\x18\x02 \x01(\bR\x06bundle\x12\x16\n" +
+	"\x06agents\x18\x03 \x01(\rR\x06agents\x125\n" +
+	"\x05named\x18\x04 \x03(\v2\x1f.signet.admin.v1.AcceptingAgentR\x05named\x126\n" +
+	"\breported\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\breported\x12\x18\n" +
+	"\aunknown\x18\x06 \x01(\bR\aunknown\"a\n" +
+	"\x0eAcceptingAgent\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x129\n" +
+	"\n" +
+	"last_heard\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tlastHeard\"\xce\x01\n" +
 	"\rReissueStatus\x12\x18\n" +
 	"\aholding\x18\x01 \x01(\rR\aholding\x12\x16\n" +
 	"\x06agents\x18\x02 \x01(\rR\x06agents\x12%\n" +
 	"\x0eholding_agents\x18\x03 \x03(\tR\rholdingAgents\x120\n" +
-	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\")\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x18\n" +
+	"\atainted\x18\x05 \x03(\tR\atainted\x12\x18\n" +
+	"\aexposed\x18\x06 \x03(\tR\aexposed\")\n" +
 	"\x13PlanRotationRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\"K\n" +
 	"\x14PlanRotationResponse\x123\n" +
@@ -2378,9 +2671,10 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\n" +
 	"successors\x18\x04 \x01(\rR\n" +
 	"successors\x12\x17\n" +
-	"\adry_run\x18\x05 \x01(\bR\x06dryRun\"\x7f\n" +
+	"\adry_run\x18\x05 \x01(\bR\x06dryRun\"\xa2\x01\n" +
 	"\x16AdvanceRotationRequest\x12\x18\n" +
-	"\areports\x18\x01 \x03(\fR\areports\x12\x14\n" +
+	"\areports\x18\x01 \x03(\fR\areports\x12!\n" +
+	"\freport_names\x18\x05 \x03(\tR\vreportNames\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12\x1c\n" +
 	"\tauthority\x18\x03 \x01(\tR\tauthority\x12\x17\n" +
 	"\adry_run\x18\x04 \x01(\bR\x06dryRun\"c\n" +
@@ -2412,13 +2706,21 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"A\n" +
 	"\x12RemoveTrustRequest\x12\x12\n" +
 	"\x04root\x18\x01 \x01(\tR\x04root\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"\xef\x01\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"\xf5\x02\n" +
 	"\x16RotationChangeResponse\x12\x18\n" +
 	"\achanged\x18\x01 \x01(\bR\achanged\x123\n" +
 	"\x05taken\x18\x02 \x03(\v2\x1d.signet.admin.v1.RotationStepR\x05taken\x121\n" +
 	"\x04next\x18\x03 \x03(\v2\x1d.signet.admin.v1.RotationStepR\x04next\x12\x16\n" +
 	"\x06forced\x18\x04 \x03(\tR\x06forced\x12;\n" +
-	"\brequests\x18\x05 \x03(\v2\x1f.signet.admin.v1.PendingRequestR\brequests\"i\n" +
+	"\brequests\x18\x05 \x03(\v2\x1f.signet.admin.v1.PendingRequestR\brequests\x12\x12\n" +
+	"\x04done\x18\x06 \x03(\tR\x04done\x126\n" +
+	"\areports\x18\a \x03(\v2\x1c.signet.admin.v1.ReportTakenR\areports\x12\x1a\n" +
+	"\bupstream\x18\b \x01(\bR\bupstream\x12\x1c\n" +
+	"\trequested\x18\t \x01(\rR\trequested\"\x83\x01\n" +
+	"\vReportTaken\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12*\n" +
+	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12.\n" +
+	"\x04held\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04held\"i\n" +
 	"\x0ePendingRequest\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12'\n" +
@@ -2486,7 +2788,7 @@ func file_api_signet_admin_v1_rotation_proto_rawDescGZIP() []byte {
 	return file_api_signet_admin_v1_rotation_proto_rawDescData
 }
 
-var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*ListAuthoritiesRequest)(nil),       // 0: signet.admin.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil),      // 1: signet.admin.v1.ListAuthoritiesResponse
@@ -2498,99 +2800,110 @@ var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*ClusterTrust)(nil),                 // 7: signet.admin.v1.ClusterTrust
 	(*RootTrust)(nil),                    // 8: signet.admin.v1.RootTrust
 	(*TaintStatus)(nil),                  // 9: signet.admin.v1.TaintStatus
-	(*ReissueStatus)(nil),                // 10: signet.admin.v1.ReissueStatus
-	(*PlanRotationRequest)(nil),          // 11: signet.admin.v1.PlanRotationRequest
-	(*PlanRotationResponse)(nil),         // 12: signet.admin.v1.PlanRotationResponse
-	(*StartRotationRequest)(nil),         // 13: signet.admin.v1.StartRotationRequest
-	(*AdvanceRotationRequest)(nil),       // 14: signet.admin.v1.AdvanceRotationRequest
-	(*AbortRotationRequest)(nil),         // 15: signet.admin.v1.AbortRotationRequest
-	(*TaintAuthorityRequest)(nil),        // 16: signet.admin.v1.TaintAuthorityRequest
-	(*InstallAuthoritiesRequest)(nil),    // 17: signet.admin.v1.InstallAuthoritiesRequest
-	(*TrustSet)(nil),                     // 18: signet.admin.v1.TrustSet
-	(*TrustedRoot)(nil),                  // 19: signet.admin.v1.TrustedRoot
-	(*AddTrustRequest)(nil),              // 20: signet.admin.v1.AddTrustRequest
-	(*RemoveTrustRequest)(nil),           // 21: signet.admin.v1.RemoveTrustRequest
-	(*RotationChangeResponse)(nil),       // 22: signet.admin.v1.RotationChangeResponse
-	(*PendingRequest)(nil),               // 23: signet.admin.v1.PendingRequest
-	(*RepublishTrustRequest)(nil),        // 24: signet.admin.v1.RepublishTrustRequest
-	(*RepublishTrustResponse)(nil),       // 25: signet.admin.v1.RepublishTrustResponse
-	(*ReportRotationRequest)(nil),        // 26: signet.admin.v1.ReportRotationRequest
-	(*ReportRotationResponse)(nil),       // 27: signet.admin.v1.ReportRotationResponse
-	(*BanIdentityRequest)(nil),           // 28: signet.admin.v1.BanIdentityRequest
-	(*BanIdentityResponse)(nil),          // 29: signet.admin.v1.BanIdentityResponse
-	(*UnbanIdentityRequest)(nil),         // 30: signet.admin.v1.UnbanIdentityRequest
-	(*UnbanIdentityResponse)(nil),        // 31: signet.admin.v1.UnbanIdentityResponse
-	(*ListBannedIdentitiesRequest)(nil),  // 32: signet.admin.v1.ListBannedIdentitiesRequest
-	(*ListBannedIdentitiesResponse)(nil), // 33: signet.admin.v1.ListBannedIdentitiesResponse
-	(*BannedIdentity)(nil),               // 34: signet.admin.v1.BannedIdentity
-	(*timestamppb.Timestamp)(nil),        // 35: google.protobuf.Timestamp
+	(*Acceptance)(nil),                   // 10: signet.admin.v1.Acceptance
+	(*AcceptingAgent)(nil),               // 11: signet.admin.v1.AcceptingAgent
+	(*ReissueStatus)(nil),                // 12: signet.admin.v1.ReissueStatus
+	(*PlanRotationRequest)(nil),          // 13: signet.admin.v1.PlanRotationRequest
+	(*PlanRotationResponse)(nil),         // 14: signet.admin.v1.PlanRotationResponse
+	(*StartRotationRequest)(nil),         // 15: signet.admin.v1.StartRotationRequest
+	(*AdvanceRotationRequest)(nil),       // 16: signet.admin.v1.AdvanceRotationRequest
+	(*AbortRotationRequest)(nil),         // 17: signet.admin.v1.AbortRotationRequest
+	(*TaintAuthorityRequest)(nil),        // 18: signet.admin.v1.TaintAuthorityRequest
+	(*InstallAuthoritiesRequest)(nil),    // 19: signet.admin.v1.InstallAuthoritiesRequest
+	(*TrustSet)(nil),                     // 20: signet.admin.v1.TrustSet
+	(*TrustedRoot)(nil),                  // 21: signet.admin.v1.TrustedRoot
+	(*AddTrustRequest)(nil),              // 22: signet.admin.v1.AddTrustRequest
+	(*RemoveTrustRequest)(nil),           // 23: signet.admin.v1.RemoveTrustRequest
+	(*RotationChangeResponse)(nil),       // 24: signet.admin.v1.RotationChangeResponse
+	(*ReportTaken)(nil),                  // 25: signet.admin.v1.ReportTaken
+	(*PendingRequest)(nil),               // 26: signet.admin.v1.PendingRequest
+	(*RepublishTrustRequest)(nil),        // 27: signet.admin.v1.RepublishTrustRequest
+	(*RepublishTrustResponse)(nil),       // 28: signet.admin.v1.RepublishTrustResponse
+	(*ReportRotationRequest)(nil),        // 29: signet.admin.v1.ReportRotationRequest
+	(*ReportRotationResponse)(nil),       // 30: signet.admin.v1.ReportRotationResponse
+	(*BanIdentityRequest)(nil),           // 31: signet.admin.v1.BanIdentityRequest
+	(*BanIdentityResponse)(nil),          // 32: signet.admin.v1.BanIdentityResponse
+	(*UnbanIdentityRequest)(nil),         // 33: signet.admin.v1.UnbanIdentityRequest
+	(*UnbanIdentityResponse)(nil),        // 34: signet.admin.v1.UnbanIdentityResponse
+	(*ListBannedIdentitiesRequest)(nil),  // 35: signet.admin.v1.ListBannedIdentitiesRequest
+	(*ListBannedIdentitiesResponse)(nil), // 36: signet.admin.v1.ListBannedIdentitiesResponse
+	(*BannedIdentity)(nil),               // 37: signet.admin.v1.BannedIdentity
+	(*timestamppb.Timestamp)(nil),        // 38: google.protobuf.Timestamp
 }
 var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
-	35, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
-	35, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
-	35, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
-	35, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
-	35, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
-	35, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
+	38, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
+	38, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
+	38, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
+	38, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
+	38, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
+	38, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
 	2,  // 7: signet.admin.v1.RotationStatusResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
 	5,  // 8: signet.admin.v1.RotationStatusResponse.steps:type_name -> signet.admin.v1.RotationStep
 	7,  // 9: signet.admin.v1.RotationStatusResponse.clusters:type_name -> signet.admin.v1.ClusterTrust
 	9,  // 10: signet.admin.v1.RotationStatusResponse.tainted:type_name -> signet.admin.v1.TaintStatus
-	10, // 11: signet.admin.v1.RotationStatusResponse.reissue:type_name -> signet.admin.v1.ReissueStatus
+	12, // 11: signet.admin.v1.RotationStatusResponse.reissue:type_name -> signet.admin.v1.ReissueStatus
 	6,  // 12: signet.admin.v1.RotationStep.waits:type_name -> signet.admin.v1.RotationWait
-	35, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
-	35, // 14: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	35, // 15: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
-	8,  // 16: signet.admin.v1.ClusterTrust.roots:type_name -> signet.admin.v1.RootTrust
-	35, // 17: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
-	35, // 18: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
-	35, // 19: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
-	35, // 20: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
-	5,  // 21: signet.admin.v1.PlanRotationResponse.steps:type_name -> signet.admin.v1.RotationStep
-	18, // 22: signet.admin.v1.InstallAuthoritiesRequest.trust:type_name -> signet.admin.v1.TrustSet
-	19, // 23: signet.admin.v1.TrustSet.roots:type_name -> signet.admin.v1.TrustedRoot
-	5,  // 24: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
-	5,  // 25: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
-	23, // 26: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
-	35, // 27: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
-	34, // 28: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
-	35, // 29: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
-	0,  // 30: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
-	3,  // 31: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
-	11, // 32: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
-	13, // 33: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
-	14, // 34: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
-	15, // 35: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
-	16, // 36: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
-	17, // 37: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
-	20, // 38: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
-	21, // 39: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
-	24, // 40: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
-	26, // 41: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
-	28, // 42: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
-	30, // 43: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
-	32, // 44: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
-	1,  // 45: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
-	4,  // 46: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
-	12, // 47: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
-	22, // 48: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 49: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 50: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 51: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 52: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 53: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	22, // 54: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	25, // 55: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
-	27, // 56: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
-	29, // 57: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
-	31, // 58: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
-	33, // 59: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
-	45, // [45:60] is the sub-list for method output_type
-	30, // [30:45] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	38, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
+	6,  // 14: signet.admin.v1.RotationStep.assumed:type_name -> signet.admin.v1.RotationWait
+	38, // 15: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	38, // 16: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
+	8,  // 17: signet.admin.v1.ClusterTrust.roots:type_name -> signet.admin.v1.RootTrust
+	38, // 18: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
+	38, // 19: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
+	38, // 20: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
+	10, // 21: signet.admin.v1.TaintStatus.accepted_by:type_name -> signet.admin.v1.Acceptance
+	11, // 22: signet.admin.v1.Acceptance.named:type_name -> signet.admin.v1.AcceptingAgent
+	38, // 23: signet.admin.v1.Acceptance.reported:type_name -> google.protobuf.Timestamp
+	38, // 24: signet.admin.v1.AcceptingAgent.last_heard:type_name -> google.protobuf.Timestamp
+	38, // 25: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
+	5,  // 26: signet.admin.v1.PlanRotationResponse.steps:type_name -> signet.admin.v1.RotationStep
+	20, // 27: signet.admin.v1.InstallAuthoritiesRequest.trust:type_name -> signet.admin.v1.TrustSet
+	21, // 28: signet.admin.v1.TrustSet.roots:type_name -> signet.admin.v1.TrustedRoot
+	5,  // 29: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
+	5,  // 30: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
+	26, // 31: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
+	25, // 32: signet.admin.v1.RotationChangeResponse.reports:type_name -> signet.admin.v1.ReportTaken
+	38, // 33: signet.admin.v1.ReportTaken.at:type_name -> google.protobuf.Timestamp
+	38, // 34: signet.admin.v1.ReportTaken.held:type_name -> google.protobuf.Timestamp
+	38, // 35: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
+	37, // 36: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
+	38, // 37: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
+	0,  // 38: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
+	3,  // 39: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
+	13, // 40: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
+	15, // 41: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
+	16, // 42: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
+	17, // 43: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
+	18, // 44: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
+	19, // 45: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
+	22, // 46: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
+	23, // 47: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
+	27, // 48: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
+	29, // 49: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
+	31, // 50: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
+	33, // 51: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
+	35, // 52: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
+	1,  // 53: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	4,  // 54: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
+	14, // 55: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
+	24, // 56: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 57: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 58: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 59: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 60: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 61: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 62: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	28, // 63: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
+	30, // 64: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
+	32, // 65: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
+	34, // 66: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
+	36, // 67: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
+	53, // [53:68] is the sub-list for method output_type
+	38, // [38:53] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_rotation_proto_init() }
@@ -2604,7 +2917,7 @@ func file_api_signet_admin_v1_rotation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_admin_v1_rotation_proto_rawDesc), len(file_api_signet_admin_v1_rotation_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   35,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -42,6 +42,8 @@ type Entry struct {
 	//	*Entry_AuthorityChanged
 	//	*Entry_IdentityBanned
 	//	*Entry_IdentityUnbanned
+	//	*Entry_PeerReported
+	//	*Entry_AuthorityRequested
 	Event         isEntry_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -208,6 +210,24 @@ func (x *Entry) GetIdentityUnbanned() *IdentityUnbanned {
 	return nil
 }
 
+func (x *Entry) GetPeerReported() *PeerReported {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_PeerReported); ok {
+			return x.PeerReported
+		}
+	}
+	return nil
+}
+
+func (x *Entry) GetAuthorityRequested() *AuthorityRequested {
+	if x != nil {
+		if x, ok := x.Event.(*Entry_AuthorityRequested); ok {
+			return x.AuthorityRequested
+		}
+	}
+	return nil
+}
+
 type isEntry_Event interface {
 	isEntry_Event()
 }
@@ -267,6 +287,15 @@ type Entry_IdentityUnbanned struct {
 	IdentityUnbanned *IdentityUnbanned `protobuf:"bytes,14,opt,name=identity_unbanned,json=identityUnbanned,proto3,oneof"`
 }
 
+type Entry_PeerReported struct {
+	PeerReported *PeerReported `protobuf:"bytes,15,opt,name=peer_reported,json=peerReported,proto3,oneof"`
+}
+
+type Entry_AuthorityRequested struct {
+	// An authority above is about to be asked to sign a CA of ours. Written before it is asked.
+	AuthorityRequested *AuthorityRequested `protobuf:"bytes,16,opt,name=authority_requested,json=authorityRequested,proto3,oneof"`
+}
+
 func (*Entry_CertificateIssued) isEntry_Event() {}
 
 func (*Entry_AuthorityCreated) isEntry_Event() {}
@@ -292,6 +321,10 @@ func (*Entry_AuthorityChanged) isEntry_Event() {}
 func (*Entry_IdentityBanned) isEntry_Event() {}
 
 func (*Entry_IdentityUnbanned) isEntry_Event() {}
+
+func (*Entry_PeerReported) isEntry_Event() {}
+
+func (*Entry_AuthorityRequested) isEntry_Event() {}
 
 // On whose word something happened.
 type Evidence struct {
@@ -572,6 +605,103 @@ func (x *AuthorityInstalled) GetEvidence() *Evidence {
 	return nil
 }
 
+// Whatever is signed on this key was asked for here. It may be signed more than once, for answers get lost: those that were not
+// have an authority_installed. Written once for each root that it is to be signed under, and again by each process that asks.
+type AuthorityRequested struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Authority string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	// "intermediate".
+	Kind       string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	CommonName string `protobuf:"bytes,3,opt,name=common_name,json=commonName,proto3" json:"common_name,omitempty"`
+	// SubjectPublicKeyInfo, DER.
+	PublicKey []byte `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	// Who is asked, and the root that the answer has to lead to.
+	Upstream      string    `protobuf:"bytes,5,opt,name=upstream,proto3" json:"upstream,omitempty"`
+	Root          string    `protobuf:"bytes,6,opt,name=root,proto3" json:"root,omitempty"`
+	Evidence      *Evidence `protobuf:"bytes,7,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityRequested) Reset() {
+	*x = AuthorityRequested{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityRequested) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityRequested) ProtoMessage() {}
+
+func (x *AuthorityRequested) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityRequested.ProtoReflect.Descriptor instead.
+func (*AuthorityRequested) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AuthorityRequested) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *AuthorityRequested) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AuthorityRequested) GetCommonName() string {
+	if x != nil {
+		return x.CommonName
+	}
+	return ""
+}
+
+func (x *AuthorityRequested) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *AuthorityRequested) GetUpstream() string {
+	if x != nil {
+		return x.Upstream
+	}
+	return ""
+}
+
+func (x *AuthorityRequested) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *AuthorityRequested) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
 type RegistrationChanged struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// JSON of the registration before and after; empty = was not, is not.
@@ -585,7 +715,7 @@ type RegistrationChanged struct {
 
 func (x *RegistrationChanged) Reset() {
 	*x = RegistrationChanged{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[5]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -597,7 +727,7 @@ func (x *RegistrationChanged) String() string {
 func (*RegistrationChanged) ProtoMessage() {}
 
 func (x *RegistrationChanged) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[5]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -610,7 +740,7 @@ func (x *RegistrationChanged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistrationChanged.ProtoReflect.Descriptor instead.
 func (*RegistrationChanged) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{5}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RegistrationChanged) GetBefore() string {
@@ -654,7 +784,7 @@ type JoinTokenCreated struct {
 
 func (x *JoinTokenCreated) Reset() {
 	*x = JoinTokenCreated{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[6]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +796,7 @@ func (x *JoinTokenCreated) String() string {
 func (*JoinTokenCreated) ProtoMessage() {}
 
 func (x *JoinTokenCreated) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[6]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +809,7 @@ func (x *JoinTokenCreated) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinTokenCreated.ProtoReflect.Descriptor instead.
 func (*JoinTokenCreated) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{6}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *JoinTokenCreated) GetTokenId() string {
@@ -720,7 +850,7 @@ type JoinTokenUsed struct {
 
 func (x *JoinTokenUsed) Reset() {
 	*x = JoinTokenUsed{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[7]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -732,7 +862,7 @@ func (x *JoinTokenUsed) String() string {
 func (*JoinTokenUsed) ProtoMessage() {}
 
 func (x *JoinTokenUsed) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[7]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -745,7 +875,7 @@ func (x *JoinTokenUsed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinTokenUsed.ProtoReflect.Descriptor instead.
 func (*JoinTokenUsed) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{7}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *JoinTokenUsed) GetTokenId() string {
@@ -772,7 +902,7 @@ type JoinTokenRevoked struct {
 
 func (x *JoinTokenRevoked) Reset() {
 	*x = JoinTokenRevoked{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[8]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -784,7 +914,7 @@ func (x *JoinTokenRevoked) String() string {
 func (*JoinTokenRevoked) ProtoMessage() {}
 
 func (x *JoinTokenRevoked) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[8]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -797,7 +927,7 @@ func (x *JoinTokenRevoked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinTokenRevoked.ProtoReflect.Descriptor instead.
 func (*JoinTokenRevoked) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{8}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *JoinTokenRevoked) GetTokenId() string {
@@ -826,7 +956,7 @@ type AgentEnrolled struct {
 
 func (x *AgentEnrolled) Reset() {
 	*x = AgentEnrolled{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[9]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -838,7 +968,7 @@ func (x *AgentEnrolled) String() string {
 func (*AgentEnrolled) ProtoMessage() {}
 
 func (x *AgentEnrolled) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[9]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -851,7 +981,7 @@ func (x *AgentEnrolled) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentEnrolled.ProtoReflect.Descriptor instead.
 func (*AgentEnrolled) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{9}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AgentEnrolled) GetAgent() string {
@@ -886,7 +1016,7 @@ type AgentBanned struct {
 
 func (x *AgentBanned) Reset() {
 	*x = AgentBanned{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[10]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +1028,7 @@ func (x *AgentBanned) String() string {
 func (*AgentBanned) ProtoMessage() {}
 
 func (x *AgentBanned) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[10]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +1041,7 @@ func (x *AgentBanned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentBanned.ProtoReflect.Descriptor instead.
 func (*AgentBanned) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{10}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AgentBanned) GetAgent() string {
@@ -938,7 +1068,7 @@ type AgentUnbanned struct {
 
 func (x *AgentUnbanned) Reset() {
 	*x = AgentUnbanned{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[11]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1080,7 @@ func (x *AgentUnbanned) String() string {
 func (*AgentUnbanned) ProtoMessage() {}
 
 func (x *AgentUnbanned) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[11]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1093,7 @@ func (x *AgentUnbanned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentUnbanned.ProtoReflect.Descriptor instead.
 func (*AgentUnbanned) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{11}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AgentUnbanned) GetAgent() string {
@@ -1005,7 +1135,7 @@ type AuthorityChanged struct {
 
 func (x *AuthorityChanged) Reset() {
 	*x = AuthorityChanged{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[12]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1147,7 @@ func (x *AuthorityChanged) String() string {
 func (*AuthorityChanged) ProtoMessage() {}
 
 func (x *AuthorityChanged) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[12]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1160,7 @@ func (x *AuthorityChanged) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityChanged.ProtoReflect.Descriptor instead.
 func (*AuthorityChanged) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{12}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *AuthorityChanged) GetAuthority() string {
@@ -1115,7 +1245,7 @@ type IdentityBanned struct {
 
 func (x *IdentityBanned) Reset() {
 	*x = IdentityBanned{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[13]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1127,7 +1257,7 @@ func (x *IdentityBanned) String() string {
 func (*IdentityBanned) ProtoMessage() {}
 
 func (x *IdentityBanned) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[13]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1140,7 +1270,7 @@ func (x *IdentityBanned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentityBanned.ProtoReflect.Descriptor instead.
 func (*IdentityBanned) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{13}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *IdentityBanned) GetSpiffeId() string {
@@ -1174,7 +1304,7 @@ type IdentityUnbanned struct {
 
 func (x *IdentityUnbanned) Reset() {
 	*x = IdentityUnbanned{}
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[14]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1316,7 @@ func (x *IdentityUnbanned) String() string {
 func (*IdentityUnbanned) ProtoMessage() {}
 
 func (x *IdentityUnbanned) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[14]
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1329,7 @@ func (x *IdentityUnbanned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentityUnbanned.ProtoReflect.Descriptor instead.
 func (*IdentityUnbanned) Descriptor() ([]byte, []int) {
-	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{14}
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *IdentityUnbanned) GetSpiffeId() string {
@@ -1216,11 +1346,91 @@ func (x *IdentityUnbanned) GetEvidence() *Evidence {
 	return nil
 }
 
+// A report of another cluster was taken: what it says of roots and lost keys counts from here on.
+type PeerReported struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// When that cluster made it, nanoseconds since the Unix epoch, UTC.
+	Made int64 `protobuf:"varint,2,opt,name=made,proto3" json:"made,omitempty"`
+	// SHA-256 of the signed report.
+	Digest []byte `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	// What it says that the one before did not, sentences.
+	Says          []string  `protobuf:"bytes,4,rep,name=says,proto3" json:"says,omitempty"`
+	Evidence      *Evidence `protobuf:"bytes,5,opt,name=evidence,proto3" json:"evidence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeerReported) Reset() {
+	*x = PeerReported{}
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeerReported) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeerReported) ProtoMessage() {}
+
+func (x *PeerReported) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_audit_v1_entry_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeerReported.ProtoReflect.Descriptor instead.
+func (*PeerReported) Descriptor() ([]byte, []int) {
+	return file_api_signet_audit_v1_entry_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PeerReported) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *PeerReported) GetMade() int64 {
+	if x != nil {
+		return x.Made
+	}
+	return 0
+}
+
+func (x *PeerReported) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *PeerReported) GetSays() []string {
+	if x != nil {
+		return x.Says
+	}
+	return nil
+}
+
+func (x *PeerReported) GetEvidence() *Evidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
 var File_api_signet_audit_v1_entry_proto protoreflect.FileDescriptor
 
 const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\n" +
-	"\x1fapi/signet/audit/v1/entry.proto\x12\x0fsignet.audit.v1\"\xb3\b\n" +
+	"\x1fapi/signet/audit/v1/entry.proto\x12\x0fsignet.audit.v1\"\xd1\t\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04time\x18\x01 \x01(\x03R\x04time\x12S\n" +
 	"\x12certificate_issued\x18\x02 \x01(\v2\".signet.audit.v1.CertificateIssuedH\x00R\x11certificateIssued\x12P\n" +
@@ -1236,7 +1446,9 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\x0eagent_unbanned\x18\v \x01(\v2\x1e.signet.audit.v1.AgentUnbannedH\x00R\ragentUnbanned\x12P\n" +
 	"\x11authority_changed\x18\f \x01(\v2!.signet.audit.v1.AuthorityChangedH\x00R\x10authorityChanged\x12J\n" +
 	"\x0fidentity_banned\x18\r \x01(\v2\x1f.signet.audit.v1.IdentityBannedH\x00R\x0eidentityBanned\x12P\n" +
-	"\x11identity_unbanned\x18\x0e \x01(\v2!.signet.audit.v1.IdentityUnbannedH\x00R\x10identityUnbannedB\a\n" +
+	"\x11identity_unbanned\x18\x0e \x01(\v2!.signet.audit.v1.IdentityUnbannedH\x00R\x10identityUnbanned\x12D\n" +
+	"\rpeer_reported\x18\x0f \x01(\v2\x1d.signet.audit.v1.PeerReportedH\x00R\fpeerReported\x12V\n" +
+	"\x13authority_requested\x18\x10 \x01(\v2#.signet.audit.v1.AuthorityRequestedH\x00R\x12authorityRequestedB\a\n" +
 	"\x05event\"\xdf\x01\n" +
 	"\bEvidence\x12\x16\n" +
 	"\x06caller\x18\x01 \x01(\tR\x06caller\x12\x12\n" +
@@ -1257,7 +1469,17 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\x12AuthorityInstalled\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05chain\x18\x02 \x03(\fR\x05chain\x125\n" +
-	"\bevidence\x18\x03 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\x96\x01\n" +
+	"\bevidence\x18\x03 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\xed\x01\n" +
+	"\x12AuthorityRequested\x12\x1c\n" +
+	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1f\n" +
+	"\vcommon_name\x18\x03 \x01(\tR\n" +
+	"commonName\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x04 \x01(\fR\tpublicKey\x12\x1a\n" +
+	"\bupstream\x18\x05 \x01(\tR\bupstream\x12\x12\n" +
+	"\x04root\x18\x06 \x01(\tR\x04root\x125\n" +
+	"\bevidence\x18\a \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\x96\x01\n" +
 	"\x13RegistrationChanged\x12\x16\n" +
 	"\x06before\x18\x01 \x01(\tR\x06before\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\tR\x05after\x12\x1a\n" +
@@ -1303,7 +1525,13 @@ const file_api_signet_audit_v1_entry_proto_rawDesc = "" +
 	"\bevidence\x18\x03 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"f\n" +
 	"\x10IdentityUnbanned\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x125\n" +
-	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidenceB9Z7github.com/signet-ca/signet/api/signet/audit/v1;auditv1b\x06proto3"
+	"\bevidence\x18\x02 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidence\"\x9f\x01\n" +
+	"\fPeerReported\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
+	"\x04made\x18\x02 \x01(\x03R\x04made\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\fR\x06digest\x12\x12\n" +
+	"\x04says\x18\x04 \x03(\tR\x04says\x125\n" +
+	"\bevidence\x18\x05 \x01(\v2\x19.signet.audit.v1.EvidenceR\bevidenceB9Z7github.com/signet-ca/signet/api/signet/audit/v1;auditv1b\x06proto3"
 
 var (
 	file_api_signet_audit_v1_entry_proto_rawDescOnce sync.Once
@@ -1317,55 +1545,61 @@ func file_api_signet_audit_v1_entry_proto_rawDescGZIP() []byte {
 	return file_api_signet_audit_v1_entry_proto_rawDescData
 }
 
-var file_api_signet_audit_v1_entry_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_api_signet_audit_v1_entry_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_api_signet_audit_v1_entry_proto_goTypes = []any{
 	(*Entry)(nil),               // 0: signet.audit.v1.Entry
 	(*Evidence)(nil),            // 1: signet.audit.v1.Evidence
 	(*CertificateIssued)(nil),   // 2: signet.audit.v1.CertificateIssued
 	(*AuthorityCreated)(nil),    // 3: signet.audit.v1.AuthorityCreated
 	(*AuthorityInstalled)(nil),  // 4: signet.audit.v1.AuthorityInstalled
-	(*RegistrationChanged)(nil), // 5: signet.audit.v1.RegistrationChanged
-	(*JoinTokenCreated)(nil),    // 6: signet.audit.v1.JoinTokenCreated
-	(*JoinTokenUsed)(nil),       // 7: signet.audit.v1.JoinTokenUsed
-	(*JoinTokenRevoked)(nil),    // 8: signet.audit.v1.JoinTokenRevoked
-	(*AgentEnrolled)(nil),       // 9: signet.audit.v1.AgentEnrolled
-	(*AgentBanned)(nil),         // 10: signet.audit.v1.AgentBanned
-	(*AgentUnbanned)(nil),       // 11: signet.audit.v1.AgentUnbanned
-	(*AuthorityChanged)(nil),    // 12: signet.audit.v1.AuthorityChanged
-	(*IdentityBanned)(nil),      // 13: signet.audit.v1.IdentityBanned
-	(*IdentityUnbanned)(nil),    // 14: signet.audit.v1.IdentityUnbanned
+	(*AuthorityRequested)(nil),  // 5: signet.audit.v1.AuthorityRequested
+	(*RegistrationChanged)(nil), // 6: signet.audit.v1.RegistrationChanged
+	(*JoinTokenCreated)(nil),    // 7: signet.audit.v1.JoinTokenCreated
+	(*JoinTokenUsed)(nil),       // 8: signet.audit.v1.JoinTokenUsed
+	(*JoinTokenRevoked)(nil),    // 9: signet.audit.v1.JoinTokenRevoked
+	(*AgentEnrolled)(nil),       // 10: signet.audit.v1.AgentEnrolled
+	(*AgentBanned)(nil),         // 11: signet.audit.v1.AgentBanned
+	(*AgentUnbanned)(nil),       // 12: signet.audit.v1.AgentUnbanned
+	(*AuthorityChanged)(nil),    // 13: signet.audit.v1.AuthorityChanged
+	(*IdentityBanned)(nil),      // 14: signet.audit.v1.IdentityBanned
+	(*IdentityUnbanned)(nil),    // 15: signet.audit.v1.IdentityUnbanned
+	(*PeerReported)(nil),        // 16: signet.audit.v1.PeerReported
 }
 var file_api_signet_audit_v1_entry_proto_depIdxs = []int32{
 	2,  // 0: signet.audit.v1.Entry.certificate_issued:type_name -> signet.audit.v1.CertificateIssued
 	3,  // 1: signet.audit.v1.Entry.authority_created:type_name -> signet.audit.v1.AuthorityCreated
 	4,  // 2: signet.audit.v1.Entry.authority_installed:type_name -> signet.audit.v1.AuthorityInstalled
-	5,  // 3: signet.audit.v1.Entry.registration_changed:type_name -> signet.audit.v1.RegistrationChanged
-	6,  // 4: signet.audit.v1.Entry.join_token_created:type_name -> signet.audit.v1.JoinTokenCreated
-	7,  // 5: signet.audit.v1.Entry.join_token_used:type_name -> signet.audit.v1.JoinTokenUsed
-	8,  // 6: signet.audit.v1.Entry.join_token_revoked:type_name -> signet.audit.v1.JoinTokenRevoked
-	9,  // 7: signet.audit.v1.Entry.agent_enrolled:type_name -> signet.audit.v1.AgentEnrolled
-	10, // 8: signet.audit.v1.Entry.agent_banned:type_name -> signet.audit.v1.AgentBanned
-	11, // 9: signet.audit.v1.Entry.agent_unbanned:type_name -> signet.audit.v1.AgentUnbanned
-	12, // 10: signet.audit.v1.Entry.authority_changed:type_name -> signet.audit.v1.AuthorityChanged
-	13, // 11: signet.audit.v1.Entry.identity_banned:type_name -> signet.audit.v1.IdentityBanned
-	14, // 12: signet.audit.v1.Entry.identity_unbanned:type_name -> signet.audit.v1.IdentityUnbanned
-	1,  // 13: signet.audit.v1.CertificateIssued.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 14: signet.audit.v1.AuthorityCreated.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 15: signet.audit.v1.AuthorityInstalled.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 16: signet.audit.v1.RegistrationChanged.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 17: signet.audit.v1.JoinTokenCreated.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 18: signet.audit.v1.JoinTokenRevoked.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 19: signet.audit.v1.AgentEnrolled.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 20: signet.audit.v1.AgentBanned.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 21: signet.audit.v1.AgentUnbanned.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 22: signet.audit.v1.AuthorityChanged.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 23: signet.audit.v1.IdentityBanned.evidence:type_name -> signet.audit.v1.Evidence
-	1,  // 24: signet.audit.v1.IdentityUnbanned.evidence:type_name -> signet.audit.v1.Evidence
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	6,  // 3: signet.audit.v1.Entry.registration_changed:type_name -> signet.audit.v1.RegistrationChanged
+	7,  // 4: signet.audit.v1.Entry.join_token_created:type_name -> signet.audit.v1.JoinTokenCreated
+	8,  // 5: signet.audit.v1.Entry.join_token_used:type_name -> signet.audit.v1.JoinTokenUsed
+	9,  // 6: signet.audit.v1.Entry.join_token_revoked:type_name -> signet.audit.v1.JoinTokenRevoked
+	10, // 7: signet.audit.v1.Entry.agent_enrolled:type_name -> signet.audit.v1.AgentEnrolled
+	11, // 8: signet.audit.v1.Entry.agent_banned:type_name -> signet.audit.v1.AgentBanned
+	12, // 9: signet.audit.v1.Entry.agent_unbanned:type_name -> signet.audit.v1.AgentUnbanned
+	13, // 10: signet.audit.v1.Entry.authority_changed:type_name -> signet.audit.v1.AuthorityChanged
+	14, // 11: signet.audit.v1.Entry.identity_banned:type_name -> signet.audit.v1.IdentityBanned
+	15, // 12: signet.audit.v1.Entry.identity_unbanned:type_name -> signet.audit.v1.IdentityUnbanned
+	16, // 13: signet.audit.v1.Entry.peer_reported:type_name -> signet.audit.v1.PeerReported
+	5,  // 14: signet.audit.v1.Entry.authority_requested:type_name -> signet.audit.v1.AuthorityRequested
+	1,  // 15: signet.audit.v1.CertificateIssued.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 16: signet.audit.v1.AuthorityCreated.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 17: signet.audit.v1.AuthorityInstalled.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 18: signet.audit.v1.AuthorityRequested.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 19: signet.audit.v1.RegistrationChanged.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 20: signet.audit.v1.JoinTokenCreated.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 21: signet.audit.v1.JoinTokenRevoked.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 22: signet.audit.v1.AgentEnrolled.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 23: signet.audit.v1.AgentBanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 24: signet.audit.v1.AgentUnbanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 25: signet.audit.v1.AuthorityChanged.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 26: signet.audit.v1.IdentityBanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 27: signet.audit.v1.IdentityUnbanned.evidence:type_name -> signet.audit.v1.Evidence
+	1,  // 28: signet.audit.v1.PeerReported.evidence:type_name -> signet.audit.v1.Evidence
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_audit_v1_entry_proto_init() }
@@ -1387,6 +1621,8 @@ func file_api_signet_audit_v1_entry_proto_init() {
 		(*Entry_AuthorityChanged)(nil),
 		(*Entry_IdentityBanned)(nil),
 		(*Entry_IdentityUnbanned)(nil),
+		(*Entry_PeerReported)(nil),
+		(*Entry_AuthorityRequested)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1394,7 +1630,7 @@ func file_api_signet_audit_v1_entry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_audit_v1_entry_proto_rawDesc), len(file_api_signet_audit_v1_entry_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
