@@ -69,7 +69,9 @@ func TestTheMonthOfReturnCountsFromTheCertificatesEnd(t *testing.T) {
 		c.ahead.Store(0)
 	}
 	s = c.start(t, func(s *Server) { s.config.ControlTTL = time.Hour })
+	client := signetv1.NewEnrolmentClient(s.toEnrol())
+	_, _ = client.Enrol(t.Context(), &signetv1.EnrolRequest{})
 	c.ahead.Store(int64(life + renewalGrace - time.Hour))
-	_, err := signetv1.NewEnrolmentClient(s.toEnrol()).Enrol(t.Context(), enrolByKey("node-1", renewal(t, long)))
+	_, err := client.Enrol(t.Context(), enrolByKey("node-1", renewal(t, long)))
 	must(t, err)
 }

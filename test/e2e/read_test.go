@@ -71,11 +71,11 @@ var reads = map[string]string{
 	"svid inspect tls/svid.pem":                        `[].issuer [].key [].kind [].not_after [].not_before [].serial [].sha256 [].spiffe_id [].subject`,
 	"svid verify tls/svid.pem --bundle tls/bundle.pem": `[].issuer [].key [].kind [].not_after [].not_before [].serial [].sha256 [].spiffe_id`,
 	"log find --config east/server.yaml --spiffe-id spiffe://example.org/me --prove": `[].agent [].caller [].door [].index [].instance [].kind [].not_after
-		[].not_before [].proven [].registration [].selectors [].serial [].spiffe_id [].time`,
+		[].not_before [].proven [].public_key_sha256 [].registration [].selectors [].serial [].spiffe_id [].time`,
 	"log show --config east/server.yaml": `.checkpoint_published .origin .root_hash .size .verifier_key`,
 	"log show 0 --config east/server.yaml": `.caller .certificate .certificate.is_ca .certificate.issuer .certificate.public_key
 		.certificate.public_key_sha256 .certificate.signature_algorithm .certificate.subject .door .entry .index .kind .leaf_hash .not_after .not_before
-		.proven .serial .spiffe_id .time`,
+		.proven .public_key_sha256 .serial .spiffe_id .time`,
 	"log verify --config east/server.yaml":      `.intact .origin .root_hash .size`,
 	"config view --config east/server.yaml":     `[].key [].source [].value`,
 	"config view --config east/node-1.yaml":     `[].key [].source [].value`,
