@@ -110,7 +110,7 @@ func TestANewSecretIDIsTriedWithinSecondsThoughNobodyCalls(t *testing.T) {
 
 func TestASecretThatBecomesGoodIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for method, longest := range map[string]time.Duration{"approle": 75 * time.Minute, "jwt": 75 * time.Second} {
+		for method, longest := range map[string]time.Duration{"approle": 75 * time.Minute, "jwt": 13 * time.Second} {
 			f, config := lockable(""), appRole(t)
 			if method == "jwt" {
 				config.Login = Login{Method: "jwt", Role: "role", JWTFile: secretFile(t, "jwt", testSecretID)}

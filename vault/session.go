@@ -88,7 +88,9 @@ type pauses struct{ first, longest, other time.Duration }
 var (
 	// An AppRole is locked if its secret-id is refused too often. What is shown again so rarely never counts as a row.
 	lockingPauses = pauses{lockoutReset + 5*time.Minute, time.Hour, lockoutReset + 5*time.Minute}
-	freePauses    = pauses{time.Second, time.Minute, 5 * time.Second}
+	freePauses    = pauses{time.Second, 10 * time.Second, 5 * time.Second}
+	// Vault has let us in, with a token that is of no use: each try makes one more.
+	givenPauses = pauses{time.Second, time.Minute, 5 * time.Second}
 )
 
 // refuse notes a login that came to nothing though Vault is there. The caller holds mu.
@@ -96,8 +98,11 @@ func (c *Client) refuse(e *Error, digest [sha256.Size]byte) {
 	r, now := &c.refused, c.now()
 	p := freePauses
 	// Vault answers 403 for a role that is locked already, and 404 where no method is mounted: neither counts.
-	if c.login.Method == loginAppRole && e.Status == http.StatusBadRequest {
+	switch {
+	case c.login.Method == loginAppRole && e.Status == http.StatusBadRequest:
 		p = lockingPauses
+	case e.Status == http.StatusOK:
+		p = givenPauses
 	}
 	another := r.err == nil || !same(r.digest, digest)
 	if another {
@@ -311,7 +316,7 @@ func (c *Client) bury(s *session) {
 	}
 	e := &Error{Op: opLogin, Path: c.loginPath(), Status: http.StatusOK, vault: c.address, why: fmt.Sprintf(
 		"the tokens that it gives end at once, the last after %s: look for a limit of their uses at the role (token_num_uses), or for whoever revokes them", age.Round(time.Millisecond))}
-	wait := min(freePauses.first<<min(c.stillborn-2, 10), freePauses.longest)
+	wait := min(givenPauses.first<<min(c.stillborn-2, 10), givenPauses.longest)
 	c.refused = refusal{err: e, since: now, digest: c.entered, until: now.Add(later(wait))}
 	e.next = c.refused.next(now)
 }

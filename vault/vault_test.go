@@ -501,7 +501,7 @@ func TestATokenThatWorksIsKeptWhenANewLoginIsRefused(t *testing.T) {
 func TestARefusedLoginIsNotTriedAgainAtOnceUnlessWithAnotherSecret(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		// Only what counts towards a lockout of the role is left for so long.
-		for status, logins := range map[int][2]int{400: {1, 1}, 403: {10, 20}, 404: {10, 20}} {
+		for status, logins := range map[int][2]int{400: {1, 1}, 403: {45, 66}, 404: {45, 66}} {
 			f := newFakeVault()
 			f.on("GET a", data(map[string]any{"a": "b"}))
 			f.on("PUT auth/approle/login", func(w http.ResponseWriter, r *http.Request) {
