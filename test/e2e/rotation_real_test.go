@@ -107,7 +107,7 @@ func (w *world) are(ctx context.Context, c *lab.Cluster, want ...string) error {
 
 func (w *world) untilAre(t *testing.T, c *lab.Cluster, want ...string) {
 	t.Helper()
-	until(t, strings.Join(want, " "), 30*time.Second, func() error { return w.are(t.Context(), c, want...) })
+	until(t, strings.Join(want, " "), 90*time.Second, func() error { return w.are(t.Context(), c, want...) })
 }
 
 // ask asks for a request, and returns its file and the fingerprints of its keys.

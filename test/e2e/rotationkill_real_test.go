@@ -103,7 +103,7 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 				last = append(last, want[i:i+2]...)
 			}
 		}
-		until(t, "the same after a kill", 5*time.Second, func() error { return w.are(t.Context(), w.east, last...) })
+		until(t, "the same after a kill", 30*time.Second, func() error { return w.are(t.Context(), w.east, last...) })
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -121,7 +121,7 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 		t.Errorf("killed %d times only", m.dead)
 	}
 
-	until(t, "certificates under the new root", 10*time.Second, func() error { return w.under(agent.Socket, b) })
+	until(t, "certificates under the new root", 30*time.Second, func() error { return w.under(agent.Socket, b) })
 	all, err := w.authorities(t.Context(), w.east)
 	if err != nil {
 		t.Fatal(err)
