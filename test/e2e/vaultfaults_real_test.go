@@ -281,7 +281,7 @@ func (x *holding) impaired(t *testing.T, what string, is func(check.Finding) boo
 // mended waits until nothing of Vault is found any more.
 func (x *holding) mended(t *testing.T) {
 	t.Helper()
-	until(t, x.Name+" misses nothing", 20*time.Second, func() error {
+	until(t, x.Name+" misses nothing", 45*time.Second, func() error {
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
