@@ -96,12 +96,17 @@ func (h *hub) stands(jobs []*job) bool {
 	if jobs[0].pause >= h.pause.attempts {
 		return false
 	}
+	h.parkJobs(jobs)
+	return true
+}
+
+// parkJobs is park for those that are still wanted. Called with mu held.
+func (h *hub) parkJobs(jobs []*job) {
 	for _, j := range jobs {
 		if h.entries[j.name] == j.entry {
 			h.park(j.name, j.entry)
 		}
 	}
-	return true
 }
 
 // failedAll puts a whole call off, and every other with it.
@@ -136,11 +141,7 @@ func (h *hub) failedAll(jobs []*job, err error, deaf bool) {
 			}
 		}
 	} else {
-		for _, j := range jobs {
-			if h.entries[j.name] == j.entry {
-				h.park(j.name, j.entry)
-			}
-		}
+		h.parkJobs(jobs)
 	}
 	h.say(p.err, p.until.Sub(now))
 }

@@ -66,10 +66,10 @@ type Forged struct {
 
 // Commands that mend; FILE is the server's configuration.
 const (
-	mendStatus  = "signet rotation status --config FILE"
+	MendStatus  = "signet rotation status --config FILE"
 	mendStart   = "signet rotation start --config FILE intermediate"
 	mendAdvance = "signet rotation advance --config FILE"
-	mendServe   = "signet serve --config FILE"
+	MendServe   = "signet serve --config FILE"
 	mendClock   = "timedatectl set-ntp true"
 	mendTrust   = "signet trust republish --config FILE --dry-run"
 	// MendRoot helps against the end of a root.
@@ -247,11 +247,11 @@ func (r Rotation) next(steps []rotation.Step) (why, mend string) {
 		switch {
 		case i < 0:
 		case len(steps[i].Waits) > 0:
-			why, mend = who+"waits: "+steps[i].Waits[0].For, mendStatus
+			why, mend = who+"waits: "+steps[i].Waits[0].For, MendStatus
 		case !r.Automatic:
 			why, mend = x.ID+" is to take over, and rotation.automatic is off", mendAdvance+" "+x.ID
 		case r.Offline:
-			why, mend = x.ID+" takes over as soon as the server runs", mendServe
+			why, mend = x.ID+" takes over as soon as the server runs", MendServe
 		}
 	}
 	return why, mend
@@ -262,9 +262,9 @@ func (r Rotation) mendSign(id string) string {
 	show := "signet ca show --config FILE " + id
 	switch {
 	case r.Online && r.Offline:
-		return mendServe // it asks the upstream
+		return MendServe // it asks the upstream
 	case r.Online:
-		return mendStatus
+		return MendStatus
 	case r.Offline: // a server that could not issue would not start, and so not show it
 		show = "signet cluster init --config FILE --csr-out CSR"
 	}
@@ -296,7 +296,7 @@ func (r Rotation) successor(active rotation.Authority, steps []rotation.Step, no
 		case !x.NotAfter.After(active.NotAfter):
 			found.add(CodeSuccessor, Warning, x.ID, fmt.Sprintf("it is to follow %s, and ends no later, at %s: the root above ends", active.ID, stamp(x.NotAfter)), MendRoot)
 		case blocked != "" && late:
-			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it can't take over from %s, which ends at %s: %s", active.ID, stamp(active.NotAfter), blocked), mendStatus)
+			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it can't take over from %s, which ends at %s: %s", active.ID, stamp(active.NotAfter), blocked), MendStatus)
 		case !takes.IsZero() && !takes.Before(active.NotAfter.Add(-r.LeastLife)):
 			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it takes over at %s, after the end of %s at %s", stamp(takes), active.ID, stamp(active.NotAfter)), mendStart)
 		}
@@ -377,7 +377,7 @@ func (r Rotation) forged() (found Findings) {
 		}
 		mend := f.Advice
 		if mend == "" {
-			mend = mendStatus
+			mend = MendStatus
 		}
 		found.add(CodeTaint, Error, f.ID, fmt.Sprintf("its key (of cluster %s) is lost, and certificates forged with it are accepted, until %s at the latest, by %s", f.Cluster, stamp(f.Until), Some(f.By)), mend)
 	}

@@ -49,9 +49,9 @@ type Folder struct {
 
 // Names of keys. The first version of each is made by Init.
 const (
+	ControlKey      = "control-ca"
+	IntermediateKey = "intermediate"
 	logKey          = "log"
-	controlKey      = "control-ca"
-	intermediateKey = "intermediate"
 )
 
 // Facts about a folder, written once. logKeyFact also says that Init got as far as having a log.
@@ -403,7 +403,7 @@ func (c *InitConfig) awaited(ctx context.Context, o *opened, rows []store.Author
 // makeControlCA: a crash after the log's entry and before the row leaves an entry of a control CA that never was; the
 // next run makes another certificate for the same key, and only that one is ever shown to anybody.
 func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (store.Authority, error) {
-	key, err := c.Keys.Create(ctx, controlKey, c.Algorithm, 0)
+	key, err := c.Keys.Create(ctx, ControlKey, c.Algorithm, 0)
 	if err != nil {
 		return store.Authority{}, err
 	}

@@ -37,8 +37,10 @@ type validator struct {
 }
 
 // validators are the agents that a switch waits for: those that have, or may have, identities that live.
-func (k *keeper) validators(now time.Time) []validator {
-	return slices.DeleteFunc(k.agents(now), func(v validator) bool { return v.ended })
+func (k *keeper) validators(now time.Time) []validator { return waitedFor(k.agents(now)) }
+
+func waitedFor(agents []validator) []validator {
+	return slices.DeleteFunc(slices.Clone(agents), func(v validator) bool { return v.ended })
 }
 
 // maxMissing bounds how many agents are named.
@@ -52,7 +54,7 @@ func (k *keeper) report(set *authorities, now time.Time) rotation.Report {
 		Roots: rotation.ReportRoots(k.policy.Policy, lives, now), Tainted: rotation.ReportTaints(k.policy.Policy, lives, now),
 	}
 	agents := k.agents(now)
-	validators := slices.DeleteFunc(slices.Clone(agents), func(v validator) bool { return v.ended })
+	validators := waitedFor(agents)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	// A root that was removed is told of as long as somebody still believes it.
@@ -211,12 +213,17 @@ func (k *keeper) signNote(ctx context.Context, text string) ([]byte, error) {
 
 // openReport verifies a peer's report.
 func openReport(signed []byte, p Peer, td spiffeid.TrustDomain) (rotation.Report, error) {
-	fail := func(format string, args ...any) (rotation.Report, error) {
-		return rotation.Report{}, fmt.Errorf("report of cluster "+p.Cluster+": "+format, args...)
-	}
 	text, err := audit.OpenNote(signed, p.VerifierKey)
 	if err != nil {
-		return fail("%w", err)
+		return rotation.Report{}, fmt.Errorf("report of cluster %s: %w", p.Cluster, err)
+	}
+	return readReport(text, p, td)
+}
+
+// readReport checks what a peer has signed.
+func readReport(text string, p Peer, td spiffeid.TrustDomain) (rotation.Report, error) {
+	fail := func(format string, args ...any) (rotation.Report, error) {
+		return rotation.Report{}, fmt.Errorf("report of cluster "+p.Cluster+": "+format, args...)
 	}
 	body, ok := strings.CutPrefix(text, reportTitle+td.Name()+"\n")
 	if !ok {
@@ -400,8 +407,8 @@ func (k *keeper) openAny(signed []byte) (rotation.Report, error) {
 	}
 	var names []string
 	for _, p := range k.policy.Peers {
-		if _, err := audit.OpenNote(signed, p.VerifierKey); err == nil {
-			return openReport(signed, p, k.folder.TrustDomain)
+		if text, err := audit.OpenNote(signed, p.VerifierKey); err == nil {
+			return readReport(text, p, k.folder.TrustDomain)
 		}
 		names = append(names, p.Cluster)
 	}

@@ -92,7 +92,7 @@ type keeper struct {
 	// replaced names the issuers whose leaves are to be replaced.
 	replaced atomic.Pointer[[][]byte]
 	// unopened is why the key of the active issuer could not be opened outside this process; nil = it is, or is no such key.
-	unopened atomic.Pointer[unopened]
+	unopened atomic.Pointer[trouble]
 	// destroyed names the keys that were destroyed since the start, swept the set for which all were that could be. Both
 	// belong to the one who keeps.
 	destroyed map[keystore.Ref]bool
@@ -226,24 +226,20 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 		}
 		list = append(list, issuer)
 	}
-	if last := k.unopened.Load(); why == nil {
-		k.unopened.Store(nil)
-	} else {
-		since := k.folder.Now()
-		if last == nil {
-			k.log.Warn("the key of the active issuer can't be used now; it is tried again", "err", why)
-		} else {
-			since = last.since
-		}
-		k.unopened.Store(&unopened{since, why})
+	var last trouble
+	if t := k.unopened.Load(); t != nil {
+		last = *t
 	}
+	now, turned := last.after(why, k.folder.Now())
+	if why == nil {
+		k.unopened.Store(nil)
+		return list, nil
+	}
+	if turned {
+		k.log.Warn("the key of the active issuer can't be used now; it is tried again", "err", why)
+	}
+	k.unopened.Store(&now)
 	return list, nil
-}
-
-// unopened is a key that can't be used, since when, and why.
-type unopened struct {
-	since time.Time
-	err   error
 }
 
 // key opens a key once: opening takes a while, for it is sealed against guessing.
@@ -390,11 +386,7 @@ func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rot
 				o.forced = *d.overridden
 			}
 			before := o.set
-			err := k.rehearse(ctx, &o, next)
-			if err == nil {
-				err = k.commit(ctx, &o, next, d, now, d.reason, o.forced, entries...)
-			}
-			if err != nil {
+			if err := k.commit(ctx, &o, next, d, now, d.reason, o.forced, entries...); err != nil {
 				return o, err
 			}
 			o.done = next.said(before)
@@ -481,9 +473,6 @@ func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation
 	} else if next, err = o.set.edit(rotation.Apply(k.policy.Policy, o.set.lives(), step, now)); err != nil {
 		return step, nil, err
 	}
-	if err := k.rehearse(ctx, o, next); err != nil {
-		return step, nil, err
-	}
 	if err := k.commit(ctx, o, next, d, now, step.Because, forced); err != nil {
 		return step, nil, err
 	}
@@ -496,11 +485,8 @@ func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation
 	return step, forced, nil
 }
 
-// rehearse refuses in a dry run what would be refused then, since who is to sign can't: commit opens no keys for it.
+// rehearse refuses what would be refused then, since who is to sign can't: a dry run opens no other keys.
 func (k *keeper) rehearse(ctx context.Context, o *outcome, next *authorities) error {
-	if !o.dry {
-		return nil
-	}
 	for _, a := range next.rows {
 		if was, _ := o.set.row(a.ID); a.Kind == ca.KindIntermediate && a.State == ca.Active && was.State != ca.Active {
 			if _, err := k.key(ctx, a.Key); err != nil {
@@ -563,6 +549,9 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 		return fmt.Errorf("the cluster would have %d CAs: at most %d are kept", len(next.rows), maxAuthorities)
 	}
 	if o.dry {
+		if err := k.rehearse(ctx, o, next); err != nil {
+			return err
+		}
 		o.set, o.changed = next, true
 		return nil
 	}
@@ -638,11 +627,11 @@ func (k *keeper) successor(ctx context.Context, d decision, set *authorities, al
 func (k *keeper) request(ctx context.Context, set *authorities, also []store.Authority) (store.Authority, error) {
 	newest := 0
 	for _, a := range slices.Concat(set.rows, also) {
-		if a.Key.Name == intermediateKey {
+		if a.Key.Name == IntermediateKey {
 			newest = max(newest, a.Key.Version)
 		}
 	}
-	key, err := k.folder.Keys.Create(ctx, intermediateKey, k.algorithm, newest)
+	key, err := k.folder.Keys.Create(ctx, IntermediateKey, k.algorithm, newest)
 	if err != nil {
 		return store.Authority{}, err
 	}

@@ -871,7 +871,7 @@ func TestTheKeyOfARetiredIssuerMayBeGone(t *testing.T) {
 	must(t, err)
 	s.signed(c.root, started.Requests[0], nil)
 	must(t, s.stop())
-	must(t, c.keys.Delete(t.Context(), keystore.Ref{Backend: "memory", Name: intermediateKey, Version: 1}))
+	must(t, c.keys.Delete(t.Context(), keystore.Ref{Backend: "memory", Name: IntermediateKey, Version: 1}))
 	s = c.start(t, nil)
 	if s.state("intermediate-2") != ca.Active {
 		t.Errorf("the new issuer is %s", s.state("intermediate-2"))

@@ -275,7 +275,7 @@ func (c *cluster) forgetKeys(t testing.TB) {
 	t.Helper()
 	refs := must1(c.keys.List(t.Context()))
 	for _, r := range refs {
-		if r.Name == intermediateKey {
+		if r.Name == IntermediateKey {
 			must(t, c.keys.Delete(t.Context(), r))
 		}
 	}
@@ -481,7 +481,7 @@ func (e elsewhere) Create(ctx context.Context, name string, alg keystore.Algorit
 }
 
 func (e elsewhere) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, error) {
-	if err := e.fails.Load(); err != nil && ref.Name == intermediateKey {
+	if err := e.fails.Load(); err != nil && ref.Name == IntermediateKey {
 		return nil, *err
 	}
 	ref.Backend = keystore.BackendMemory

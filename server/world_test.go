@@ -326,9 +326,9 @@ func (l *live) controlLeaf(change func(*x509.Certificate)) *doors.Member {
 // minted is a certificate made with an issuer's key behind Signet's back.
 func (l *live) minted(h identity.Hierarchy, issuer *x509.Certificate, change func(*x509.Certificate)) *doors.Member {
 	l.t.Helper()
-	name := controlKey
+	name := ControlKey
 	if h == identity.Mesh {
-		name = intermediateKey
+		name = IntermediateKey
 	}
 	signer, err := l.config.Keys.Open(l.t.Context(), keystore.Ref{Backend: "memory", Name: name, Version: 1})
 	must(l.t, err)

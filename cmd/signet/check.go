@@ -157,7 +157,7 @@ func helps(found check.Findings) string {
 			return f.Mend
 		}
 	}
-	return "signet rotation status --config FILE"
+	return check.MendStatus
 }
 
 // openedOnce opens a key once: that takes a while, for it is sealed against guessing.
@@ -292,7 +292,7 @@ func notInstalled(shown server.Cluster, upstream, running bool) check.Finding {
 		f.Mend = ""
 	default:
 		f.Message += "; the server has one signed by itself when it runs"
-		f.Mend = "signet serve --config FILE"
+		f.Mend = check.MendServe
 	}
 	return f
 }

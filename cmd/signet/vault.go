@@ -134,7 +134,7 @@ func kvConfig(cfg *config.Server) kv.Config {
 // be older keys of what is made elsewhere by now.
 func transitUses(cfg *config.Server) (uses []transit.Use) {
 	for _, name := range slices.Sorted(maps.Keys(homes(cfg))) {
-		u := transit.Use{Name: name, Shrinks: name == intermediateKey}
+		u := transit.Use{Name: name, Shrinks: name == server.IntermediateKey}
 		switch {
 		case homes(cfg)[name] == config.KeysTransit:
 			u.Algorithm, u.Made, u.Grows = cfg.Keystore.Algorithm, true, u.Shrinks
@@ -146,15 +146,9 @@ func transitUses(cfg *config.Server) (uses []transit.Use) {
 	return uses
 }
 
-// Names of keys of CAs.
-const (
-	controlKey      = "control-ca"
-	intermediateKey = "intermediate"
-)
-
 // homes says where the keys of CAs are made.
 func homes(cfg *config.Server) map[string]string {
-	return map[string]string{controlKey: cfg.Keystore.ControlCA, intermediateKey: cfg.Keystore.Intermediates}
+	return map[string]string{server.ControlKey: cfg.Keystore.ControlCA, server.IntermediateKey: cfg.Keystore.Intermediates}
 }
 
 // needsOf is all that a server of this configuration will ask of Vault.
