@@ -48,6 +48,8 @@ check: lint ## Quick: format, vet, staticcheck, unit tests; no real parts
 lint: $(BIN)/staticcheck ## Format, vet, staticcheck
 	@unformatted=$$($(BIN)/gofumpt -l $$(git ls-files -co --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \
 	  if [ -n "$$unformatted" ]; then echo "not formatted, run make format:"; echo "$$unformatted"; exit 1; fi
+	@large=$$(git ls-files -z | xargs -0 find 2>/dev/null -size +4M); \
+	  if [ -n "$$large" ]; then echo "too large to be source, take it out of the index: $$large"; exit 1; fi
 	$(GO) vet -tags real ./...
 	$(BIN)/staticcheck -tags real ./...
 	$(GO) vet -tags soak ./test/faults

@@ -22,6 +22,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/sds"
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // passphrase is a seal of a test.
@@ -79,7 +80,7 @@ func restored(t testing.TB, w *world, dir string, list ...identity.Registration)
 // The server goes away right after a certificate was issued and stays away for 90 % of its life and more; the agent
 // restarts again and again. Its workloads have what they had, to the second of its end, and a new one soon after the return.
 func TestNoIdentityIsLostOverRestartsWhileTheServerIsAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		const life = 24 * time.Hour
 		w := newWorld(t)
 		dir := filepath.Join(t.TempDir(), "cache")
@@ -490,7 +491,7 @@ func TestNoOtherErrorPurgesTheCache(t *testing.T) {
 }
 
 func TestADiskThatTakesNothingDelaysNobodyAndHeals(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		dir := filepath.Join(t.TempDir(), "cache")
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))

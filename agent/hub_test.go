@@ -21,6 +21,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/sds"
+	"github.com/signet-ca/signet/test/bubble"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -102,9 +103,9 @@ func await(t testing.TB, v *view) *sds.SVID {
 	}
 }
 
-// bubble runs f with a running hub in simulated time.
-func bubble(t *testing.T, f func(t *testing.T, w *world, start func(*doorless))) {
-	synctest.Test(t, func(t *testing.T) {
+// inBubble runs f with a running hub in simulated time.
+func inBubble(t *testing.T, f func(t *testing.T, w *world, start func(*doorless))) {
+	bubble.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		f(t, newWorld(t), func(d *doorless) { go d.run(ctx) })
 		cancel()
@@ -115,7 +116,7 @@ func bubble(t *testing.T, f func(t *testing.T, w *world, start func(*doorless)))
 const uid identity.Selector = "unix:uid:1000"
 
 func TestManyStreamsOfOneIdentityCostOneIssuance(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))
 		start(d)
 		var wg sync.WaitGroup
@@ -136,7 +137,7 @@ func TestManyStreamsOfOneIdentityCostOneIssuance(t *testing.T) {
 }
 
 func TestTwoUsersGetTheirOwn(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("a", "/a", time.Hour, "unix:uid:1"), reg("b", "/b", time.Hour, "unix:uid:2"))
 		start(d)
 		a, b := d.mustOpen(t, "unix:uid:1"), d.mustOpen(t, "unix:uid:2")
@@ -156,7 +157,7 @@ func TestTwoUsersGetTheirOwn(t *testing.T) {
 }
 
 func TestPriorityDecidesTheDefault(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		low, high := reg("a-low", "/low", time.Hour, uid), reg("z-high", "/high", time.Hour, uid)
 		high.Priority = 10
 		twin := reg("b-twin", "/low", time.Hour, uid)
@@ -171,7 +172,7 @@ func TestPriorityDecidesTheDefault(t *testing.T) {
 }
 
 func TestADedicatedSocketServesOnlyItsRegistration(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("by-uid", "/uid", time.Hour, uid), reg("by-socket", "/socket", time.Hour, uid, "socket:front"))
 		start(d)
 		v, err := d.open(workload(uid), "front")
@@ -195,7 +196,7 @@ func TestADedicatedSocketServesOnlyItsRegistration(t *testing.T) {
 }
 
 func TestARefusedCallerIsToldWhatWasSeenAndWhatToDo(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))
 		many := []identity.Selector{"unix:uid:0", "unix:path:/x\x1b[31m" + identity.Selector(strings.Repeat("y", 2000))}
 		for i := range 60 {
@@ -221,7 +222,7 @@ func TestARefusedCallerIsToldWhatWasSeenAndWhatToDo(t *testing.T) {
 }
 
 func TestAWithdrawnRegistrationEndsItsStreamsAndLeavesTheOthers(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		a, b := reg("a", "/a", time.Hour, "unix:uid:1"), reg("b", "/b", time.Hour, "unix:gid:2")
 		d := newDoorless(t, w, a, b)
 		start(d)
@@ -248,7 +249,7 @@ func TestAWithdrawnRegistrationEndsItsStreamsAndLeavesTheOthers(t *testing.T) {
 }
 
 func TestAChangedRegistrationIsIssuedAnew(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		r := reg("web", "/web", time.Hour, uid)
 		d := newDoorless(t, w, r)
 		start(d)
@@ -280,7 +281,7 @@ func TestAChangedRegistrationIsIssuedAnew(t *testing.T) {
 
 // The call for a registration is under way when its ID changes: what comes back is of the old ID and must not be used.
 func TestWhatIsInFlightIsMeasuredByWhatHolds(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		r := reg("web", "/web", time.Hour, uid)
 		d := newDoorless(t, w, r)
 		changed := false
@@ -305,7 +306,7 @@ func TestWhatIsInFlightIsMeasuredByWhatHolds(t *testing.T) {
 }
 
 func TestWhatIsDueAtOnceGoesInOneCall(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		var list []identity.Registration
 		for i := range 120 {
 			list = append(list, reg(fmt.Sprintf("r%d", i), fmt.Sprintf("/r%d", i), time.Hour, uid))
@@ -329,7 +330,7 @@ func TestWhatIsDueAtOnceGoesInOneCall(t *testing.T) {
 }
 
 func TestNobodyWantsItNobodyRenewsIt(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))
 		start(d)
 		v := d.mustOpen(t, uid)
@@ -354,7 +355,7 @@ func TestNobodyWantsItNobodyRenewsIt(t *testing.T) {
 }
 
 func TestAProcessThatIsGoneGetsNothingAndItsViewEnds(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))
 		start(d)
 		var alive atomic.Bool
@@ -392,7 +393,7 @@ func TestAProcessThatIsGoneGetsNothingAndItsViewEnds(t *testing.T) {
 
 // The server is away for most of a life: the good certificate is served until the last second, and not a second longer.
 func TestTheGoodCertificateIsServedUntilItReallyExpires(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		const ttl = time.Hour
 		d := newDoorless(t, w, reg("web", "/web", ttl, uid))
 		start(d)
@@ -441,7 +442,7 @@ func TestTheGoodCertificateIsServedUntilItReallyExpires(t *testing.T) {
 }
 
 func TestAReturnOfTheServerIsUsedAtOnce(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", 24*time.Hour, uid))
 		start(d)
 		v := d.mustOpen(t, uid)
@@ -460,7 +461,7 @@ func TestAReturnOfTheServerIsUsedAtOnce(t *testing.T) {
 }
 
 func TestWhatTheServerSendsIsCheckedAsASet(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		r := reg("web", "/web", time.Hour, uid)
 		d := newDoorless(t, w, r)
 		j := &job{name: "web", id: r.ID, key: newKey(t), item: &signetv1.IssueItem{}}
@@ -504,7 +505,7 @@ func TestWhatTheServerSendsIsCheckedAsASet(t *testing.T) {
 
 // A root is taken out of trust: what hangs on it is replaced without waiting for its renewal.
 func TestABundleThatNoLongerCoversALeafBringsANewLeaf(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))
 		start(d)
 		v := d.mustOpen(t, uid)
@@ -531,7 +532,7 @@ func TestABundleThatNoLongerCoversALeafBringsANewLeaf(t *testing.T) {
 }
 
 func TestADeniedRegistrationIsAskedForAgainWithPatience(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid), reg("ok", "/ok", time.Hour, uid))
 		w.refuse = func(i *signetv1.IssueItem) *signetv1.Refusal {
 			if i.Registration == "web" {
@@ -558,7 +559,7 @@ func TestADeniedRegistrationIsAskedForAgainWithPatience(t *testing.T) {
 // expired certificate served, never is a good one lost, and after every outage everybody is soon served again.
 func TestAYearOfANode(t *testing.T) {
 	const ttl = 24 * time.Hour
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		var list []identity.Registration
 		for i := range 2 {
@@ -636,7 +637,7 @@ func TestAYearOfANode(t *testing.T) {
 
 // Anything may happen at any time; still nobody ever sees a secret that no registration gives him at that moment.
 func TestChurnNeverShowsAForeignSecret(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		pool := []identity.Registration{
 			reg("a", "/a", 10*time.Second, "unix:uid:1"), reg("b", "/b", 20*time.Second, "unix:uid:2"),
 			reg("c", "/c", 10*time.Second, "unix:uid:1", "unix:gid:3"), reg("d", "/d", 30*time.Second, "unix:gid:3"),

@@ -72,7 +72,7 @@ func TestAnOutageCostsFewCallsAndFewLines(t *testing.T) {
 		"the server is away, and none does": {away, time.Hour, 30, time.Minute},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+			inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 				d, log, v := nodeOf(t, w, workloads, c.ttl)
 				start(d)
 				look(v)
@@ -111,7 +111,7 @@ func TestAnOutageCostsFewCallsAndFewLines(t *testing.T) {
 }
 
 func TestAnOutageSaysHowManyWaitAndUntilWhenItDoesNoHarm(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d, log, v := nodeOf(t, w, 3, time.Hour)
 		start(d)
 		look(v)
@@ -158,7 +158,7 @@ func TestAnOutageSaysHowManyWaitAndUntilWhenItDoesNoHarm(t *testing.T) {
 
 // Two causes in turn are as quiet as one.
 func TestCausesThatAlternateAreNotSaidEachTime(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d, log, v := nodeOf(t, w, 10, time.Minute)
 		n := 0
 		w.refuse = func(*signetv1.IssueItem) *signetv1.Refusal {
@@ -178,7 +178,7 @@ func TestCausesThatAlternateAreNotSaidEachTime(t *testing.T) {
 func TestARefusalOfOneHoldsUpNoOther(t *testing.T) {
 	for _, reason := range []signetv1.Refusal_Reason{signetv1.Refusal_REASON_DENIED, signetv1.Refusal_REASON_UNAVAILABLE} {
 		t.Run(reason.String(), func(t *testing.T) {
-			bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+			inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 				d, _, v := nodeOf(t, w, 20, time.Minute)
 				w.refuse = func(i *signetv1.IssueItem) *signetv1.Refusal {
 					if i.Registration == "r7" {
@@ -213,7 +213,7 @@ func TestARefusalOfOneHoldsUpNoOther(t *testing.T) {
 
 // A call that is refused for what one of its items does to the server is not repeated as it was.
 func TestAnItemThatSpoilsItsCallIsSoonAlone(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d, _, v := nodeOf(t, w, 20, time.Hour)
 		spoils := &spoiled{doorless: d, name: "r7"}
 		d.issuer = spoils

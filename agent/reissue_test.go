@@ -133,7 +133,7 @@ func fleet(n int, ttl time.Duration) []identity.Registration {
 }
 
 func TestLeavesOfALostKeyAreReplacedEachOnceWithinTheWindow(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		const window = 10 * time.Minute
 		list := fleet(40, 30*24*time.Hour)
 		d := newDoorless(t, w, list...)
@@ -203,7 +203,7 @@ func TestLeavesOfALostKeyAreReplacedEachOnceWithinTheWindow(t *testing.T) {
 }
 
 func TestAnIssuerThatGoesOnIsAskedWithPatience(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		r := reg("web", "/web", 30*24*time.Hour, uid)
 		d := newDoorless(t, w, r)
 		start(d)
@@ -227,7 +227,7 @@ func TestAnIssuerThatGoesOnIsAskedWithPatience(t *testing.T) {
 }
 
 func TestALiftedOrderLeavesTheRenewalWhereItWas(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		r := reg("web", "/web", 30*24*time.Hour, uid)
 		d := newDoorless(t, w, r)
 		start(d)
@@ -249,7 +249,7 @@ func TestALiftedOrderLeavesTheRenewalWhereItWas(t *testing.T) {
 // A certificate under a lost key is not kept for nobody, and the server is not asked for it either: it wants to hear of a
 // workload that shows the selectors.
 func TestALeafOfALostKeyThatNobodyWantsIsDropped(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", 24*time.Hour, uid))
 		start(d)
 		v := d.mustOpen(t, uid)

@@ -6,11 +6,13 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // Memory is given back once after a burst, when it is over, and not for the few that come all the time.
 func TestMemoryIsGivenBackAfterABurstAndNotDuringIt(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		a := &Agent{hub: &hub{}}
 		ctx, cancel := context.WithCancel(t.Context())
 		defer func() { cancel(); synctest.Wait() }()

@@ -23,7 +23,7 @@ func (d *doorless) wanted(name string) int {
 }
 
 func TestOneOfSeveralRegistrationsOfAnIDIsUsed(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		one, two := reg("one", "/web", time.Hour, uid), reg("two", "/web", 2*time.Hour, uid)
 		d := newDoorless(t, w, two)
 		start(d)
@@ -61,7 +61,7 @@ func TestAnIdentityThatAnotherRegistrationStillGivesIsNotLost(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+			inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 				d := newDoorless(t, w, reg("one", "/web", time.Hour, uid), reg("two", "/web", time.Hour, uid))
 				start(d)
 				v, id := d.mustOpen(t, uid), reg("", "/web", 0).ID
@@ -95,7 +95,7 @@ func TestAnIdentityThatAnotherRegistrationStillGivesIsNotLost(t *testing.T) {
 }
 
 func TestTheNextRegistrationOfAnIDServesWhileTheFirstIsRefused(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("one", "/web", time.Hour, uid), reg("two", "/web", time.Hour, uid))
 		w.refuse = refuseNamed("one")
 		start(d)
@@ -114,7 +114,7 @@ func TestTheNextRegistrationOfAnIDServesWhileTheFirstIsRefused(t *testing.T) {
 }
 
 func TestWhatIsInFlightIsNotAskedForAgain(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, _ func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, _ func(*doorless)) {
 		d := newDoorless(t, w, reg("web", "/web", time.Hour, uid))
 		for range maxCalls { // no call gets further than its place
 			d.hub.calls <- struct{}{}
@@ -135,7 +135,7 @@ func TestWhatIsInFlightIsNotAskedForAgain(t *testing.T) {
 }
 
 func TestAClockThatJumpsWithholdsWhatHasExpiredAtOnce(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		const ttl = 24 * time.Hour
 		var jump atomic.Int64
 		w.now = func() time.Time { return time.Now().Add(time.Duration(jump.Load())) }
@@ -158,7 +158,7 @@ func TestAClockThatJumpsWithholdsWhatHasExpiredAtOnce(t *testing.T) {
 }
 
 func TestGaugesOfWhatHasExpiredShowThePast(t *testing.T) {
-	bubble(t, func(t *testing.T, w *world, start func(*doorless)) {
+	inBubble(t, func(t *testing.T, w *world, start func(*doorless)) {
 		d := newDoorless(t, w, reg("a", "/a", time.Hour, uid), reg("b", "/b", 2*time.Hour, uid))
 		start(d)
 		registry := prometheus.NewRegistry()

@@ -8,12 +8,12 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/transparency-dev/tessera"
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // flushTime is what a batch takes from its first entry.
@@ -64,7 +64,7 @@ func appendingAt(t *testing.T, size uint64, callers int, pace time.Duration) (si
 	if err != nil {
 		t.Fatal(err)
 	}
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		disk := &flushes{next: size}
 		l := &Log{
 			dir: dir, logger: slog.New(slog.DiscardHandler), metrics: m, fed: make(chan *call, maxPending),

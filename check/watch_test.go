@@ -6,6 +6,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 func of(l Level, stops ...string) Findings {
@@ -33,7 +35,7 @@ func TestOnlyWhatStopsTheProcessMakesItUnready(t *testing.T) {
 }
 
 func TestGoodNewsStandsForAMomentAndBadNewsDoesNot(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var looks int
 		level := OK
 		w := NewWatch(Part{Every: time.Second, Stops: []string{Issuing}, Look: func(context.Context) Findings { looks++; return of(level, Issuing) }})
@@ -56,7 +58,7 @@ func TestGoodNewsStandsForAMomentAndBadNewsDoesNot(t *testing.T) {
 }
 
 func TestWhatStopsNothingIsNotLookedAtForEachWhoAsks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var looks int
 		w := NewWatch(Part{Every: time.Minute, Look: func(context.Context) Findings { looks++; return of(Warning) }})
 		for range 60 {
@@ -80,7 +82,7 @@ func TestALookIntoMemoryIsMadeEachTime(t *testing.T) {
 }
 
 func TestADiskThatHangsIsAnAnswerWithinASecond(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		hang := make(chan struct{})
 		var looks atomic.Int32
 		stuck := func(context.Context) Findings { looks.Add(1); <-hang; return of(OK) }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -101,7 +103,7 @@ func TestRetriesNeverGiveUpAndKeepTheirBounds(t *testing.T) {
 }
 
 func TestTheSchedulerHandsOutWhatIsDueInOrder(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		s := NewScheduler[string](SchedulerConfig{})
 		start := time.Now()
 		s.Set("late", start.Add(time.Hour))
@@ -141,7 +143,7 @@ func TestTheSchedulerHandsOutWhatIsDueInOrder(t *testing.T) {
 }
 
 func TestAKeySetWhileItIsHandedOutComesAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		s := NewScheduler[int](SchedulerConfig{})
 		s.Set(0, time.Now())
 		n := 0
@@ -161,7 +163,7 @@ func TestAKeySetWhileItIsHandedOutComesAgain(t *testing.T) {
 
 // A timer stands still while the machine sleeps, and a set clock is not its business; the wall clock is what expires certificates.
 func TestAClockThatJumpsIsNoticedSoon(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var jump atomic.Int64
 		now := func() time.Time { return time.Now().Add(time.Duration(jump.Load())) }
 		s := NewScheduler[string](SchedulerConfig{Now: now})
@@ -190,7 +192,7 @@ func TestAClockThatJumpsIsNoticedSoon(t *testing.T) {
 // minus what retries need: never is an expired certificate in use.
 func TestAYearOfRenewalsNeverMeetsAnExpiry(t *testing.T) {
 	const life, identities = 24 * time.Hour, 4
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		type leaf struct {
 			serial   []byte
 			notAfter time.Time

@@ -27,6 +27,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // rig is a server under its own gRPC server, with what it logs.
@@ -39,10 +41,10 @@ type rig struct {
 	reg  *prometheus.Registry
 }
 
-// bubble runs a test with simulated time and a connection in memory, where silence can be told from delay.
-func bubble(t *testing.T, c Config, f func(t *testing.T, r *rig, w *world, ca *root)) {
+// inBubble runs a test with simulated time and a connection in memory, where silence can be told from delay.
+func inBubble(t *testing.T, c Config, f func(t *testing.T, r *rig, w *world, ca *root)) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		w, ca := newWorld(t)
 		c.Workloads = w
 		f(t, inMemory(t, c), w, ca)

@@ -85,7 +85,7 @@ func only(t fataler, r *discoveryv3.DeltaDiscoveryResponse) *tlsv3.Secret {
 func version(r *discoveryv3.DeltaDiscoveryResponse) string { return r.Resources[0].Version }
 
 func TestS03DeltaResourcesHaveTypeFreshNonceAndAVersionOfTheirContent(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
 		var versions []string
 		nonces := map[string]bool{}
 		for _, r := range []*rig{r, inMemory(t, Config{Workloads: w})} { // the second as after a restart
@@ -107,7 +107,7 @@ func TestS03DeltaResourcesHaveTypeFreshNonceAndAVersionOfTheirContent(t *testing
 }
 
 func TestS04ADeltaNackIsErrorDetailAndTheSameContentIsNotSentAgain(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.delta()
 		c.subscribe("default")
 		c.ack(c.one())
@@ -132,7 +132,7 @@ func TestS04ADeltaNackIsErrorDetailAndTheSameContentIsNotSentAgain(t *testing.T)
 }
 
 func TestS07NoNamesAndTheStarAreNothingInDelta(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		for _, names := range [][]string{nil, {"*"}, {""}} {
 			c := r.delta()
 			c.subscribe(names...)
@@ -153,7 +153,7 @@ func TestS07NoNamesAndTheStarAreNothingInDelta(t *testing.T) {
 }
 
 func TestS08ADeltaPushHasOnlyWhatChanged(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.delta()
 		c.subscribe("default", "ROOTCA", "default")
 		got := c.take()
@@ -174,7 +174,7 @@ func TestS08ADeltaPushHasOnlyWhatChanged(t *testing.T) {
 }
 
 func TestS11EverySubscribeIsAnsweredThoughBelievedCurrent(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.delta()
 		c.subscribe("default", "ROOTCA")
 		for _, resp := range c.take() {
@@ -194,7 +194,7 @@ func TestS11EverySubscribeIsAnsweredThoughBelievedCurrent(t *testing.T) {
 }
 
 func TestS11InitialVersionsThatMatchAreNotSentAndCountAsAcknowledged(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.delta()
 		c.subscribe("default", "ROOTCA")
 		had := map[string]string{"of somebody else": "1"}
@@ -233,7 +233,7 @@ func TestS11InitialVersionsThatMatchAreNotSentAndCountAsAcknowledged(t *testing.
 }
 
 func TestS11AClaimIsComparedWithWhatComesLater(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.delta()
 		c.subscribe("default")
 		had := map[string]string{"default": version(c.one())}
@@ -274,7 +274,7 @@ func TestS11AClaimToHaveWhatWasRejectedIsNotBelieved(t *testing.T) {
 }
 
 func TestS12AStaleNonceVoidsNoSubscription(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.delta()
 		c.subscribe("default")
 		first := c.one()
@@ -294,7 +294,7 @@ func TestS12AStaleNonceVoidsNoSubscription(t *testing.T) {
 }
 
 func TestS12PhantomUnsubscribesAreIgnored(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.delta()
 		c.unsubscribe("default", "never asked for")
 		c.silence("as the first request")
@@ -312,7 +312,7 @@ func TestS12PhantomUnsubscribesAreIgnored(t *testing.T) {
 }
 
 func TestS13WhatIsPendingIsNeverRemoved(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.change(func(w *world) { w.svids[web] = nil })
 		c := r.delta()
 		c.subscribe("default", web.String(), api.String(), "unknown", "spiffe://other.test", "file-cert:/etc/cert.pem")
@@ -334,7 +334,7 @@ func TestS13WhatIsPendingIsNeverRemoved(t *testing.T) {
 
 func TestS13WhatIsNoLongerGrantedIsRemovedOnceAndSentAnewWhenGrantedAgain(t *testing.T) {
 	other := spiffeid.RequireTrustDomainFromString("other.test")
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.change(func(w *world) {
 			w.ids, w.svids[api] = []spiffeid.ID{web, api}, ca.issue(t, leaf{id: api})
 			w.bundles[other] = bundleOf(other, 1, newRoot(t, "other"))
@@ -397,7 +397,7 @@ func TestS13WhatIsNoLongerGrantedIsRemovedOnceAndSentAnewWhenGrantedAgain(t *tes
 }
 
 func TestS18ShutdownEndsDeltaStreams(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.delta()
 		c.subscribe("default")
 		c.ack(c.one())
@@ -411,7 +411,7 @@ func TestS18ShutdownEndsDeltaStreams(t *testing.T) {
 }
 
 func TestDeltaNamesAreBounded(t *testing.T) {
-	bubble(t, Config{Limits: Limits{NamesPerStream: 3}}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{Limits: Limits{NamesPerStream: 3}}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.delta()
 		c.subscribe("a", "b", "c")
 		c.send(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesUnsubscribe: []string{"a", "b", "c"}, ResourceNamesSubscribe: []string{"d", "e", "default"}})

@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // heldWire is a stream whose peer has more to say than is heard, and reads only when let.
@@ -54,7 +56,7 @@ func TestAStreamEndsThoughARequestWasNeverHeard(t *testing.T) {
 }
 
 func endsUnheard[Q, A any](t *testing.T, method func(*Server, grpc.BidiStreamingServer[Q, A]) error, request *Q) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		w, _ := newWorld(t)
 		s := must(New(Config{Workloads: w}))
 		here, there := net.Pipe()
@@ -90,7 +92,7 @@ func endsUnheard[Q, A any](t *testing.T, method func(*Server, grpc.BidiStreaming
 }
 
 func TestAPeerThatReadsNothingIsClosedAfterHalfAMinute(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		silent := r.unread(t)
 		quick := r.open()
 		quick.subscribe("default")
@@ -129,7 +131,7 @@ func TestAPeerThatReadsNothingIsClosedAfterHalfAMinute(t *testing.T) {
 }
 
 func TestAPeerThatReadsSlowlyIsNotClosed(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		slow := r.unread(t)
 		behind := 0
 		for range 12 {
@@ -169,7 +171,7 @@ func (r *rig) unread(t *testing.T) secretv3.SecretDiscoveryService_StreamSecrets
 
 // Who says nothing of a bundle must not hold up a trust change for ever; whoever answers is left alone.
 func TestAStreamThatLeavesABundleUnansweredIsEnded(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		honest, rejects, late, deltas := r.open(), r.open(), r.open(), r.delta()
 		honest.subscribe("ROOTCA")
 		honest.ack(honest.one(), "ROOTCA")
@@ -276,7 +278,7 @@ func TestAnAnswerStandsForWhatWasSentBeforeIt(t *testing.T) {
 
 // A node that starts all at once is slow to speak.
 func TestAConnectionHasTimeToBegin(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		slow, silent := must(r.dial()), must(r.dial())
 		defer silent.Close()
 		time.Sleep(connectTimeout - time.Second)

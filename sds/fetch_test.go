@@ -19,7 +19,7 @@ func (r *rig) fetch(names ...string) (*discoveryv3.DiscoveryResponse, error) {
 }
 
 func TestFetchGivesAllNamesAtOnceInTheirOrder(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
 		resp := must(r.fetch("ROOTCA", "default", "ROOTCA"))
 		if got := names([]*discoveryv3.DiscoveryResponse{resp}); !slices.Equal(got, []string{"ROOTCA", "default"}) {
 			t.Errorf("got %v", got)
@@ -44,7 +44,7 @@ func TestFetchGivesAllNamesAtOnceInTheirOrder(t *testing.T) {
 }
 
 func TestFetchWaitsForAFirstIssuanceWithinBounds(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.change(func(w *world) { w.svids[web] = nil })
 		started := time.Now()
 		_, err := r.fetch("ROOTCA", "default")
@@ -66,7 +66,7 @@ func TestFetchWaitsForAFirstIssuanceWithinBounds(t *testing.T) {
 }
 
 func TestFetchGivesNothingOfOthersAndDoesNotSayWhatExists(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.svids[api] = ca.issue(t, leaf{id: api})
 		var told []string
 		for _, name := range []string{api.String(), "spiffe://example.org/no/such", "spiffe://other.test", "unknown", "file-cert:/x", "*", ""} {

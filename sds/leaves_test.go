@@ -10,7 +10,7 @@ import (
 
 // A certificate is in use until another is acknowledged, and from when it is on its way.
 func TestLeavesAreInUseUntilTheNextIsAcknowledged(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		issue := func(issuer string, life time.Duration) {
 			s := ca.issue(t, leaf{id: web, notAfter: time.Now().Add(life)})
 			s.Issuer = issuer

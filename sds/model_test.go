@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"github.com/signet-ca/signet/test/bubble"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -197,7 +198,7 @@ func TestAStreamIsToldWhatItWantsWhateverItSays(t *testing.T) {
 		protocolSotW:  func(s *Server) sidecar { return &sotwSidecar{s: s} },
 		protocolDelta: func(s *Server) sidecar { return &deltaSidecar{s: s} },
 	} {
-		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { checkAgainstModel(t, speak) }) })
+		t.Run(name, func(t *testing.T) { bubble.Test(t, func(t *testing.T) { checkAgainstModel(t, speak) }) })
 	}
 }
 

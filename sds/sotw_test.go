@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/signet-ca/signet/test/bubble"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -56,7 +57,7 @@ func TestS01TheCallerIsKnownByTheConnectionNeverByTheNode(t *testing.T) {
 }
 
 func TestS02TheFirstRequestIsAnsweredWhateverItsVersion(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open()
 		c.subscribe("default")
 		known := c.one()
@@ -69,7 +70,7 @@ func TestS02TheFirstRequestIsAnsweredWhateverItsVersion(t *testing.T) {
 }
 
 func TestS03ResponsesHaveTypeFreshNonceAndAVersionOfTheContent(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		var versions []string
 		seen := map[string]bool{}
 		for _, r := range []*rig{r, inMemory(t, Config{Workloads: w})} { // the second as after a restart
@@ -96,7 +97,7 @@ func TestS03ResponsesHaveTypeFreshNonceAndAVersionOfTheContent(t *testing.T) {
 }
 
 func TestS03ARequestOfAnotherTypeEndsTheStream(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open()
 		c.send(&discoveryv3.DiscoveryRequest{TypeUrl: "type.googleapis.com/envoy.config.cluster.v3.Cluster", ResourceNames: []string{"default"}})
 		c.wantEnd(codes.InvalidArgument)
@@ -104,7 +105,7 @@ func TestS03ARequestOfAnotherTypeEndsTheStream(t *testing.T) {
 }
 
 func TestS04NackIsErrorDetailAndTheSameContentIsNotSentAgain(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.open()
 		c.subscribe("default")
 		good := c.one()
@@ -138,7 +139,7 @@ func TestS04NackIsErrorDetailAndTheSameContentIsNotSentAgain(t *testing.T) {
 }
 
 func TestS04AnOldVersionWithoutErrorDetailIsNoNack(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open()
 		c.subscribe("default")
 		resp := c.one()
@@ -184,7 +185,7 @@ func TestS05AnAckOfARepeatedBadSecretMeansNothing(t *testing.T) {
 }
 
 func TestS05AnAckOfNewContentCountsAfterANack(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c, d := r.open(), r.delta()
 		c.subscribe("ROOTCA")
 		c.ack(c.one(), "ROOTCA")
@@ -225,7 +226,7 @@ func TestS05AnAckOfNewContentCountsAfterANack(t *testing.T) {
 }
 
 func TestS06AChangedSetIsHonouredWithAStaleOrEmptyNonce(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.ids = append(w.ids, api)
 		w.svids[api] = ca.issue(t, leaf{id: api})
 		c := r.open()
@@ -247,7 +248,7 @@ func TestS06AChangedSetIsHonouredWithAStaleOrEmptyNonce(t *testing.T) {
 }
 
 func TestS06TheSameSetWithAnOlderVersionIsSentAgain(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open()
 		c.subscribe("default", "ROOTCA")
 		got := c.take()
@@ -267,7 +268,7 @@ func TestS06TheSameSetWithAnOlderVersionIsSentAgain(t *testing.T) {
 }
 
 func TestS07NoNamesIsNothingNeverEverything(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c := r.open()
 		c.subscribe()
 		c.silence("first request without names")
@@ -286,7 +287,7 @@ func TestS07NoNamesIsNothingNeverEverything(t *testing.T) {
 }
 
 func TestS08OnlyWhatChangedIsPushed(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.ids = append(w.ids, api)
 		w.svids[api] = ca.issue(t, leaf{id: api})
 		c := r.open()
@@ -317,7 +318,7 @@ func TestS08OnlyWhatChangedIsPushed(t *testing.T) {
 }
 
 func TestS09ANameAskedTwiceIsSentOnce(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open()
 		c.subscribe("default", "default", "ROOTCA", "default")
 		if n := names(c.take()); !slices.Equal(n, []string{"ROOTCA", "default"}) {
@@ -328,7 +329,7 @@ func TestS09ANameAskedTwiceIsSentOnce(t *testing.T) {
 
 func TestS10AnUnknownNameIsSilentAndPushedWhenItAppears(t *testing.T) {
 	other := spiffeid.RequireTrustDomainFromString("other.test")
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		unknown := []string{api.String(), other.IDString(), "file-root:system", "*", "spiffe://", "spiffe://example.org/", ""}
 		c := r.open()
 		c.subscribe(append([]string{"default"}, unknown...)...)
@@ -386,7 +387,7 @@ func TestS14ABadSetIsNotSentAndTheGoodOneStays(t *testing.T) {
 		"without a digest": {with(func(s *SVID) { s.Digest = [32]byte{} }), withheldIdentity},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+			inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 				one, two := r.open(), r.open()
 				for _, s := range []*client{one, two} {
 					s.subscribe("default")
@@ -413,7 +414,7 @@ func TestS14ABadSetIsNotSentAndTheGoodOneStays(t *testing.T) {
 }
 
 func TestS14ALeafOfANewRootWaitsForItsBundle(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
 		b := newRoot(t, "root B")
 		c := r.open()
 		c.subscribe("default")
@@ -431,7 +432,7 @@ func TestS14ALeafOfANewRootWaitsForItsBundle(t *testing.T) {
 // Whatever order the names are asked in, and whatever changes while it is sent.
 func TestS14ARootIsSentBeforeTheLeafThatIsUnderIt(t *testing.T) {
 	for _, all := range [][]string{{"default", "ROOTCA"}, {web.String(), "ALL"}, {"default", exampleTD.IDString(), web.String()}} {
-		bubble(t, Config{}, func(t *testing.T, r *rig, w *world, before *root) {
+		inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, before *root) {
 			c := r.open()
 			c.subscribe(all...)
 			for _, resp := range c.take() {
@@ -484,7 +485,7 @@ func TestS14ARoundIsOfOneBundle(t *testing.T) {
 }
 
 func TestS14ALeafFromTheFutureIsSentWhenItsTimeComes(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.setSVID(ca.issue(t, leaf{id: web, notBefore: time.Now().Add(20 * time.Second), notAfter: time.Now().Add(time.Hour)}))
 		c := r.open()
 		c.subscribe("default")
@@ -499,7 +500,7 @@ func TestS14ALeafFromTheFutureIsSentWhenItsTimeComes(t *testing.T) {
 }
 
 func TestS15TheOldestBundleTellsWhenEveryValidatorHasTheNewRoot(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
 		old := w.bundles[exampleTD]
 		fresh := bundleOf(exampleTD, 2, a, newRoot(t, "root B"))
 		want := func(what string, digest trust.Digest, subscribed bool) {
@@ -549,7 +550,7 @@ func TestS15TheOldestBundleTellsWhenEveryValidatorHasTheNewRoot(t *testing.T) {
 }
 
 func TestS15AnAbortedRotationLeavesNobodyBehind(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
 		one, two := r.open(), r.open()
 		one.subscribe("ROOTCA")
 		one.ack(one.one(), "ROOTCA")
@@ -570,7 +571,7 @@ func TestS15AnAbortedRotationLeavesNobodyBehind(t *testing.T) {
 }
 
 func TestS16RootsGoOutAsTrustDomainsOfTheSPIFFEValidator(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
 		w.bundles[exampleTD] = bundleOf(exampleTD, 1, newRoot(t, "root B"), a, a)
 		c := r.open()
 		c.subscribe("ROOTCA", exampleTD.IDString())
@@ -599,7 +600,7 @@ func TestS16RootsGoOutAsTrustDomainsOfTheSPIFFEValidator(t *testing.T) {
 
 func TestS16AllHasEachTrustDomainOnceAndApart(t *testing.T) {
 	other, last := spiffeid.RequireTrustDomainFromString("a.test"), spiffeid.RequireTrustDomainFromString("z.test")
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, a *root) {
 		foreign := newRoot(t, "other")
 		c := r.open()
 		c.subscribe("ALL")
@@ -651,7 +652,7 @@ func TestS16AllHasEachTrustDomainOnceAndApart(t *testing.T) {
 }
 
 func TestS16AllIsNeverPlainTrustedCA(t *testing.T) {
-	bubble(t, Config{Validator: TrustedCA}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{Validator: TrustedCA}, func(t *testing.T, r *rig, w *world, _ *root) {
 		friend := spiffeid.RequireTrustDomainFromString("friend.test")
 		w.bundles[friend] = bundleOf(friend, 1, newRoot(t, "friend"))
 		c := r.open()
@@ -666,7 +667,7 @@ func TestS16AllIsNeverPlainTrustedCA(t *testing.T) {
 }
 
 func TestNamesThatComeAndGoDoNotFillTheLog(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c, d := r.open(), r.delta()
 		for i := range 1000 {
 			c.subscribe(fmt.Sprint("unknown ", i))
@@ -683,7 +684,7 @@ func TestNamesThatComeAndGoDoNotFillTheLog(t *testing.T) {
 }
 
 func TestS10IstiosFileNamesAreSilentAndCounted(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		c, d := r.open(), r.delta()
 		c.subscribe("file-root:/etc/certs/root-cert.pem", "default", "file-cert:/etc/certs/cert.pem~/etc/certs/key.pem")
 		d.subscribe("file-root:system", "default")
@@ -725,7 +726,7 @@ func TestS16PlainTrustedCAIsChosenOncePerStream(t *testing.T) {
 		{TrustedCA, metadata("yes"), true},
 	} {
 		t.Run(fmt.Sprintf("%s %v", c.byDefault, c.metadata), func(t *testing.T) {
-			bubble(t, Config{Validator: c.byDefault}, func(t *testing.T, r *rig, w *world, a *root) {
+			inBubble(t, Config{Validator: c.byDefault}, func(t *testing.T, r *rig, w *world, a *root) {
 				s := r.open()
 				s.send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType, ResourceNames: []string{"ROOTCA"}, Node: &corev3.Node{Metadata: c.metadata}})
 				plain := func() bool {
@@ -753,7 +754,7 @@ func TestS16PlainTrustedCAIsChosenOncePerStream(t *testing.T) {
 }
 
 func TestS17AllStreamsOfAnIdentityShareOneCheckAndOneRendering(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
 		var checks atomic.Int64
 		check := r.sds.secrets.check
 		r.sds.secrets.check = func(s *SVID, b trust.Bundle, now time.Time) verdict { checks.Add(1); return check(s, b, now) }
@@ -782,7 +783,7 @@ func TestS17AllStreamsOfAnIdentityShareOneCheckAndOneRendering(t *testing.T) {
 }
 
 func TestS18ShutdownLetsGracefulStopReturn(t *testing.T) {
-	bubble(t, Config{ShutdownSpread: time.Second}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{ShutdownSpread: time.Second}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		var streams []*client
 		for range 50 {
 			c := r.open()
@@ -812,7 +813,7 @@ func TestS18ShutdownLetsGracefulStopReturn(t *testing.T) {
 }
 
 func TestS18AStreamOpenedWhileStoppingIsUnavailable(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		r.sds.Shutdown()
 		c := r.open()
 		c.wantEnd(codes.Unavailable)
@@ -823,7 +824,7 @@ func TestS19PingsEveryThirtySecondsAreWelcome(t *testing.T) {
 	for _, streams := range []int{0, 1} {
 		for every, welcome := range map[time.Duration]bool{30 * time.Second: true, 10 * time.Second: false} {
 			t.Run(fmt.Sprintf("%s with %d streams", every, streams), func(t *testing.T) {
-				bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+				inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 					cc := r.connect(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: every, Timeout: 5 * time.Second, PermitWithoutStream: true}))
 					var c *client
 					if streams == 1 {
@@ -848,7 +849,7 @@ func TestS19PingsEveryThirtySecondsAreWelcome(t *testing.T) {
 }
 
 func TestS20NoWorkloadAPIHeaderIsAskedFor(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		c := r.open() // sends no workload.spiffe.io metadata, as Envoy doesn't
 		c.subscribe("default")
 		c.one()
@@ -865,7 +866,7 @@ func TestS21KeysAreInNoLogAndNoError(t *testing.T) {
 		}
 		return s
 	}
-	bubble(t, Config{Limits: Limits{NameLength: 4096}}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{Limits: Limits{NameLength: 4096}}, func(t *testing.T, r *rig, w *world, ca *root) {
 		first := keep(w.svids[web])
 		c := r.open()
 		c.send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default", "ROOTCA", string(first.PrivateKey)}, Node: &corev3.Node{Id: string(first.PrivateKey)}})
@@ -914,7 +915,7 @@ func TestS21KeysAreInNoLogAndNoError(t *testing.T) {
 }
 
 func TestACallerWithoutAnIdentityIsTold(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
 		w.refuse = errNoIdentity
 		c := r.open()
 		c.wantEnd(codes.PermissionDenied)
@@ -934,7 +935,7 @@ func TestACallerWithoutAnIdentityIsTold(t *testing.T) {
 }
 
 func TestALostIdentityEndsTheStreamAndClosesTheView(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, _ *root) {
 		c := r.open()
 		c.subscribe("default")
 		c.one()
@@ -952,7 +953,7 @@ func TestALostIdentityEndsTheStreamAndClosesTheView(t *testing.T) {
 }
 
 func TestTheDefaultFollowsTheFirstIdentity(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		w.svids[api] = ca.issue(t, leaf{id: api})
 		w.change(func(w *world) { w.ids = nil })
 		c := r.open()
@@ -974,7 +975,7 @@ func TestLimits(t *testing.T) {
 	for i := range many {
 		many[i] = fmt.Sprint("name", i)
 	}
-	bubble(t, Config{Limits: Limits{StreamsPerCaller: 3}}, func(t *testing.T, r *rig, _ *world, _ *root) {
+	inBubble(t, Config{Limits: Limits{StreamsPerCaller: 3}}, func(t *testing.T, r *rig, _ *world, _ *root) {
 		for what, n := range map[string][]string{"too many names": many, "too long a name": {strings.Repeat("n", 2049)}} {
 			c := r.open()
 			c.subscribe(n...)
@@ -1005,7 +1006,7 @@ func TestLimits(t *testing.T) {
 }
 
 func TestASlowReaderDelaysNobodyAndGetsTheNewestWhenItReads(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		slow := must(secretv3.NewSecretDiscoveryServiceClient(r.connect(grpc.WithStaticStreamWindowSize(64 << 10))).StreamSecrets(ctx))
@@ -1041,7 +1042,7 @@ func TestASlowReaderDelaysNobodyAndGetsTheNewestWhenItReads(t *testing.T) {
 }
 
 func TestAServerWithoutConnCredentialsServesNobody(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		w, _ := newWorld(t)
 		lis := bufconn.Listen(64 << 10)
 		s := must(New(Config{Workloads: w}))

@@ -13,7 +13,7 @@ import (
 )
 
 func TestStreamsShowsWhoHasWhatAndWhatWasRefused(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		began := time.Now()
 		c := r.open()
 		c.send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default", "ROOTCA", "x\ny"}, Node: &corev3.Node{Id: "side\"car\x1b[31m"}})
@@ -90,7 +90,7 @@ func TestStreamsNamesThePeerByTheKernelsWord(t *testing.T) {
 }
 
 func TestStreamsHasNoKeysAndNothingLongFromAPeer(t *testing.T) {
-	bubble(t, Config{Limits: Limits{NameLength: 4096}}, func(t *testing.T, r *rig, w *world, _ *root) {
+	inBubble(t, Config{Limits: Limits{NameLength: 4096}}, func(t *testing.T, r *rig, w *world, _ *root) {
 		key := string(w.svids[web].PrivateKey)
 		c := r.open()
 		c.send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default", key}, Node: &corev3.Node{Id: key + strings.Repeat("n ", 4000)}})
@@ -113,7 +113,7 @@ func TestStreamsHasNoKeysAndNothingLongFromAPeer(t *testing.T) {
 
 // Streams is asked while streams work; the race detector looks on.
 func TestStreamsMayBeAskedAtAnyTime(t *testing.T) {
-	bubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
+	inBubble(t, Config{}, func(t *testing.T, r *rig, w *world, ca *root) {
 		stop, asked := make(chan struct{}), make(chan int)
 		go func() {
 			n := 0

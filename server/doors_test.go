@@ -24,7 +24,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/transparency-dev/merkle/proof"
@@ -46,6 +45,7 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/test/bubble"
 	"github.com/signet-ca/signet/test/doors"
 	"github.com/signet-ca/signet/trust"
 )
@@ -981,7 +981,7 @@ func TestTheAdminDoorIsForThisUserAndRoot(t *testing.T) {
 }
 
 func TestTheServersOwnCertificateIsRenewedInTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		const life = 7 * 24 * time.Hour
 		ctx, cancel := context.WithCancel(t.Context())
 		var issued, failures atomic.Int32
@@ -1034,7 +1034,7 @@ func (h handshaken) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo,
 }
 
 func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		here, there := net.Pipe()
 		key, err := plainGenerate("")
 		must(t, err)

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
@@ -20,6 +19,7 @@ import (
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // atOnce is an upstream authority whose roots are at hand, as long as it is not away.
@@ -447,7 +447,7 @@ func TestAnAuthorityWhoseAnswersCantBeUsedIsAskedRarely(t *testing.T) {
 			k := newAsker(t)
 			c.set(k.u)
 			began := k.folder.Now()
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				start := time.Now()
 				k.folder.Now = func() time.Time { return began.Add(time.Since(start)) }
 				ctx, cancel := context.WithTimeout(t.Context(), long)

@@ -8,11 +8,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // lines is a log that a test reads.
@@ -40,7 +41,7 @@ func TestASickEngineIsLeftAloneAndAWellOneIsNot(t *testing.T) {
 		"500": refuse(500, "internal error"), "503": refuse(503, "request path: overloaded"), "hang": hang,
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				const sign = "PUT transit/sign/k"
 				f := newFakeVault()
 				f.on("GET secret/data/x", data(map[string]any{"a": "b"}))
@@ -139,7 +140,7 @@ func TestASickEngineIsLeftAloneAndAWellOneIsNot(t *testing.T) {
 
 // TestAVaultThatIsAwayIsFoundOutByWhatItsEnginesLack: that nothing works is known soon, though only one engine is asked.
 func TestAVaultThatIsAwayIsFoundOutByWhatItsEnginesLack(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		h := http.HandlerFunc(f.ServeHTTP)
 		away := false
@@ -185,7 +186,7 @@ func TestAVaultThatIsAwayIsFoundOutByWhatItsEnginesLack(t *testing.T) {
 
 // TestWhileAnEngineIsTriedOneHearsThatItIsReady, and the others that it is not: each would lose what it has written before.
 func TestWhileAnEngineIsTriedOneHearsThatItIsReady(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("PUT transit/sign/k", refuse(503, "overloaded"))
 		signs := connect(t, appRole(t), f).Engine("transit/sign")
@@ -215,7 +216,7 @@ func TestWhileAnEngineIsTriedOneHearsThatItIsReady(t *testing.T) {
 }
 
 func TestAnEngineIsHeldAloneForARetryAfter(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET secret/data/x", data(map[string]any{"a": "b"}))
 		f.on("PUT transit/sign/k", func(w http.ResponseWriter, r *http.Request) {

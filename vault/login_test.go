@@ -12,11 +12,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // lockingVault refuses every secret-id but one, and locks the role as Vault does by default.
@@ -74,7 +75,7 @@ func TestOurOwnTriesNeverLockARole(t *testing.T) {
 		"a burst after each hour":   func(m int) string { return fmt.Sprint("wrong-", m/60, max(0, 5-m%60)) },
 	} {
 		t.Run(what, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				f, config := lockable("right"), appRole(t)
 				cl := connect(t, config, f)
 				keepFor(t, cl, 5*time.Hour, func() {
@@ -93,7 +94,7 @@ func TestOurOwnTriesNeverLockARole(t *testing.T) {
 }
 
 func TestANewSecretIDIsTriedWithinSecondsThoughNobodyCalls(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f, config := lockable("right"), appRole(t)
 		cl := connect(t, config, f)
 		keepFor(t, cl, time.Hour, func() {
@@ -109,7 +110,7 @@ func TestANewSecretIDIsTriedWithinSecondsThoughNobodyCalls(t *testing.T) {
 }
 
 func TestASecretThatBecomesGoodIsTriedAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		for method, longest := range map[string]time.Duration{"approle": 75 * time.Minute, "jwt": 13 * time.Second} {
 			f, config := lockable(""), appRole(t)
 			if method == "jwt" {
@@ -134,7 +135,7 @@ func TestASecretThatBecomesGoodIsTriedAgain(t *testing.T) {
 }
 
 func TestARoleThatOthersHaveLockedIsNamedAndTriedOn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := lockable(testSecretID)
 		f.count, f.last = 5, time.Now()
 		cl := connect(t, appRole(t), f)
@@ -154,7 +155,7 @@ func TestARoleThatOthersHaveLockedIsNamedAndTriedOn(t *testing.T) {
 }
 
 func TestALoginThatIsRefusedAfterItsTokenDiedShowsAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f, config, registry := lockable(testSecretID), appRole(t), prometheus.NewRegistry()
 		var log bytes.Buffer
 		config.Logger, config.Metrics = slog.New(slog.NewTextHandler(&log, nil)), registry
@@ -209,7 +210,7 @@ func TestALoginThatIsRefusedAfterItsTokenDiedShowsAtOnce(t *testing.T) {
 }
 
 func TestAVaultThatComesBackToALoginThatIsRefusedIsNotAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := lockable("right")
 		var sealed atomic.Bool
 		cl := connect(t, appRole(t), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -239,7 +240,7 @@ func TestAVaultThatComesBackToALoginThatIsRefusedIsNotAway(t *testing.T) {
 }
 
 func TestALoginThatIsRefusedWhileTheTokenLivesShows(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f, config := lockable(testSecretID), appRole(t)
 		f.on("GET denied", refuse(403, "permission denied"))
 		cl := connect(t, config, f)
@@ -264,7 +265,7 @@ func TestALoginThatIsRefusedWhileTheTokenLivesShows(t *testing.T) {
 }
 
 func TestATokenForSomeUsesIsRefusedAndNotLeftBehind(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		revoked := 0
 		f.on("PUT auth/approle/login", func(w http.ResponseWriter, _ *http.Request) {
@@ -313,7 +314,7 @@ func shortTokens(lasts func(*http.Request) bool) *fakeVault {
 }
 
 func TestATokenThatDiedYoungCostsOneLoginAndOneMoreTry(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
 		born := map[string]time.Time{}
 		// By Vault's clock it is at its end sooner than by ours.
@@ -348,7 +349,7 @@ func TestATokenThatDiedYoungCostsOneLoginAndOneMoreTry(t *testing.T) {
 }
 
 func TestTokensThatAreDeadAtOnceCostFewLogins(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := shortTokens(func(*http.Request) bool { return false })
 		cl := connect(t, appRole(t), f)
 		var last error
@@ -374,7 +375,7 @@ func TestTokensThatAreDeadAtOnceCostFewLogins(t *testing.T) {
 }
 
 func TestADeadTokenIsReplacedWhateverWasDenied(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", refuse(403, "permission denied"))
 		cl := connect(t, appRole(t), f)
@@ -392,7 +393,7 @@ func TestADeadTokenIsReplacedWhateverWasDenied(t *testing.T) {
 }
 
 func TestASecretThatCanNotBeReadIsNoRefusalOfVault(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f, config := lockable(testSecretID), appRole(t)
 		config.Metrics = prometheus.NewRegistry()
 		if err := os.Remove(config.Login.SecretIDFile); err != nil {

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // keepFor runs it for a simulated time.
@@ -28,7 +30,7 @@ func keepFor(t *testing.T, cl *Client, d time.Duration, meanwhile func()) {
 }
 
 func TestRunKeepsATokenAliveByRenewal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.life = 60
 		cl := connect(t, appRole(t), f)
@@ -68,7 +70,7 @@ func TestRunLogsInAgainWhenRenewalEnds(t *testing.T) {
 		{"a token without end", 0, nil, [2]int{1, 1}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				f := newFakeVault()
 				f.life, f.renewable = c.life, c.renew != nil
 				if c.renew != nil {
@@ -85,7 +87,7 @@ func TestRunLogsInAgainWhenRenewalEnds(t *testing.T) {
 }
 
 func TestATokenThatStopsGrowingIsReplacedBeforeItEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.life = 10
 		f.on("GET a", data(map[string]any{"a": "b"}))
@@ -115,7 +117,7 @@ func TestATokenThatStopsGrowingIsReplacedBeforeItEnds(t *testing.T) {
 }
 
 func TestRunWaitsForAVaultThatIsAwayAndNoticesItsReturn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		var sealed, asked atomic.Int64
@@ -168,7 +170,7 @@ func TestRunWaitsForAVaultThatIsAwayAndNoticesItsReturn(t *testing.T) {
 }
 
 func TestAStandbyIsNoFailure(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		for status, away := range map[int]bool{200: false, 429: false, 472: false, 473: false, 474: true, 500: true, 501: true, 503: true} {
 			f := newFakeVault()
 			f.on("GET "+healthPath, func(w http.ResponseWriter, _ *http.Request) {
@@ -186,7 +188,7 @@ func TestAStandbyIsNoFailure(t *testing.T) {
 }
 
 func TestThatANodeIsThereDoesNotMeanThatItWorks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		cl := connect(t, appRole(t), f)
 		_, _ = cl.Read(t.Context(), "a")
@@ -208,7 +210,7 @@ func TestThatANodeIsThereDoesNotMeanThatItWorks(t *testing.T) {
 }
 
 func TestATokenFileIsReadAnewWhenItsTokenEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		f.life, f.renewable = 60, false
@@ -267,7 +269,7 @@ func TestRunEndsAtOnceWhateverHangs(t *testing.T) {
 			after += rand.N(20 * time.Second)
 		}
 		for _, path := range []string{"PUT auth/token/renew-self", "PUT auth/approle/login", "GET " + healthPath, "GET " + lookupPath} {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				f := newFakeVault()
 				f.life = 60
 				f.on(path, hang)
@@ -325,7 +327,7 @@ func TestAfterCloseNothingGoesOut(t *testing.T) {
 }
 
 func TestNothingIsReadyWhileItIsTriedWhetherVaultIsBack(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		cl := connect(t, appRole(t), f)
@@ -358,7 +360,7 @@ func TestNothingIsReadyWhileItIsTriedWhetherVaultIsBack(t *testing.T) {
 }
 
 func TestAVaultThatComesBackAtOnceIsReadySoon(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		cl := connect(t, appRole(t), f)
 		keepFor(t, cl, time.Minute, func() {
@@ -380,7 +382,7 @@ func TestAVaultThatComesBackAtOnceIsReadySoon(t *testing.T) {
 }
 
 func TestWithoutRunTheCallThatAsksWhenTheTimeHasComeIsTheProbe(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", refuse(503, "Vault is sealed"))
 		cl := connect(t, appRole(t), f)

@@ -12,11 +12,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 func TestEveryStatusIsWhatItMeans(t *testing.T) {
@@ -47,7 +48,7 @@ func TestEveryStatusIsWhatItMeans(t *testing.T) {
 		{503, "Vault is sealed", ErrAway, 2, 1, "unseal it"},
 	} {
 		t.Run(fmt.Sprint(c.status, c.message), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				f := newFakeVault()
 				var messages []string
 				if c.message != "" {
@@ -87,7 +88,7 @@ func TestEveryStatusIsWhatItMeans(t *testing.T) {
 }
 
 func TestAnEngineThatCanNotDoItIsNoVaultThatIsAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("PUT pki/sign", refuse(500, "requested usage issuing-certificates for issuer but only had usage read-only"))
 		f.on("GET a", data(map[string]any{"a": "b"}))
@@ -269,7 +270,7 @@ func TestAnAnswerOfTheLargestSizeIsTaken(t *testing.T) {
 }
 
 func TestRetryAfterIsHonouredAndBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		began := time.Now()
 		f.on("PUT quick", func(w http.ResponseWriter, r *http.Request) {
@@ -316,7 +317,7 @@ func TestRetryAfterReadsSecondsAndDates(t *testing.T) {
 }
 
 func TestManyCallsShareOneLogin(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		var once sync.Once
@@ -353,7 +354,7 @@ func TestManyCallsShareOneLogin(t *testing.T) {
 }
 
 func TestALoginThatHangsHoldsNobodyBeyondTheirDeadline(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("PUT auth/approle/login", hang)
 		cl := connect(t, appRole(t), f)
@@ -375,7 +376,7 @@ func TestALoginThatHangsHoldsNobodyBeyondTheirDeadline(t *testing.T) {
 }
 
 func TestARevokedTokenCostsOneLoginAndOneMoreTry(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		cl := connect(t, appRole(t), f)
@@ -390,7 +391,7 @@ func TestARevokedTokenCostsOneLoginAndOneMoreTry(t *testing.T) {
 }
 
 func TestWhatThePolicyDeniesIsNoReasonToLogInAgainAndAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		for _, lookup := range []bool{true, false} {
 			f := newFakeVault()
 			f.on("GET a", refuse(403, "permission denied"))
@@ -418,7 +419,7 @@ func TestWhatThePolicyDeniesIsNoReasonToLogInAgainAndAgain(t *testing.T) {
 }
 
 func TestWhatIsDeniedForDaysCostsFewLogins(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		for _, lookup := range []bool{true, false} {
 			f := newFakeVault()
 			f.life = 0
@@ -477,7 +478,7 @@ func TestWhatIsDeniedForDaysCostsFewLogins(t *testing.T) {
 }
 
 func TestATokenThatWorksIsKeptWhenANewLoginIsRefused(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		f.on("GET denied", refuse(403, "permission denied"))
@@ -499,7 +500,7 @@ func TestATokenThatWorksIsKeptWhenANewLoginIsRefused(t *testing.T) {
 }
 
 func TestARefusedLoginIsNotTriedAgainAtOnceUnlessWithAnotherSecret(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		// Only what counts towards a lockout of the role is left for so long.
 		for status, logins := range map[int][2]int{400: {1, 1}, 403: {45, 66}, 404: {45, 66}} {
 			f := newFakeVault()
@@ -571,7 +572,7 @@ func (f *fakeKubernetesLogin) login(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestTheKubernetesLoginReadsItsTokenAnew(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := &fakeKubernetesLogin{newFakeVault(), "signet", "header.claims-1.sig"}
 		f.on("PUT auth/kubernetes/login", f.login)
 		f.on("GET a", data(map[string]any{"a": "b"}))
@@ -686,7 +687,7 @@ func TestNoSecretIsInErrorsLogsOrDumps(t *testing.T) {
 		{Method: "jwt", Role: "r", JWTFile: secretFile(t, "s", "bad.jwt")},
 		{Method: "token", TokenFile: secretFile(t, "s", "hvs.from-file")},
 	} {
-		synctest.Test(t, func(t *testing.T) {
+		bubble.Test(t, func(t *testing.T) {
 			var log bytes.Buffer
 			config := Config{Address: "http://127.0.0.1:1", Login: l, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})), Metrics: prometheus.NewRegistry()}
 			cl := connect(t, config, echo{newFakeVault()})
@@ -788,7 +789,7 @@ func TestAConfigurationThatContradictsItselfIsRefused(t *testing.T) {
 }
 
 func TestMetricsAreThereFromTheStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		f.on("GET a", data(map[string]any{"a": "b"}))
 		f.on("GET sealed", refuse(503, "Vault is sealed"))

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -23,6 +22,7 @@ import (
 	"github.com/signet-ca/signet/internal/config"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/server"
+	"github.com/signet-ca/signet/test/bubble"
 	"github.com/signet-ca/signet/vault"
 )
 
@@ -255,7 +255,7 @@ func TestWithoutVaultNothingOfItIsThere(t *testing.T) {
 }
 
 func TestAServerWaitsForTheKeysThatItBeginsWith(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		b := &backing{log: slog.New(slog.NewTextHandler(&log, nil)), metrics: prometheus.NewRegistry()}
 		cfg := &config.Server{Listen: config.Listen{HTTP: "127.0.0.1:-1"}} // nothing of the network in this bubble

@@ -4,8 +4,9 @@ import (
 	"context"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 func rung(c <-chan struct{}) bool {
@@ -65,7 +66,7 @@ func TestNoChangeIsMissed(t *testing.T) {
 }
 
 func TestWaitEndsWithTheFirstOfThree(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var b Bell
 		start := time.Now()
 		if Wait(t.Context(), time.Minute, nil) || time.Since(start) != time.Minute {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -117,6 +118,15 @@ func TestOnlyTheRoomsOfVaultLinkItsClient(t *testing.T) {
 	}
 	if !found {
 		t.Error("vault does not link Vault's client")
+	}
+}
+
+// Under the race detector a bubble of its own on several processors crashes now and then, see test/bubble.
+func TestSimulatedTimeRunsInOurBubble(t *testing.T) {
+	for _, path := range files(t, "_test.go") {
+		if text, err := os.ReadFile(path); err == nil && strings.Contains(string(text), "synctest.Test"+"(") {
+			t.Errorf("%s calls synctest: bubble.Test does, and keeps the race detector alive", path)
+		}
 	}
 }
 

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // echo answers each input with itself, after a time, and remembers the sizes of the batches.
@@ -76,7 +78,7 @@ func (b *batcher) idle(t *testing.T) {
 }
 
 func TestALoneCallIsSentAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		e := &echo{takes: 5 * time.Millisecond}
 		b := &batcher{send: e.send}
 		for range 3 {
@@ -90,7 +92,7 @@ func TestALoneCallIsSentAtOnce(t *testing.T) {
 }
 
 func TestACallWaitsForTheOneBeforeItOnlyForAMoment(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		// Vault is near: the second goes when the first is back.
 		e := &echo{takes: gatherTime / 2}
 		b := &batcher{send: e.send}
@@ -118,7 +120,7 @@ func TestACallWaitsForTheOneBeforeItOnlyForAMoment(t *testing.T) {
 }
 
 func TestACrowdIsGatheredIntoBoundedBatches(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		e := &echo{takes: 10 * time.Millisecond}
 		b := &batcher{send: e.send}
 		const callers, rounds = 256, 20
@@ -155,7 +157,7 @@ func TestACrowdIsGatheredIntoBoundedBatches(t *testing.T) {
 }
 
 func TestCallsAreServedInTheOrderOfArrival(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		e := &echo{takes: 10 * time.Millisecond}
 		b := &batcher{send: e.send}
 		var served atomic.Int32
@@ -178,7 +180,7 @@ func TestCallsAreServedInTheOrderOfArrival(t *testing.T) {
 }
 
 func TestAFailedBatchFailsOnlyItsOwnCallers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		broken := errors.New("broken")
 		e := &echo{takes: 10 * time.Millisecond, fails: func(batch int) error {
 			if batch == 2 {
@@ -214,7 +216,7 @@ func TestAFailedBatchFailsOnlyItsOwnCallers(t *testing.T) {
 }
 
 func TestEachCallersDeadlineIsKept(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		e := &echo{takes: time.Hour}
 		b := &batcher{send: e.send}
 		start := time.Now()
