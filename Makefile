@@ -48,7 +48,7 @@ check: lint ## Quick: format, vet, staticcheck, unit tests; no real parts
 lint: $(BIN)/staticcheck ## Format, vet, staticcheck
 	@unformatted=$$($(BIN)/gofumpt -l $$(git ls-files -co --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \
 	  if [ -n "$$unformatted" ]; then echo "not formatted, run make format:"; echo "$$unformatted"; exit 1; fi
-	@large=$$(git ls-files -z | xargs -0 find 2>/dev/null -size +4M); \
+	@large=$$(git ls-files -z | xargs -0 sh -c 'find "$$@" -size +4M 2>/dev/null' sh); \
 	  if [ -n "$$large" ]; then echo "too large to be source, take it out of the index: $$large"; exit 1; fi
 	$(GO) vet -tags real ./...
 	$(BIN)/staticcheck -tags real ./...
