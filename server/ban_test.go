@@ -80,6 +80,7 @@ func ended(stream grpc.BidiStreamingClient[signetv1.SyncRequest, signetv1.SyncRe
 }
 
 func TestABanHoldsAtOnceAlsoOnOpenConnections(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m, other := s.enrol("node-1"), s.enrol("node-2")
@@ -144,6 +145,7 @@ func TestABanHoldsAtOnceAlsoOnOpenConnections(t *testing.T) {
 }
 
 func TestABanOutlivesRestartsUntilItIsLifted(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -202,6 +204,7 @@ func holdStore(t testing.TB, c *cluster) (release func()) {
 }
 
 func TestABanHoldsWithTheDatabaseAwayAndIsStoredWhenItIsBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, func(s *Server) { s.banWait, s.upkeepEvery = 50*time.Millisecond, 10*time.Millisecond })
 	m := s.enrol("node-1")
@@ -236,6 +239,7 @@ func TestABanHoldsWithTheDatabaseAwayAndIsStoredWhenItIsBack(t *testing.T) {
 }
 
 func TestABanIsLiftedInTheDatabaseFirst(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -248,6 +252,7 @@ func TestABanIsLiftedInTheDatabaseFirst(t *testing.T) {
 }
 
 func TestABanThatCanNotBeLoggedChangesNothing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -263,6 +268,7 @@ func TestABanThatCanNotBeLoggedChangesNothing(t *testing.T) {
 }
 
 func TestOnlyAnEnrolledAgentCanBeBanned(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	for name, want := range map[string]codes.Code{"node-1": codes.NotFound, "../node-1": codes.InvalidArgument, "": codes.InvalidArgument} {
 		if _, err := s.admin().BanAgent(t.Context(), &adminv1.BanAgentRequest{Agent: name}); status.Code(err) != want {
@@ -276,6 +282,7 @@ func TestOnlyAnEnrolledAgentCanBeBanned(t *testing.T) {
 
 // What is under way when a ban comes must not put the old row back.
 func TestNoWriteLiftsABan(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.enrol("node-1")

@@ -48,6 +48,7 @@ func believed(t *testing.T, k *clock, want bool, says ...string) {
 }
 
 func TestAClockIsBelievedWhileItAgreesWithTheTimeThatPasses(t *testing.T) {
+	t.Parallel()
 	c := &clocks{}
 	k := c.clock()
 	c.pass(k, time.Hour)
@@ -65,6 +66,7 @@ func TestAClockIsBelievedWhileItAgreesWithTheTimeThatPasses(t *testing.T) {
 }
 
 func TestAClockThatGoesBackIsNotBelievedUntilItIsRight(t *testing.T) {
+	t.Parallel()
 	c := &clocks{}
 	k := c.clock()
 	c.pass(k, time.Hour)
@@ -81,6 +83,7 @@ func TestAClockThatGoesBackIsNotBelievedUntilItIsRight(t *testing.T) {
 }
 
 func TestAClockThatJumpsAheadIsBelievedLaterAndOneThatComesBackAtOnce(t *testing.T) {
+	t.Parallel()
 	c := &clocks{}
 	k := c.clock()
 	c.wall += 24 * time.Hour
@@ -109,6 +112,7 @@ func TestAClockThatJumpsAheadIsBelievedLaterAndOneThatComesBackAtOnce(t *testing
 
 // The server of a cluster whose clock is set by ahead, while the time that passes goes on.
 func TestAServerWithAWrongClockIssuesNothingAndSaysBothTimes(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	var passed atomic.Int64
 	s := c.start(t, func(s *Server) {
@@ -175,6 +179,7 @@ func TestAServerWithAWrongClockIssuesNothingAndSaysBothTimes(t *testing.T) {
 }
 
 func TestAServerWhoseLogIsOfTomorrowStartsOnlyAtAWord(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	c.ahead.Store(int64(24 * time.Hour))
 	must(t, c.start(t, nil).stop())
@@ -193,6 +198,7 @@ func TestAServerWhoseLogIsOfTomorrowStartsOnlyAtAWord(t *testing.T) {
 }
 
 func TestAnswersAtTheAgentDoorTellTheTime(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")

@@ -25,6 +25,7 @@ import (
 )
 
 func TestInitTwiceMakesNoSecondSet(t *testing.T) {
+	t.Parallel()
 	c := &cluster{name: "east", dir: shortDir(t), keys: keystore.NewMemory()}
 	conf := InitConfig{Folder: c.folder(), Ceremony: byX509{}}
 	first, err := Init(t.Context(), conf)
@@ -50,6 +51,7 @@ func TestInitTwiceMakesNoSecondSet(t *testing.T) {
 }
 
 func TestAFolderBelongsToOneClusterForEver(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	for what, change := range map[string]func(*Folder){
 		"trust domain": func(f *Folder) { f.TrustDomain, _ = identity.ParseTrustDomain("other.org") },
@@ -119,6 +121,7 @@ func initAndDie(dir string) {
 }
 
 func TestInitMayBeKilledAnywhere(t *testing.T) {
+	t.Parallel()
 	const steps = 10
 	survived := 0
 	for n := range steps + 1 {
@@ -153,6 +156,7 @@ func TestInitMayBeKilledAnywhere(t *testing.T) {
 }
 
 func TestInstallTakesOnlyWhatWasAskedFor(t *testing.T) {
+	t.Parallel()
 	c := &cluster{name: "east", dir: shortDir(t), root: newRoot(t), keys: keystore.NewMemory()}
 	conf := InstallConfig{Folder: c.folder(), Rotation: testRotation(), RootFingerprint: c.root.fingerprint(), Chain: ca.EncodeChain(c.root.cert, c.root.cert)}
 	_, err := Install(t.Context(), conf)
@@ -220,6 +224,7 @@ func TestInstallTakesOnlyWhatWasAskedFor(t *testing.T) {
 }
 
 func TestAServerRefusesWhatItCannotServe(t *testing.T) {
+	t.Parallel()
 	t.Run("no cluster", func(t *testing.T) {
 		c := &cluster{name: "east", dir: shortDir(t), keys: keystore.NewMemory()}
 		_, err := New(t.Context(), c.config())

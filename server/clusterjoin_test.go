@@ -68,6 +68,7 @@ func (j *joiner) wantRoots(want ...*root) {
 }
 
 func TestAClusterThatJoinsInTheMiddleBelievesWhatTheOthersBelieve(t *testing.T) {
+	t.Parallel()
 	a, b, old, expired := newRoot(t), newRoot(t), newRoot(t), newRoot(t)
 	c := caTemplate("expired")
 	c.MaxPathLen, c.MaxPathLenZero, c.NotAfter = 1, false, time.Now().Add(-time.Minute)
@@ -110,6 +111,7 @@ func TestAClusterThatJoinsInTheMiddleBelievesWhatTheOthersBelieve(t *testing.T) 
 }
 
 func TestASetThatIsNotAsItWasSentIsRefused(t *testing.T) {
+	t.Parallel()
 	a, b, foreign := newRoot(t), newRoot(t), newRoot(t)
 	c := caTemplate("root of another domain")
 	c.MaxPathLen, c.MaxPathLenZero = 1, false
@@ -165,6 +167,7 @@ func TestASetThatIsNotAsItWasSentIsRefused(t *testing.T) {
 }
 
 func TestARunningServerTakesWhatAnotherClusterBelieves(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "west")
 	c.peers = []Peer{{Cluster: "east"}}
 	s := c.start(t, nil)
@@ -203,6 +206,7 @@ func TestARunningServerTakesWhatAnotherClusterBelieves(t *testing.T) {
 }
 
 func TestAClusterWithPeersDoesNotBeginBlindly(t *testing.T) {
+	t.Parallel()
 	a, b := newRoot(t), newRoot(t)
 	set := believedBy(t, "east", TrustedRoot{Certificate: a.cert, State: ca.Active}, TrustedRoot{Certificate: b.cert, State: ca.Published})
 	install := func(j *joiner, r *root, change func(*InstallConfig)) (InstallResult, error) {

@@ -51,6 +51,7 @@ import (
 )
 
 func TestEachDoorHasTheseMethodsAndNoMore(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	got := map[string][]string{}
 	for _, d := range s.doors {
@@ -88,6 +89,7 @@ func TestEachDoorHasTheseMethodsAndNoMore(t *testing.T) {
 }
 
 func TestOnlyAnAgentOfThisClusterPassesTheAgentDoor(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	west := newCluster(t, "west").start(t, nil)
 	member := s.enrol("node-1")
@@ -171,6 +173,7 @@ func renewal(t testing.TB, m *doors.Member) []byte {
 }
 
 func TestACredentialOfOneDoorOpensNoOther(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	member := s.enrol("node-1")
 	token := s.token("node-2")
@@ -209,6 +212,7 @@ func enrolBy(t testing.TB, token string, csr []byte) *signetv1.EnrolRequest {
 }
 
 func TestOldTLSIsRefused(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	for _, address := range []string{s.Doors().Enrol, s.Doors().Agents} {
 		conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12, NextProtos: []string{"h2"}})
@@ -220,6 +224,7 @@ func TestOldTLSIsRefused(t *testing.T) {
 }
 
 func TestNoSessionIsResumed(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	m := s.enrol("node-1")
 	cache := tls.NewLRUClientSessionCache(8)
@@ -240,6 +245,7 @@ func TestNoSessionIsResumed(t *testing.T) {
 }
 
 func TestAJoinTokenLetsExactlyOneIn(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	token := s.token("node-1")
@@ -268,6 +274,7 @@ func TestAJoinTokenLetsExactlyOneIn(t *testing.T) {
 }
 
 func TestUnusableTokensLookAlikeOutside(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	used, revoked, expired := s.token("node-1").Token, s.token("node-2"), s.token("node-3").Token
@@ -314,6 +321,7 @@ func usedID(t testing.TB, token string) string {
 }
 
 func TestABadRequestSpendsNoToken(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	token := s.token("node-1").Token
 	conn := s.toEnrol()
@@ -366,6 +374,7 @@ func badCSRs(t testing.TB) map[string][]byte {
 }
 
 func TestAWorkloadsBadRequestIsRefusedByItself(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	m := s.enrol("node-1")
 	s.apply(false, registration("frontend", "node-1"))
@@ -389,6 +398,7 @@ func TestAWorkloadsBadRequestIsRefusedByItself(t *testing.T) {
 }
 
 func TestEachItemOfABatchIsAuthorisedByItself(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	m := s.enrol("node-1")
 	s.apply(false, registration("frontend", "node-1"), registration("backend", "node-2"))
@@ -440,6 +450,7 @@ func TestEachItemOfABatchIsAuthorisedByItself(t *testing.T) {
 }
 
 func TestWhatIsNotAllowedByNameIsDenied(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	m := s.enrol("node-1")
 	s.apply(false, registration("frontend", "node-1"), registration("backend", "node-2"))
@@ -468,6 +479,7 @@ func TestWhatIsNotAllowedByNameIsDenied(t *testing.T) {
 }
 
 func TestABannedAgentFindsEveryDoorClosed(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -513,6 +525,7 @@ func enrolByKey(agent string, csr []byte) *signetv1.EnrolRequest {
 }
 
 func TestAnAgentComesBackWithItsEnrolledKeyForThirtyDays(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -546,6 +559,7 @@ func TestAnAgentComesBackWithItsEnrolledKeyForThirtyDays(t *testing.T) {
 }
 
 func TestARestartKeepsEverything(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -565,6 +579,7 @@ func TestARestartKeepsEverything(t *testing.T) {
 }
 
 func TestWithoutALogNothingIsIssuedAndReadyzIsRed(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -630,6 +645,7 @@ func counted(t testing.TB, s *live, series string) string {
 }
 
 func TestHTTPAnswersProbesAndNothingElse(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	code, text := get(t, s, "/readyz?verbose")
 	want := "[+]store ok\n[+]log ok\n[+]witnesses ok\n[+]clock ok\n[+]rotation ok\n[+]issuer-mesh ok\n[+]issuer-control ok\n[+]certificate ok\n[+]doors ok\n"
@@ -661,6 +677,7 @@ func TestHTTPAnswersProbesAndNothingElse(t *testing.T) {
 }
 
 func TestRegistrationsAreAppliedOnceAndLogged(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	a, b := registration("a", "node-1"), registration("b", "node-1", "node-2")
@@ -738,6 +755,7 @@ func logged(t testing.TB, c *cluster) []*auditv1.Entry {
 }
 
 func TestTheLogTellsTheWholeLifeOfAnAgent(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -780,6 +798,7 @@ func next[T any](t testing.TB, stream grpc.BidiStreamingClient[signetv1.SyncRequ
 }
 
 func TestSyncTellsAnAgentItsOwnAtOnceAndAtEveryChange(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, func(s *Server) { s.checkpointEvery = time.Millisecond })
 	m := s.enrol("node-1")
@@ -846,6 +865,7 @@ func TestSyncTellsAnAgentItsOwnAtOnceAndAtEveryChange(t *testing.T) {
 }
 
 func TestSyncTellsANewBundleAndCountsWhoHasIt(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	stream, err := signetv1.NewAgentsClient(s.dial(s.enrol("node-1"))).Sync(t.Context())
 	must(t, err)
@@ -878,6 +898,7 @@ func TestSyncTellsANewBundleAndCountsWhoHasIt(t *testing.T) {
 }
 
 func TestOneAgentHoldsSoManyStreamsAndNoMore(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	client := signetv1.NewAgentsClient(s.dial(s.enrol("node-1")))
 	for i := range maxSyncs + 1 {
@@ -896,6 +917,7 @@ func TestOneAgentHoldsSoManyStreamsAndNoMore(t *testing.T) {
 }
 
 func TestAStopEndsStreamsWithUnavailable(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	stream, err := signetv1.NewAgentsClient(s.dial(s.enrol("node-1"))).Sync(t.Context())
 	must(t, err)
@@ -914,6 +936,7 @@ func TestAStopEndsStreamsWithUnavailable(t *testing.T) {
 }
 
 func TestASocketInUseIsLeftAloneAndAStaleOneReplaced(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	path := c.config().AdminSocket
 	other, err := net.Listen("unix", path)
@@ -954,6 +977,7 @@ func askAdmin(path string) {
 }
 
 func TestTheAdminDoorIsForThisUserAndRoot(t *testing.T) {
+	t.Parallel()
 	if os.Geteuid() != 0 {
 		t.Skip("only root can become somebody else")
 	}
@@ -981,6 +1005,7 @@ func TestTheAdminDoorIsForThisUserAndRoot(t *testing.T) {
 }
 
 func TestTheServersOwnCertificateIsRenewedInTime(t *testing.T) {
+	t.Parallel()
 	bubble.Test(t, func(t *testing.T) {
 		const life = 7 * 24 * time.Hour
 		ctx, cancel := context.WithCancel(t.Context())
@@ -1034,6 +1059,7 @@ func (h handshaken) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo,
 }
 
 func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
+	t.Parallel()
 	bubble.Test(t, func(t *testing.T) {
 		here, there := net.Pipe()
 		key, err := plainGenerate("")
@@ -1055,6 +1081,7 @@ func TestAConnectionEndsWithTheCertificateThatOpenedIt(t *testing.T) {
 }
 
 func TestADoorKeepsToItsNumberOfConnections(t *testing.T) {
+	t.Parallel()
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	l := limit(inner, door{connections: 3, perPeer: 2})
@@ -1098,6 +1125,7 @@ func TestADoorKeepsToItsNumberOfConnections(t *testing.T) {
 }
 
 func TestAPanicIsOneCallsTroubleOnly(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	var err error
 	func() {
@@ -1110,6 +1138,7 @@ func TestAPanicIsOneCallsTroubleOnly(t *testing.T) {
 }
 
 func TestTheAdminDoorSaysWhyInFull(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	_, err := s.admin().CreateJoinToken(t.Context(), &adminv1.CreateJoinTokenRequest{Agent: "Node 1"})
 	wantError(t, err, "use 1 to 63 of")
@@ -1120,6 +1149,7 @@ func TestTheAdminDoorSaysWhyInFull(t *testing.T) {
 }
 
 func TestASetThatDoesNotFitIntoOneMessageIsRefused(t *testing.T) {
+	t.Parallel()
 	var want []identity.Registration
 	for i := range 1000 {
 		r := identity.Registration{Name: fmt.Sprintf("r%d", i), ID: td.ID(), Agents: []string{"node-1"}}
@@ -1139,6 +1169,7 @@ func TestASetThatDoesNotFitIntoOneMessageIsRefused(t *testing.T) {
 }
 
 func TestAThousandRegistrationsAreOneChange(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	var list []*signetv1.Registration
 	for i := range logPart + 1 {
@@ -1160,6 +1191,7 @@ func TestAThousandRegistrationsAreOneChange(t *testing.T) {
 }
 
 func TestEnrolmentsWaitForEachOther(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	for range enrolments {
 		s.enrolling <- struct{}{}

@@ -233,6 +233,7 @@ func (l *live) shares(level check.Level, words ...string) {
 func (l *live) well() { l.t.Helper(); l.shares(check.OK, "was read at") }
 
 func TestARotationOfTheRootIsFollowedWithoutFiles(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -286,6 +287,7 @@ func TestARotationOfTheRootIsFollowedWithoutFiles(t *testing.T) {
 }
 
 func TestAClusterThatWasAwayFollowsAndRevivesNothing(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -336,6 +338,7 @@ func TestAClusterThatWasAwayFollowsAndRevivesNothing(t *testing.T) {
 }
 
 func TestAnAbortAndATaintAreFollowed(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -360,6 +363,7 @@ func TestAnAbortAndATaintAreFollowed(t *testing.T) {
 }
 
 func TestWithoutAutomaticStepsDecisionsAreFollowedAndStepsWait(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	west.manual = true
@@ -377,6 +381,7 @@ func TestWithoutAutomaticStepsDecisionsAreFollowedAndStepsWait(t *testing.T) {
 }
 
 func TestTwoThatWriteAtOnceLoseNothing(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -426,6 +431,7 @@ func TestTwoThatWriteAtOnceLoseNothing(t *testing.T) {
 }
 
 func TestWhatNoPeerHasSignedChangesNothing(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west, south := east.sibling(t, "west"), east.sibling(t, "south")
 	acquaint(t, east, west)
@@ -481,6 +487,7 @@ func TestWhatNoPeerHasSignedChangesNothing(t *testing.T) {
 }
 
 func TestAWriterOfKVCanReplayNoRoot(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west, north := east.sibling(t, "west"), east.sibling(t, "north")
 	acquaint(t, east, west, north)
@@ -530,6 +537,7 @@ func TestAWriterOfKVCanReplayNoRoot(t *testing.T) {
 }
 
 func TestADocumentThatCountsAheadIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -557,6 +565,7 @@ func TestADocumentThatCountsAheadIsLeftAlone(t *testing.T) {
 }
 
 func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -604,6 +613,7 @@ func TestARootThatFailsTheChecksIsRefusedAndTheOthersAreTaken(t *testing.T) {
 }
 
 func TestARootThatHasExpiredIsForgotten(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -648,6 +658,7 @@ func TestARootThatHasExpiredIsForgotten(t *testing.T) {
 }
 
 func TestNobodyRevivesWhatIsNotThere(t *testing.T) {
+	t.Parallel()
 	// A root that others let go is believed until nothing can depend on it, also where it was not known.
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
@@ -672,6 +683,7 @@ func TestNobodyRevivesWhatIsNotThere(t *testing.T) {
 }
 
 func TestWhileNothingCanBeExchangedWorkGoesOn(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -724,6 +736,7 @@ func TestWhileNothingCanBeExchangedWorkGoesOn(t *testing.T) {
 }
 
 func TestTroubleIsSinceItBeganAndNewsOnceAtEachEnd(t *testing.T) {
+	t.Parallel()
 	began := time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
 	sealed, cut := errors.New("it is sealed"), errors.New("it hung up")
 	var now trouble
@@ -748,6 +761,7 @@ func TestTroubleIsSinceItBeganAndNewsOnceAtEachEnd(t *testing.T) {
 }
 
 func TestReportsAreKeptFresh(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -798,6 +812,7 @@ func TestReportsAreKeptFresh(t *testing.T) {
 }
 
 func TestManyPeersTakeTurns(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	for i := range roundReports + 5 {
 		east.peers = append(east.peers, Peer{Cluster: fmt.Sprintf("west-%d", i), VerifierKey: "none"})
@@ -828,6 +843,7 @@ func TestManyPeersTakeTurns(t *testing.T) {
 }
 
 func TestAReportIsDueWhenItSaysSomethingNew(t *testing.T) {
+	t.Parallel()
 	now := time.Now()
 	base := func() rotation.Report {
 		return rotation.Report{At: now, Until: now.Add(24 * time.Hour), Roots: []rotation.RootReport{{ID: "a", Trusting: 1, Validators: 2, Missing: []string{"n"}, Signing: true, LeavesUntil: now}}}
@@ -866,6 +882,7 @@ func TestAReportIsDueWhenItSaysSomethingNew(t *testing.T) {
 
 // A peer relies on a report for no longer than its own hold, so it is told as often as that needs.
 func TestReportsComeAsOftenAsTheOneNeedsThatReliesOnThemLeast(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	s := east.start(t, nil)
 	e := newExchange(s.keeper, newSharedPlace(), s.audit.VerifierKey())
@@ -883,6 +900,7 @@ func TestReportsComeAsOftenAsTheOneNeedsThatReliesOnThemLeast(t *testing.T) {
 }
 
 func TestNothingIsDecidedOrPromisedByAWrongClock(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	acquaint(t, east, west)
@@ -908,6 +926,7 @@ func TestNothingIsDecidedOrPromisedByAWrongClock(t *testing.T) {
 }
 
 func TestAClusterBeginsWithWhatTheOthersShare(t *testing.T) {
+	t.Parallel()
 	east, b := newCluster(t, "east"), newRoot(t)
 	j := newJoiner(t)
 	acquaint(t, east, j.cluster)

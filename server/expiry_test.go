@@ -25,6 +25,7 @@ func gauged(t *testing.T, s *live, series string) float64 {
 }
 
 func TestTheEndsOfEverythingAreMetricsFromTheStart(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	c.peers = []Peer{{Cluster: "west", VerifierKey: "none"}}
 	s := c.start(t, nil)
@@ -81,6 +82,7 @@ func TestTheEndsOfEverythingAreMetricsFromTheStart(t *testing.T) {
 }
 
 func TestATaintAndAWaitingRotationShowInReadinessAndMetrics(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	a := s.listen(s.enrol("node-1"), false)
@@ -116,6 +118,7 @@ func TestATaintAndAWaitingRotationShowInReadinessAndMetrics(t *testing.T) {
 
 // Three hours before the end is told from the end.
 func TestNotAbleSoonIsToldFromNotAble(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)
@@ -173,6 +176,7 @@ func (l *live) ready(t *testing.T) (found check.Findings) {
 
 // Through the life of an intermediate whose successor nobody signs.
 func TestReadinessAndCheckSayTheSameOfTheEndOfIssuing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)
@@ -220,6 +224,7 @@ func TestReadinessAndCheckSayTheSameOfTheEndOfIssuing(t *testing.T) {
 }
 
 func TestAClockInDoubtIsSaidToStopIssuing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	begun := time.Now()

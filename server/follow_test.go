@@ -188,6 +188,7 @@ func (c *modelCluster) remove(id string) {
 // The promise of it all: clusters that come and go, crash at any step, read old documents or none, and decide what they like,
 // come to the same; and nothing is ever decided but by an admin, so that no root comes back to life or goes by itself.
 func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
+	t.Parallel()
 	roots, another := []*root{newRoot(t), newRoot(t), newRoot(t)}, newRoot(t)
 	happened := map[string]int{}
 	defer func() {
@@ -335,6 +336,7 @@ func TestNothingIsDecidedButByAnAdmin(t *testing.T) {
 }
 
 func TestAnOldDocumentAddsNoRootWhereNothingIsKnown(t *testing.T) {
+	t.Parallel()
 	a, b := newRoot(t), newRoot(t)
 	none, all := func(string) bool { return false }, func(string) bool { return true }
 	var old [][]shared.Root
@@ -431,6 +433,7 @@ func TestAnOldDocumentAddsNoRootWhereNothingIsKnown(t *testing.T) {
 }
 
 func TestAClusterWithoutAMemoryRevivesNothing(t *testing.T) {
+	t.Parallel()
 	a, b := newRoot(t), newRoot(t)
 	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
 	acquainted(east, west)
@@ -451,6 +454,7 @@ func TestAClusterWithoutAMemoryRevivesNothing(t *testing.T) {
 }
 
 func TestAWordThatFollowsAtOnceIsHeard(t *testing.T) {
+	t.Parallel()
 	a, b := newRoot(t), newRoot(t)
 	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
 	acquainted(east, west)
@@ -473,6 +477,7 @@ func TestAWordThatFollowsAtOnceIsHeard(t *testing.T) {
 }
 
 func TestWhatFollowsFromATaintElsewhereIsTold(t *testing.T) {
+	t.Parallel()
 	a, b := newRoot(t), newRoot(t)
 	east, west := newModelCluster(t, "east", a), newModelCluster(t, "west", a)
 	acquainted(east, west)
@@ -492,6 +497,7 @@ func TestWhatFollowsFromATaintElsewhereIsTold(t *testing.T) {
 }
 
 func TestNoMoreRootsAreTakenThanABundleHolds(t *testing.T) {
+	t.Parallel()
 	east := newModelCluster(t, "east", newRoot(t))
 	var doc []shared.Root
 	west := rotation.Report{Cluster: "west", At: time.Now(), Until: time.Now().Add(time.Hour)}

@@ -15,6 +15,7 @@ import (
 // A database that can't be written stops enrolment and changes. What agents ask for most goes on from memory, so the
 // server stays in service, and says which of its abilities it has not.
 func TestAFailingDatabaseShowsWithinASecondAndIssuingGoesOn(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -46,6 +47,7 @@ func TestAFailingDatabaseShowsWithinASecondAndIssuingGoesOn(t *testing.T) {
 }
 
 func TestWhatWillBeBadIsToldFromWhatIs(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	mesh, _ := s.issuers.Snapshot().Active(identity.Mesh)

@@ -13,6 +13,7 @@ const identityA = "spiffe://example.org/ns/default/sa/a"
 
 // Leaves of a longer life, made before it was lowered, are good beyond the one that is given now.
 func TestABanSaysTheTrueEndOfWhatWasIssued(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	must(t, s.stop())
@@ -37,6 +38,7 @@ func (l *live) bannedNow() (memory, stored int) {
 }
 
 func TestADryRunOfABanChangesNothing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("a", "node-1"), registration("b", "node-1"))

@@ -21,6 +21,7 @@ import (
 )
 
 func TestAQuotaIsABucketOfItsOwnForEachAgent(t *testing.T) {
+	t.Parallel()
 	q := quotas{limits: Limits{CertificatesPerSecond: 200, Burst: 5000}}
 	now := time.Unix(1_800_000_000, 0)
 	for _, step := range []struct {
@@ -50,6 +51,7 @@ func TestAQuotaIsABucketOfItsOwnForEachAgent(t *testing.T) {
 }
 
 func TestLimitsThatLetNobodyInAreRefused(t *testing.T) {
+	t.Parallel()
 	for _, l := range []Limits{{CertificatesPerSecond: 1, Burst: maxItems - 1}, {Burst: 5000}, {CertificatesPerSecond: -1, Burst: 5000}, {CertificatesPerSecond: math.NaN(), Burst: 5000}} {
 		if l.check() == nil {
 			t.Errorf("%+v is accepted", l)
@@ -61,6 +63,7 @@ func TestLimitsThatLetNobodyInAreRefused(t *testing.T) {
 }
 
 func TestWhoAsksForTooMuchHearsWhenToComeAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, func(s *Server) { s.quotas.limits = Limits{CertificatesPerSecond: 0.5, Burst: 50} })
 	greedy, other := s.enrol("node-1"), s.enrol("node-2")
@@ -105,6 +108,7 @@ func asAgent(ctx context.Context, l *live, agent string) context.Context {
 }
 
 func TestWhatIsMadeForNobodyIsCounted(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("frontend", "node-1"))
@@ -127,6 +131,7 @@ func (panickyStream) Send(*signetv1.SyncResponse) error    { return nil }
 func (panickyStream) Recv() (*signetv1.SyncRequest, error) { panic("a mistake") }
 
 func TestAPanicOfWhoeverListensEndsItsStreamOnly(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	err := agentsService{Server: s.Server}.Sync(panickyStream{ctx: asAgent(t.Context(), s, "node-1")})
 	var r *refusal
@@ -136,6 +141,7 @@ func TestAPanicOfWhoeverListensEndsItsStreamOnly(t *testing.T) {
 }
 
 func TestASelectorThatOnlyANewerAgentKnowsIsHarmless(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -160,6 +166,7 @@ func TestASelectorThatOnlyANewerAgentKnowsIsHarmless(t *testing.T) {
 }
 
 func TestAnAgentsWordAgainstTheLogIsComparedAndAloneStopsNobody(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("frontend", "node-1"))

@@ -44,6 +44,7 @@ func (l *live) switches(r *root) error {
 
 // An issuer signs until it is replaced in memory, however long the database and the log took for that.
 func TestLeavesCountFromWhenASwitchTookEffect(t *testing.T) {
+	t.Parallel()
 	const stall = 3 * time.Hour
 	check := func(t *testing.T, c *cluster, s *live, effect time.Time) {
 		t.Helper()
@@ -151,6 +152,7 @@ func TestLeavesCountFromWhenASwitchTookEffect(t *testing.T) {
 }
 
 func TestLeavesOfALongerLifeAreWaitedForWhenItIsLowered(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	must(t, c.start(t, nil).stop()) // leaves of up to 24 h
 	start := func(life time.Duration) *live {
@@ -197,6 +199,7 @@ func TestLeavesOfALongerLifeAreWaitedForWhenItIsLowered(t *testing.T) {
 
 // An agent that is not heard after the start of a server counts as long as it may have leaves.
 func TestAnAgentWithLeavesOfALongerLifeCounts(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.enrol("node-1")

@@ -26,6 +26,7 @@ func TestMistake37TheLogsFilesAreNotForPeers(t *testing.T) {
 }
 
 func TestMistake37NobodyKeepsTheEnrolDoorByStandingInIt(t *testing.T) {
+	t.Parallel()
 	old := enrolDoor
 	enrolDoor.age, enrolDoor.perPeer = 100*time.Millisecond, 2
 	defer func() { enrolDoor = old }()

@@ -100,6 +100,7 @@ func distinct(t testing.TB, c *cluster, pick func(*auditv1.Entry) bool) (all []*
 }
 
 func TestAKillAtAnyStepOfAChangeHealsAtStart(t *testing.T) {
+	t.Parallel()
 	a, b := registration("a", "node-1"), registration("b", "node-1")
 	for name, change := range map[string]struct {
 		do func(s *live)
@@ -202,6 +203,7 @@ func breakStore(t testing.TB, c *cluster, on string) (mend func()) {
 }
 
 func TestWhatTheStoreRefusesIsNotInTheLog(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	revoked := s.token("node-1")
@@ -239,6 +241,7 @@ func TestWhatTheStoreRefusesIsNotInTheLog(t *testing.T) {
 }
 
 func TestWhatIsNotLoggedTakesEffectWhenItIs(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	away := errors.New("no space left on device")
 	var broken bool
@@ -306,6 +309,7 @@ func TestWhatIsNotLoggedTakesEffectWhenItIs(t *testing.T) {
 
 // The log has it and the database could not note that: it is not told twice in one run.
 func TestWhatIsLoggedIsNotToldAgainInTheSameRun(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, func(s *Server) { s.upkeepEvery = time.Hour })
 	mend := breakStore(t, c, "DELETE ON outbox")
@@ -326,6 +330,7 @@ func TestWhatIsLoggedIsNotToldAgainInTheSameRun(t *testing.T) {
 
 // A ban outlives a kill although the database never had it.
 func TestABanOutlivesAKillWithTheDatabaseAway(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, func(s *Server) { s.banWait = time.Millisecond })
 	m := s.enrol("node-1")
@@ -354,6 +359,7 @@ func TestABanOutlivesAKillWithTheDatabaseAway(t *testing.T) {
 }
 
 func TestALostAnswerToAnEnrolmentIsGivenAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	token := s.token("node-1").Token

@@ -8,6 +8,7 @@ import (
 )
 
 func TestRefusalsAreLoggedByTheirReason(t *testing.T) {
+	t.Parallel()
 	began := time.Unix(1_800_000_000, 0)
 	away := refuse(codes.Unavailable, "sign_failed", "", nil)
 	banned := refuse(codes.PermissionDenied, "banned_agent", "", nil)

@@ -53,6 +53,7 @@ func (c *cluster) reported(t testing.TB) []*auditv1.PeerReported {
 }
 
 func TestAReportSaysUntilWhenItHolds(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	r, err := openReport(s.report(), Peer{Cluster: "east", VerifierKey: s.audit.VerifierKey()}, td)
@@ -63,6 +64,7 @@ func TestAReportSaysUntilWhenItHolds(t *testing.T) {
 }
 
 func TestOfSeveralReportsAllAreTakenOrNone(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west, south := east.sibling(t, "west"), east.sibling(t, "south")
 	e, w, s := east.startWith(t, west, south), west.start(t, nil), south.start(t, nil)
@@ -106,6 +108,7 @@ func TestOfSeveralReportsAllAreTakenOrNone(t *testing.T) {
 }
 
 func TestTheLogKnowsWhichReportWasBroughtAndByWhom(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	e, w := east.startWith(t, west), west.start(t, nil)
@@ -142,6 +145,7 @@ func TestTheLogKnowsWhichReportWasBroughtAndByWhom(t *testing.T) {
 
 // Where reports come every few seconds, the log is told what is new in them.
 func TestTheLogIsToldOfReportsThatComeByThemselvesWhenTheySaySomethingNew(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	e, w := east.startWith(t, west), west.start(t, nil)
@@ -172,6 +176,7 @@ func TestTheLogIsToldOfReportsThatComeByThemselvesWhenTheySaySomethingNew(t *tes
 
 // What can't be logged is not taken, and comes again.
 func TestAReportThatCantBeLoggedIsNotTaken(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	e, w := east.startWith(t, west), west.start(t, nil)
@@ -196,6 +201,7 @@ func TestAReportThatCantBeLoggedIsNotTaken(t *testing.T) {
 }
 
 func TestWhatAReportSaysAnewIsSaid(t *testing.T) {
+	t.Parallel()
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	roots := func(all ...rotation.RootReport) rotation.Report { return rotation.Report{Roots: all} }
 	for _, c := range []struct {
@@ -224,6 +230,7 @@ func TestWhatAReportSaysAnewIsSaid(t *testing.T) {
 
 // Whoever gets a leaf must be able to verify those of others.
 func TestAnAgentWithoutARootInUseGetsNoLeafUntilItHasIt(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("a", "node-1"))

@@ -52,6 +52,7 @@ func (l *live) addRoots(n int) {
 }
 
 func TestAFolderRestoredFromAnOlderCopyIsFoundAndItsTrustPublishedAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -123,6 +124,7 @@ func TestAFolderRestoredFromAnOlderCopyIsFoundAndItsTrustPublishedAgain(t *testi
 }
 
 func TestADatabaseOlderThanTheLogIsFoundByTheLogAlone(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	old := c.image(t, s.Server)
@@ -177,6 +179,7 @@ func TestADatabaseOlderThanTheLogIsFoundByTheLogAlone(t *testing.T) {
 }
 
 func TestASequenceIsNotUsedUpAtAStrangersWord(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	a := s.listen(s.enrol("node-1"), false)
@@ -203,6 +206,7 @@ func TestASequenceIsNotUsedUpAtAStrangersWord(t *testing.T) {
 
 // Where the sequence is the same and the roots are others, an agent takes nothing either.
 func TestAnotherBundleOfTheSameNumberIsFound(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	a := s.listen(s.enrol("node-1"), false)

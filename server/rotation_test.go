@@ -169,6 +169,7 @@ func (l *live) leaf(conn *grpc.ClientConn, registration string) *x509.Certificat
 }
 
 func TestAnIntermediateTakesOverWhileTheServerRuns(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	m := s.enrol("node-1")
@@ -221,6 +222,7 @@ func TestAnIntermediateTakesOverWhileTheServerRuns(t *testing.T) {
 }
 
 func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("a", "node-1", "node-2"))
@@ -267,6 +269,7 @@ func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
 }
 
 func TestForceSaysWhatItBreaksAndTheLogKeepsIt(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	east.manual = true
 	west, north := east.sibling(t, "west"), east.sibling(t, "north")
@@ -335,6 +338,7 @@ func TestForceSaysWhatItBreaksAndTheLogKeepsIt(t *testing.T) {
 }
 
 func TestAnAbortThatIsForcedSaysWhatItBreaksAndTheLogKeepsIt(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	s := east.startWith(t, west)
@@ -379,6 +383,7 @@ func sameLines(got, want []string) bool {
 
 // What a write did is what it says, and what was so before is not.
 func TestAnAnswerListsWhatTheCallDidAndNothingElse(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	w, s := west.start(t, nil), east.startWith(t, west)
@@ -465,6 +470,7 @@ func TestAnAnswerListsWhatTheCallDidAndNothingElse(t *testing.T) {
 }
 
 func TestAKillAtAnyStepOfARotationHealsAtStart(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	b := newRoot(t)
@@ -548,6 +554,7 @@ func tell(t testing.TB, from, to *live) *adminv1.RotationChangeResponse {
 }
 
 func TestClustersChangeTheirRootTogether(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	e, w := east.startWith(t, west), west.startWith(t, east)
@@ -591,6 +598,7 @@ func TestClustersChangeTheirRootTogether(t *testing.T) {
 }
 
 func TestReportsAreBelievedFromPeersOnly(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west, south := east.sibling(t, "west"), east.sibling(t, "south")
 	e, w, s := east.startWith(t, west), west.start(t, nil), south.start(t, nil)
@@ -633,6 +641,7 @@ func TestReportsAreBelievedFromPeersOnly(t *testing.T) {
 }
 
 func TestATaintedIntermediateIsReplacedAndItsLeavesAreCalledBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("a", "node-1"))
@@ -681,6 +690,7 @@ func TestATaintedIntermediateIsReplacedAndItsLeavesAreCalledBack(t *testing.T) {
 }
 
 func TestAnAbortGivesBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	abort := func(id string) error {
@@ -708,6 +718,7 @@ func TestAnAbortGivesBack(t *testing.T) {
 }
 
 func TestSuccessorsTakeTheirTurns(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 3})
@@ -732,6 +743,7 @@ func TestSuccessorsTakeTheirTurns(t *testing.T) {
 }
 
 func TestAServerThatWasAwayForTooLongSaysHowToGoOn(t *testing.T) {
+	t.Parallel()
 	d := &cluster{name: "west", dir: shortDir(t), root: newRootUntil(t, time.Now().Add(5000*time.Hour)), keys: keystore.NewMemory()}
 	r, err := Init(t.Context(), InitConfig{Folder: d.folder(), Ceremony: byX509{}})
 	must(t, err)
@@ -764,6 +776,7 @@ func TestAServerThatWasAwayForTooLongSaysHowToGoOn(t *testing.T) {
 }
 
 func TestASuccessorThatStandsReadyTakesOverAtTheStart(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 2})
@@ -779,6 +792,7 @@ func TestASuccessorThatStandsReadyTakesOverAtTheStart(t *testing.T) {
 }
 
 func TestABannedIdentityIsRefusedAtOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("a", "node-1"), registration("b", "node-1"))
@@ -832,6 +846,7 @@ func TestABannedIdentityIsRefusedAtOnce(t *testing.T) {
 }
 
 func TestAuthoritiesThatContradictEachOtherAreNotServed(t *testing.T) {
+	t.Parallel()
 	orphan := store.Authority{Authority: rotation.Authority{ID: "intermediate-1", Kind: ca.KindIntermediate, Root: "root-0", State: ca.Active}, Chain: [][]byte{newRoot(t).cert.Raw}}
 	if _, err := newAuthorities(td, []store.Authority{orphan}, 1, trust.Bundle{}); err == nil {
 		t.Error("an intermediate without its root was read")
@@ -839,6 +854,7 @@ func TestAuthoritiesThatContradictEachOtherAreNotServed(t *testing.T) {
 }
 
 func TestInDoubtOfTheClockNoStepIsTakenWhoeverAsks(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
@@ -865,6 +881,7 @@ func TestInDoubtOfTheClockNoStepIsTakenWhoeverAsks(t *testing.T) {
 }
 
 func TestTheKeyOfARetiredIssuerMayBeGone(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
@@ -896,6 +913,7 @@ func (noNewKeys) Create(context.Context, string, keystore.Algorithm, int) (keyst
 }
 
 func TestAStepThatCantBeMadeKeepsNoOtherWaiting(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, func(s *Server) { s.keeper.folder.Keys = noNewKeys{c.keys} })
 	a := s.listen(s.enrol("node-1"), true)
@@ -914,6 +932,7 @@ func TestAStepThatCantBeMadeKeepsNoOtherWaiting(t *testing.T) {
 }
 
 func TestWithoutAutomaticStepsTheyAreTakenByAdvanceAlone(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	c.manual = true
 	s := c.start(t, nil)
@@ -937,6 +956,7 @@ func TestWithoutAutomaticStepsTheyAreTakenByAdvanceAlone(t *testing.T) {
 }
 
 func TestForceIsForOneStep(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	c.manual = true
 	s := c.start(t, nil)
@@ -967,6 +987,7 @@ func TestForceIsForOneStep(t *testing.T) {
 }
 
 func TestOneMuteWorkloadCostsTheOthersOfItsNodeNothing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.apply(false, registration("a", "node-1"))
@@ -991,6 +1012,7 @@ func TestOneMuteWorkloadCostsTheOthersOfItsNodeNothing(t *testing.T) {
 }
 
 func TestTheWordOfAnOlderStreamIsOld(t *testing.T) {
+	t.Parallel()
 	s := newCluster(t, "east").start(t, nil)
 	newer := said{session: 2, stored: trust.Version{Sequence: 7}}
 	s.acks.hear("node-1", newer)
@@ -1001,6 +1023,7 @@ func TestTheWordOfAnOlderStreamIsOld(t *testing.T) {
 }
 
 func TestAsManySuccessorsAsAskedForStandReady(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	for _, n := range []uint32{1, 3} {
@@ -1013,6 +1036,7 @@ func TestAsManySuccessorsAsAskedForStandReady(t *testing.T) {
 }
 
 func TestAReportIsBounded(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	w := west.start(t, nil)

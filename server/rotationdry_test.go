@@ -196,6 +196,7 @@ func (r *rehearsal) signs(by *root) write {
 }
 
 func TestADryRunSaysWhatIsDoneThenAndChangesNothing(t *testing.T) {
+	t.Parallel()
 	all := ""
 	for seed, manual := range []bool{false, true} {
 		c := newCluster(t, "east")

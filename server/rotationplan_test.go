@@ -27,6 +27,7 @@ func (l *live) plans(kind string) (said []string) {
 }
 
 func TestAPlanGoesOnToTheEndOfTheRotationThatIsUnderWay(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	east.manual = true
 	west := east.sibling(t, "west")

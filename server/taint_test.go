@@ -67,6 +67,7 @@ func (l *live) replaced(old, b *root) {
 
 // An agent that fell silent asks for nothing, and no switch waits for it; its workloads go on validating with what they have.
 func TestATaintIsNotOverForASilentAgentWhoseLeavesHaveEnded(t *testing.T) {
+	t.Parallel()
 	for what, end := range map[string]func(*live, func()){
 		"it comes back": func(_ *live, back func()) { back() },
 		"it is banned": func(l *live, _ func()) {
@@ -138,6 +139,7 @@ func TestATaintIsNotOverForASilentAgentWhoseLeavesHaveEnded(t *testing.T) {
 }
 
 func TestATaintIsNotOverWhileATrustBundleHoldsTheRoot(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	s.taint("intermediate-1")
@@ -166,6 +168,7 @@ func TestATaintIsNotOverWhileATrustBundleHoldsTheRoot(t *testing.T) {
 }
 
 func TestATaintIsNotOverBeforeEveryClusterHasSaidSo(t *testing.T) {
+	t.Parallel()
 	east := newCluster(t, "east")
 	west := east.sibling(t, "west")
 	e, w := east.startWith(t, west), west.startWith(t, east)
@@ -209,6 +212,7 @@ func TestATaintIsNotOverBeforeEveryClusterHasSaidSo(t *testing.T) {
 
 // What was sent after the last acknowledgement may have come.
 func TestAnAgentMayHaveWhatWasPublishedSinceItsLastWord(t *testing.T) {
+	t.Parallel()
 	version := func(sequence uint64) trust.Version {
 		return trust.Version{Sequence: sequence, Digest: trust.Digest{byte(sequence)}}
 	}
@@ -238,6 +242,7 @@ func TestAnAgentMayHaveWhatWasPublishedSinceItsLastWord(t *testing.T) {
 
 // Only what was removed can't come back: a root that was added may be published yet.
 func TestARootThatWasAddedIsNotGone(t *testing.T) {
+	t.Parallel()
 	now := time.Now()
 	set := &authorities{}
 	var taints []rotation.TaintReport

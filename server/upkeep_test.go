@@ -12,6 +12,7 @@ import (
 )
 
 func TestOldJoinTokensAreForgottenAtStartAndDaily(t *testing.T) {
+	t.Parallel()
 	kept := func(s *live, want int) {
 		t.Helper()
 		admin := s.admin()
@@ -48,6 +49,7 @@ func TestOldJoinTokensAreForgottenAtStartAndDaily(t *testing.T) {
 
 // The life of control certificates may be configured anew while an agent is away.
 func TestTheMonthOfReturnCountsFromTheCertificatesEnd(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, nil)
 	long := s.enrol("node-1")

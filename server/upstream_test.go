@@ -110,6 +110,7 @@ func (l *live) said(code string) check.Finding {
 }
 
 func TestAClusterWithAnUpstreamBeginsWithThePinnedRootOnly(t *testing.T) {
+	t.Parallel()
 	u := &atOnce{t: t, roots: []*root{newRoot(t)}}
 	c := &cluster{name: "east", dir: shortDir(t), keys: keystore.NewMemory(), upstream: u}
 	conf := InitConfig{Folder: c.folder(), Ceremony: byX509{}, Upstream: u, Rotation: testRotation()}
@@ -142,6 +143,7 @@ func TestAClusterWithAnUpstreamBeginsWithThePinnedRootOnly(t *testing.T) {
 }
 
 func TestAnIntermediateFollowsByItselfWhereTheRootIsAtHand(t *testing.T) {
+	t.Parallel()
 	c, u := newOnline(t, "east")
 	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
@@ -170,6 +172,7 @@ func TestAnIntermediateFollowsByItselfWhereTheRootIsAtHand(t *testing.T) {
 }
 
 func TestARootFollowsByItselfWhereBothAreAtHand(t *testing.T) {
+	t.Parallel()
 	c, u := newOnline(t, "east")
 	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() != "" })
@@ -193,6 +196,7 @@ func TestARootFollowsByItselfWhereBothAreAtHand(t *testing.T) {
 }
 
 func TestAnAnswerThatIsNotAsPlannedIsRefused(t *testing.T) {
+	t.Parallel()
 	other := newRoot(t)
 	for name, c := range map[string]struct {
 		swap func(*ca.Answer)
@@ -222,6 +226,7 @@ func TestAnAnswerThatIsNotAsPlannedIsRefused(t *testing.T) {
 }
 
 func TestKeysInMemoryAreReplacedAtTheStart(t *testing.T) {
+	t.Parallel()
 	c, u := newOnline(t, "east")
 	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
@@ -282,6 +287,7 @@ func (c *cluster) forgetKeys(t testing.TB) {
 }
 
 func TestRemovedIntermediatesAreForgottenButForTheNewest(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s := c.start(t, often)
 	set := s.keeper.current.Load()
@@ -300,6 +306,7 @@ func TestRemovedIntermediatesAreForgottenButForTheNewest(t *testing.T) {
 }
 
 func TestTheClockOfWhoeverSignsMayBeLate(t *testing.T) {
+	t.Parallel()
 	c, u := newOnline(t, "east")
 	u.set(func() {
 		u.swap = func(a *ca.Answer) {
@@ -314,6 +321,7 @@ func TestTheClockOfWhoeverSignsMayBeLate(t *testing.T) {
 }
 
 func TestOneRequestDoesNotWaitForAnother(t *testing.T) {
+	t.Parallel()
 	c, u := newOnline(t, "east")
 	s := c.start(t, often)
 	soon(t, "the first intermediate signs", func() bool { return s.signing() == "intermediate-1" })
@@ -377,6 +385,7 @@ func newAsker(t *testing.T) *asker {
 }
 
 func TestAnAnswerThatCouldNotBeInstalledIsNotAskedForAgain(t *testing.T) {
+	t.Parallel()
 	k := newAsker(t)
 	full := errors.New("no space left on device")
 	tries := 0
@@ -395,6 +404,7 @@ func TestAnAnswerThatCouldNotBeInstalledIsNotAskedForAgain(t *testing.T) {
 // So whoever compares the authority's own list with the log finds there the key of each certificate, also of those whose
 // answers were lost.
 func TestWhatIsAskedForIsLoggedBefore(t *testing.T) {
+	t.Parallel()
 	k := newAsker(t)
 	k.full = errors.New("no space left on device")
 	a := &asking{}
@@ -434,6 +444,7 @@ func TestWhatIsAskedForIsLoggedBefore(t *testing.T) {
 // The authority keeps a certificate for each ask, so one whose answers can't be used is asked rarely; one that is away is not
 // bothered by an ask a minute, and signs soon when it is back.
 func TestAnAuthorityWhoseAnswersCantBeUsedIsAskedRarely(t *testing.T) {
+	t.Parallel()
 	const long = 6 * time.Hour
 	for name, c := range map[string]struct {
 		set         func(*atOnce)
@@ -490,6 +501,7 @@ func (e elsewhere) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, er
 }
 
 func TestAServerStartsThoughTheKeyOfItsIssuerCantBeOpened(t *testing.T) {
+	t.Parallel()
 	u := &atOnce{t: t, roots: []*root{newRoot(t)}}
 	fails := &atomic.Pointer[error]{}
 	keys := elsewhere{keystore.NewMemory(), fails}

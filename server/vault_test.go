@@ -24,6 +24,7 @@ type unasked struct{ ca.Upstream }
 
 // A Vault that is away makes a server unready only where the key that signs is in it.
 func TestAVaultThatIsAwayIsFeltWhereTheSigningKeyIs(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, "east")
 	s, err := New(t.Context(), c.config())
 	must(t, err)
@@ -116,6 +117,7 @@ func (s sickKeys) sick(k keystore.Key) keystore.Key {
 
 // A key that does not sign is said once, and never not at all: by its Vault if that knows, else by the issuer.
 func TestAKeyThatDoesNotSignIsSaidWhateverItsVaultKnows(t *testing.T) {
+	t.Parallel()
 	u := &atOnce{t: t, roots: []*root{newRoot(t)}}
 	keys := sickKeys{elsewhere{keystore.NewMemory(), &atomic.Pointer[error]{}}, &atomic.Pointer[error]{}}
 	c := &cluster{name: "east", dir: shortDir(t), root: u.roots[0], upstream: u, stored: keys}

@@ -154,6 +154,7 @@ func (s *site) served(t *testing.T, what string) {
 }
 
 func TestDamageIsFoundAtTheStartAndNeverSignedOver(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	chance := rand.New(rand.NewPCG(seed, 0))
@@ -347,6 +348,7 @@ func metric(addr, name string) string {
 }
 
 func TestAFolderRestoredFromAnOlderCopyIsReported(t *testing.T) {
+	t.Parallel()
 	for _, grown := range []bool{false, true} {
 		t.Run(map[bool]string{false: "shorter than what agents have seen", true: "grown past it with other entries"}[grown], func(t *testing.T) {
 			s := newSite(t)

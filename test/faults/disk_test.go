@@ -145,6 +145,7 @@ func TestAFullDiskStopsIssuingAndNothingElse(t *testing.T) {
 }
 
 func TestAPowerCutLosesNothingThatWasGiven(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
 		t.Skip("no mkfs.ext4 here")
 	}

@@ -22,6 +22,7 @@ func TestNothingIsReleasedThatAFailingDiskDidNotTake(t *testing.T) {
 
 // A sample of TestOneFailedCallReleasesNothing, as large as fits in half a minute.
 func TestOneFailedCallAtRandomReleasesNothing(t *testing.T) {
+	t.Parallel()
 	needsStrace(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

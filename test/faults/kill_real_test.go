@@ -10,6 +10,7 @@ import (
 
 // A sample of TestNothingIsLostByAKillAtAnyCall, as large as fits in half a minute.
 func TestNothingIsLostByAKillAtSomeCalls(t *testing.T) {
+	t.Parallel()
 	needsStrace(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
@@ -44,6 +45,7 @@ func TestNothingIsLostByAKillAtSomeCalls(t *testing.T) {
 
 // A sample of TestAnAgentKilledAtAnyCallOfItsEnrolmentComesBack.
 func TestAnAgentKilledDuringItsEnrolmentComesBack(t *testing.T) {
+	t.Parallel()
 	needsStrace(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
