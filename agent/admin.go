@@ -79,7 +79,10 @@ func (s adminService) Status(context.Context, *adminv1.AgentStatusRequest) (*adm
 			first := slices.MinFunc(roots, func(x, y *x509.Certificate) int { return x.NotAfter.Compare(y.NotAfter) })
 			r.Bundle = &adminv1.AgentBundleStatus{
 				Sequence: b.Sequence(), Digest: b.Digest().String(), Roots: uint32(len(roots)), NotAfter: timestamp(first.NotAfter), //nolint:gosec // at most trust.MaxRoots
-				Unstored: a.stored.pending(),
+				Unstored: a.stored.pending(), ReturnedBy: timestamp(a.returnedBy(b)),
+			}
+			if acks := a.word.get().acks; len(acks) == 1 {
+				r.Bundle.Acknowledged = acks[0].Sequence
 			}
 		}
 		size, root := a.witness.Seen()

@@ -11,7 +11,8 @@
 //
 // To read it: agent.go puts the parts together; hub.go is the heart (entries, keys, renewal), reissue.go what is
 // replaced ahead of its time, and view.go what one caller sees of it; enrol.go and sync.go talk to the server through door.go;
-// state.go and stored.go are what survives a restart, and cache.go with seal.go the part of that which is secret.
+// word.go is what the server is told of all workloads together. state.go, stored.go and lastword.go are what survives a restart, and
+// cache.go with seal.go the part of that which is secret.
 package agent
 
 import (
@@ -76,8 +77,10 @@ type Config struct {
 	Metrics *prometheus.Registry
 	Logger  *slog.Logger // nil = none
 
-	// sealIterations is lowered by tests only.
+	// Lowered by tests only.
 	sealIterations int
+	// returnTime is how long workloads may take to be back after a restart, or after their stream has ended.
+	returnTime time.Duration
 }
 
 func (c *Config) complete() error {
@@ -113,6 +116,9 @@ func (c *Config) complete() error {
 	if c.sealIterations == 0 {
 		c.sealIterations = sealIterations
 	}
+	if c.returnTime == 0 {
+		c.returnTime = sds.ReturnTime
+	}
 	return nil
 }
 
@@ -133,6 +139,8 @@ type Agent struct {
 	sds     *sds.Server
 	bundles trust.Bundles
 	stored  storedBundles
+	word    newestWord
+	memory  memory
 	// member is nil until the agent is enrolled; witness and cache are set before it.
 	member  atomic.Pointer[member]
 	witness *audit.Witness
@@ -189,7 +197,7 @@ func New(ctx context.Context, c Config) (_ *Agent, err error) {
 			return nil, err
 		}
 	}
-	if a.sds, err = sds.New(sds.Config{Workloads: a, Validator: c.Validator, Metrics: c.Metrics, Logger: a.log, Now: a.now}); err != nil {
+	if a.sds, err = sds.New(sds.Config{Workloads: a, Validator: c.Validator, ReturnTime: a.config.returnTime, Metrics: c.Metrics, Logger: a.log, Now: a.now}); err != nil {
 		return nil, err
 	}
 	m, err := a.loadMember(ctx)
@@ -220,6 +228,7 @@ func (a *Agent) become(ctx context.Context, m *member) error {
 	if err := a.loadBundle(m); err != nil {
 		return err
 	}
+	a.loadLastWord()
 	a.hub.as(m.Agent, m.td)
 	if err := a.loadRegistrations(m); err != nil {
 		return err
@@ -360,7 +369,11 @@ func (a *Agent) work(until, ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { a.cache.run(ctx, a.hub.inUse) })
 	wg.Go(func() { a.keepControl(ctx) })
+	a.workloadsReturn()
+	a.word.set(a.makeWord())
 	wg.Go(func() { a.keepStored(ctx) })
+	wg.Go(func() { a.keepWord(ctx) })
+	wg.Go(func() { a.keepLastWord(ctx) })
 	wg.Go(func() { a.keepSync(ctx) })
 	wg.Wait()
 	return nil

@@ -153,9 +153,17 @@ func (h *hub) held(l leaves) {
 }
 
 // issuersHeld names the issuers of the leaves that are held here and can still be used: by this process, in its cache, and
-// by the streams that have not acknowledged a newer one.
-func (a *Agent) issuersHeld() [][]byte {
+// by the streams that have not acknowledged a newer one, or had not when they ended. It is nil where that is not known.
+func (a *Agent) issuersHeld() *signetv1.IssuersHeld {
 	l := leaves(a.sds.Leaves())
+	if before, until := a.memory.counting(); before != nil {
+		if before.unknown {
+			return nil
+		}
+		for _, id := range before.Issuers {
+			l.add(string(id), until)
+		}
+	}
 	a.hub.held(l)
 	a.cache.held(l)
 	now := a.now()
@@ -170,7 +178,7 @@ func (a *Agent) issuersHeld() [][]byte {
 	for i, id := range ids {
 		out[i] = []byte(id)
 	}
-	return out
+	return &signetv1.IssuersHeld{KeyIds: out}
 }
 
 // issuerOf is the authority key identifier of a certificate.

@@ -458,11 +458,12 @@ func TestAnAgentThatWasAwayThroughARootRotationComesBackRight(t *testing.T) {
 		w.mesh = newCA(t, "east 2", w.root)
 		w.bundle = mustBundle(t, 3, w.root)
 	})
-	c.Metrics = nil
+	c.Metrics, c.returnTime = nil, 3*time.Second
 	again, err := New(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
+	started := time.Now()
 	n = run(t, again)
 	// It serves what it knows until it hears more.
 	v := &validator{sidecar: subscribe(t, connect(t, c.Socket), "default", "ROOTCA")}
@@ -479,6 +480,10 @@ func TestAnAgentThatWasAwayThroughARootRotationComesBackRight(t *testing.T) {
 	if string(v.leaf.AuthorityKeyId) != string(w.mesh.cert.SubjectKeyId) {
 		t.Fatalf("the leaf is of issuer %x", v.leaf.AuthorityKeyId)
 	}
+	// Others than the one that is back may have been there before the restart.
 	eventually(t, "the server hears of the new root", w.believed(w.bundle))
 	eventually(t, "and that nothing old is held", w.holds(w.mesh))
+	if took := time.Since(started); took < c.returnTime {
+		t.Fatalf("the server heard of it %s after the start, want %s or later", took, c.returnTime)
+	}
 }

@@ -25,6 +25,7 @@ const (
 	enrolmentFile     = "enrolment.json"
 	bundleFile        = "bundle.json"
 	registrationsFile = "registrations.json"
+	lastWordFile      = "acknowledged.json"
 	witnessFile       = "checkpoint"
 	evidenceFile      = witnessFile + ".evidence" // as audit.Witness names it
 	keysDir           = "keys"
@@ -33,6 +34,7 @@ const (
 	maxEnrolmentFile     = 256 << 10
 	maxBundleFile        = 4 << 20
 	maxRegistrationsFile = 64 << 20
+	maxLastWordFile      = 64 << 10
 )
 
 // enrolment is what an agent knows since a server has taken it in.

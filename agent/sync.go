@@ -1,12 +1,10 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -21,10 +19,6 @@ import (
 )
 
 const (
-	// settle gathers what changes while streams come and go into one message.
-	settle = 200 * time.Millisecond
-	// lookEvery is how often is looked which certificates have ended.
-	lookEvery = 10 * time.Second
 	// orderWait is how long after its registrations a stream may take to bring an order to replace leaves, which comes right
 	// behind them: what is not told again by then was lifted while the agent was away.
 	orderWait = 10 * time.Second
@@ -101,13 +95,9 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	}()
 
 	// Each message says everything: it replaces the one before.
-	// What is held is looked at when one of these has rung, and not at each turn: it takes a look at every stream.
-	streamLeaves, hubLeaves, cacheLeaves := a.sds.LeavesChanged(), a.hub.leaves.Next(), a.cache.leaves.Next()
-	said := word{acks: a.acks(), held: a.issuersHeld(), stored: a.stored.word()}
+	said := a.word.get()
 	say := func(seen *signetv1.CheckpointSeen) error {
-		req := &signetv1.SyncRequest{
-			BundleAcks: said.acks, CheckpointSeen: seen, IssuersHeld: &signetv1.IssuersHeld{KeyIds: said.held}, BundleStored: said.stored,
-		}
+		req := &signetv1.SyncRequest{BundleAcks: said.acks, CheckpointSeen: seen, IssuersHeld: said.held, BundleStored: said.stored}
 		if err := stream.Send(req); err != nil && !errors.Is(err, io.EOF) {
 			return c.explain(err)
 		}
@@ -116,22 +106,15 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 	if err := say(a.seen()); err != nil {
 		return false, err
 	}
-	var settled, lifted <-chan time.Time
+	var lifted <-chan time.Time
 	told := false // whether there is an order to replace leaves, or that there is none
-	// Certificates end by time alone.
-	look := time.NewTicker(lookEvery)
-	defer look.Stop()
-	leavesChanged := false
 	for {
-		acksChanged, bundleChanged, stored := a.sds.AcksChanged(), a.bundles.Changed(), a.stored.changed.Next()
-		if !proto.Equal(said.stored, a.stored.word()) {
-			settled = time.After(0) // the server gives no certificate under a root that is not known here
-		} else if acks := a.acks(); !sameAcks(said.acks, acks) {
-			if wait := a.patience(acks); settled == nil || wait == 0 {
-				settled = time.After(wait)
+		changed := a.word.changed.Next()
+		if now := a.word.get(); !now.same(said) {
+			said = now
+			if err := say(nil); err != nil {
+				return heard, err
 			}
-		} else if leavesChanged && settled == nil {
-			settled = time.After(settle)
 		}
 		select {
 		case <-ctx.Done(): // the receiver may have left with a message in hand
@@ -175,77 +158,12 @@ func (a *Agent) sync(ctx context.Context) (heard bool, err error) {
 					return heard, err
 				}
 			}
-		case <-acksChanged:
-		case <-bundleChanged:
-		case <-stored:
-		case <-streamLeaves:
-			streamLeaves, leavesChanged = a.sds.LeavesChanged(), true
-		case <-hubLeaves:
-			hubLeaves, leavesChanged = a.hub.leaves.Next(), true
-		case <-cacheLeaves:
-			cacheLeaves, leavesChanged = a.cache.leaves.Next(), true
+		case <-changed:
 		case <-lifted:
 			told, lifted = true, nil
 			a.hub.reissue(nil, 0)
-		case <-look.C:
-			leavesChanged = true
-		case <-settled:
-			settled, leavesChanged = nil, false
-			now := word{acks: a.acks(), held: a.issuersHeld(), stored: a.stored.word()}
-			if now.same(said) {
-				continue
-			}
-			said = now
-			if err := say(nil); err != nil {
-				return heard, err
-			}
 		}
 	}
-}
-
-// word is what the server is told of this agent's workloads, and of itself: one workload that believes nothing must not
-// make the agent pass for one that does.
-type word struct {
-	acks   []*signetv1.BundleAck
-	held   [][]byte
-	stored *signetv1.BundleAck
-}
-
-func (w word) same(x word) bool {
-	return sameAcks(w.acks, x.acks) && proto.Equal(w.stored, x.stored) && slices.EqualFunc(w.held, x.held, bytes.Equal)
-}
-
-// acks says what this agent's workloads believe: the oldest bundle among the streams that have one, or, where nobody
-// subscribes, the bundle that the next one to come would get. A bundle that is not on disk yet is not among them: the one
-// before stands for it.
-func (a *Agent) acks() []*signetv1.BundleAck {
-	td := a.member.Load().td
-	v, ok := a.sds.OldestBundle(td)
-	if !ok {
-		b, known := a.bundles.Get(td)
-		if !known {
-			return nil
-		}
-		v = b.Version()
-	}
-	if v, ok = a.stored.honest(v); !ok {
-		return nil
-	}
-	return []*signetv1.BundleAck{{TrustDomain: td.Name(), Digest: v.Digest[:], Sequence: v.Sequence}}
-}
-
-func sameAcks(a, b []*signetv1.BundleAck) bool {
-	return len(a) == len(b) && (len(a) == 0 || proto.Equal(a[0], b[0]))
-}
-
-// patience is how long a word waits for more to change. That all believe the newest bundle waits for nothing: the server
-// goes on with a trust change when every agent has said so.
-func (a *Agent) patience(word []*signetv1.BundleAck) time.Duration {
-	newest, ok := a.bundles.Get(a.member.Load().td)
-	if digest := newest.Digest(); ok && len(word) == 1 && bytes.Equal(word[0].Digest, digest[:]) {
-		return 0
-	}
-	return settle
 }
 
 func (a *Agent) seen() *signetv1.CheckpointSeen {

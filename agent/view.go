@@ -73,6 +73,7 @@ func (a *Agent) Attest(ctx context.Context, conn net.Conn) (sds.View, error) {
 		a.metrics.attestations.WithLabelValues(attestorUnix, result).Inc()
 		return nil, err
 	}
+	a.serves()
 	a.metrics.attestations.WithLabelValues(attestorUnix, resultOK).Inc()
 	return v, nil
 }
@@ -88,7 +89,7 @@ func (a *Agent) view(ctx context.Context, w identity.Workload, socket string) (*
 func (a *Agent) waitKnown(ctx context.Context) error {
 	timer := time.NewTimer(knowWait)
 	defer timer.Stop()
-	for _, ready := range []<-chan struct{}{a.hub.known, a.trusted} {
+	for _, ready := range []<-chan struct{}{a.hub.known, a.trusted, a.enrolled} {
 		select {
 		case <-ready:
 		case <-ctx.Done():

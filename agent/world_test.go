@@ -559,7 +559,7 @@ func (w *world) make(t *testing.T, change ...func(*Config)) (*Agent, error) {
 	dir := t.TempDir()
 	c := Config{
 		StateDir: filepath.Join(dir, "state"), Socket: filepath.Join(dir, "agent.sock"), Keys: keystore.NewMemory(), Now: w.now,
-		Attestor: &fakeAttestor{selectors: []identity.Selector{"unix:uid:1000"}, alive: true}, Logger: testLog(t), sealIterations: 1,
+		Attestor: &fakeAttestor{selectors: []identity.Selector{"unix:uid:1000"}, alive: true}, Logger: testLog(t), sealIterations: 1, returnTime: 50 * time.Millisecond,
 	}
 	if w.enrolAddr != "" {
 		c.JoinToken = w.tokenSource("node-1")

@@ -229,6 +229,8 @@ func TestAStreamThatLeavesABundleUnansweredIsEnded(t *testing.T) {
 		}
 		rejects.cancel()
 		synctest.Wait()
+		time.Sleep(ReturnTime)
+		synctest.Wait()
 		if v, ok := r.sds.OldestBundle(exampleTD); !ok || v != newest.Version() {
 			t.Errorf("oldest %v %v, want the newest: only the mute ones were behind", v, ok)
 		}

@@ -56,6 +56,11 @@ func TestLeavesAreInUseUntilTheNextIsAcknowledged(t *testing.T) {
 		slow.unsubscribe("default")
 		want("the other has given it up", "new")
 		c.cancel()
+		want("nobody is there, but one may come back with it", "new")
+		bell = nil
+		time.Sleep(ReturnTime - time.Second)
+		want("for so long", "new")
+		time.Sleep(time.Second)
 		want("nobody is left")
 	})
 }

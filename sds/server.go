@@ -42,9 +42,11 @@ type Config struct {
 	// ShutdownSpread is the time over which Shutdown ends streams, so that sidecars come back one after the other;
 	// default 500 ms.
 	ShutdownSpread time.Duration
-	Metrics        prometheus.Registerer // nil = none
-	Logger         *slog.Logger          // nil = none
-	Now            func() time.Time      // nil = time.Now
+	// ReturnTime is how long a validator may take to be back after its stream has ended; default ReturnTime.
+	ReturnTime time.Duration
+	Metrics    prometheus.Registerer // nil = none
+	Logger     *slog.Logger          // nil = none
+	Now        func() time.Time      // nil = time.Now
 }
 
 // Server is Envoy's SecretDiscoveryService.
@@ -60,10 +62,12 @@ type Server struct {
 
 	beliefs beliefs
 	// leaves rings when a stream may use another certificate than before.
-	leaves  bell.Bell
-	callers callers
-	live    liveStreams
-	streams atomic.Uint64 // number of the last stream
+	leaves bell.Bell
+	// endedLeaves are the issuers of certificates that streams used which have ended.
+	endedLeaves ended[string]
+	callers     callers
+	live        liveStreams
+	streams     atomic.Uint64 // number of the last stream
 
 	// refusals bounds what is logged of callers that get no stream, who may come as often as they like; unlogged counts the rest.
 	refusals *rate.Limiter
@@ -85,7 +89,7 @@ func New(c Config) (*Server, error) {
 	case c.Validator != SPIFFE && c.Validator != TrustedCA:
 		return nil, fmt.Errorf("SDS validator %q: use %q or %q", c.Validator, SPIFFE, TrustedCA)
 	}
-	if c.Limits.NamesPerStream < 0 || c.Limits.NameLength < 0 || c.Limits.StreamsPerCaller < 0 || c.ShutdownSpread < 0 {
+	if c.Limits.NamesPerStream < 0 || c.Limits.NameLength < 0 || c.Limits.StreamsPerCaller < 0 || c.ShutdownSpread < 0 || c.ReturnTime < 0 {
 		return nil, errors.New("SDS server: a limit below zero would refuse everybody; leave it out for the default")
 	}
 	orDefault := func(v *int, d int) {
@@ -98,6 +102,9 @@ func New(c Config) (*Server, error) {
 	orDefault(&c.Limits.StreamsPerCaller, 1024)
 	if c.ShutdownSpread == 0 {
 		c.ShutdownSpread = 500 * time.Millisecond
+	}
+	if c.ReturnTime == 0 {
+		c.ReturnTime = ReturnTime
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -122,6 +129,8 @@ func New(c Config) (*Server, error) {
 		refusals:  rate.NewLimiter(10, 50),
 	}
 	s.callers.limit = c.Limits.StreamsPerCaller
+	s.beliefs.ended = ended[stated]{now: c.Now, after: c.ReturnTime, ring: s.beliefs.changed.Ring}
+	s.endedLeaves = ended[string]{now: c.Now, after: c.ReturnTime, ring: s.leaves.Ring}
 	return s, nil
 }
 

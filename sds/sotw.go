@@ -22,6 +22,11 @@ func (sotw) names(r *discoveryv3.DiscoveryRequest) [][]string {
 
 func (sotw) subscribe(s *subscription, r *discoveryv3.DiscoveryRequest, first, answered bool) (dropped []*want) {
 	dropped, changed := s.set(r.GetResourceNames())
+	if first && r.GetVersionInfo() != "" { // Envoy says what it accepted last on the stream before, whatever the name was
+		for _, w := range s.wanted {
+			w.came = true
+		}
+	}
 	// Asked again for what is already subscribed, and not as the answer to something: Envoy has a new place for the same
 	// secret, or missed it. A NACK is never a reason to send again (xDS, "ACK/NACK").
 	if !first && !changed && !answered && r.GetErrorDetail() == nil && !s.current(r.GetVersionInfo()) {

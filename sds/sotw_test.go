@@ -540,6 +540,13 @@ func TestS15TheOldestBundleTellsWhenEveryValidatorHasTheNewRoot(t *testing.T) {
 			t.Error("bell without a change")
 		}
 		two.cancel()
+		want("the other's stream has ended, and it may be back with what it has", old.Digest(), true)
+		time.Sleep(ReturnTime - time.Second)
+		want("for so long", old.Digest(), true)
+		if rung(bell) {
+			t.Error("bell without a change")
+		}
+		time.Sleep(time.Second)
 		want("the other is gone", fresh.Digest(), true)
 		if !rung(bell) {
 			t.Error("no bell")

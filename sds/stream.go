@@ -69,6 +69,7 @@ type stream struct {
 	prefix    string // of this stream's nonces
 	served    bool   // a first secret was sent
 	lacks     int    // names reported as having nothing to send
+	mute      bool   // it was ended because it leaves a bundle without an answer
 
 	// mu is for Streams: the owner holds it to write what follows, and needs it for nothing else.
 	mu   sync.Mutex
@@ -96,7 +97,7 @@ func converse[R request](s *Server, p protocol[R]) error {
 	count := s.metrics.streams.WithLabelValues(st.protocol)
 	count.Inc()
 	defer count.Dec()
-	defer func() { st.forget(st.sub.wanted) }()
+	defer st.part()
 	return run(p.Context(), st, p)
 }
 
@@ -168,6 +169,7 @@ func run[R request](ctx context.Context, st *stream, p protocol[R]) error {
 
 // unanswered is the end of a stream that has left a bundle without an answer.
 func (st *stream) unanswered(w *want) error {
+	st.mute = true
 	st.metrics.ended.WithLabelValues(endUnanswered).Inc()
 	st.logRefusal(slog.LevelWarn, "SDS stream ended: its peer has neither accepted nor rejected a trust bundle, and a trust change would wait for it",
 		"stream", st.number, "protocol", st.protocol, "peer", st.info.caller.String(), "node", st.node, "name", w.target, "waited", answerTimeout.String())
@@ -221,6 +223,7 @@ func (st *stream) answer(nonce string, e *rpcstatus.Status) bool {
 		st.metrics.nacks.WithLabelValues(c.kind).Inc()
 		if w != nil {
 			w.refused, w.reason = c, foreign(e.GetMessage()).printable()
+			w.hasNot(c)
 		}
 		st.log.Warn("Envoy rejected a secret and keeps the one it has; it is not sent again, the next one will be",
 			"stream", st.number, "peer", st.info.caller.String(), "name", parseTarget(d.name), "secret", c, "serial", c.serial,
@@ -251,10 +254,29 @@ func (st *stream) taken(w *want, name target, c *content) bool {
 		b := &w.believed[i]
 		if j := slices.IndexFunc(c.says, func(s stated) bool { return s.td == b.td }); j >= 0 {
 			st.beliefs.move(b.td, &b.belief, &c.says[j].belief)
-			b.belief = c.says[j].belief
+			*b = c.says[j]
 		}
 	}
 	return true
+}
+
+// part is the end of the stream. Its validator goes on with what it has, until it is back: that counts on. A mute one was waited
+// for long enough.
+func (st *stream) part() {
+	for _, w := range st.sub.wanted {
+		for _, b := range w.believed {
+			if kept, ok := b.kept(w.came); ok && !st.mute {
+				st.beliefs.ended.add(kept)
+			}
+		}
+	}
+	now := st.now()
+	st.sub.leaves(func(issuer string, notAfter time.Time) {
+		if !now.After(notAfter) {
+			st.endedLeaves.add(issuer)
+		}
+	})
+	st.forget(st.sub.wanted)
 }
 
 // forget takes dropped names out of what is believed.
@@ -282,7 +304,7 @@ func (st *stream) count(w *want, now *content) {
 		switch {
 		case i < 0:
 			st.beliefs.join(n.td)
-			next = append(next, stated{td: n.td})
+			next = append(next, stated{td: n.td, first: n.belief})
 		case w.believed[i].digest == n.digest:
 			st.beliefs.move(n.td, &w.believed[i].belief, &n.belief)
 			next = append(next, n)

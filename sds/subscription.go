@@ -20,6 +20,8 @@ type want struct {
 	sent *content
 	// claimed is the version that a peer said to have of it from an earlier stream; "" = none, or compared already.
 	claimed string
+	// came is set where the peer has some version of it from an earlier stream, or may have.
+	came bool
 	// again asks for the content even if it is what was sent last.
 	again bool
 	// acked is what was acknowledged last; refused and why is what was rejected since.
@@ -70,7 +72,7 @@ func (s *subscription) set(names []string) (dropped []*want, changed bool) {
 func (s *subscription) add(name, claimed string) {
 	w := s.find(name)
 	if w == nil {
-		w = &want{target: parseTarget(name), claimed: claimed}
+		w = &want{target: parseTarget(name), claimed: claimed, came: claimed != ""}
 		s.wanted = append(s.wanted, w)
 	}
 	w.again = claimed == ""
@@ -143,6 +145,15 @@ func (s *subscription) waiting() (oldest *want) {
 		}
 	}
 	return oldest
+}
+
+// hasNot notes that the peer has rejected what it may have been taken to have.
+func (w *want) hasNot(c *content) {
+	for i := range w.believed {
+		if b := &w.believed[i]; slices.ContainsFunc(c.says, func(s stated) bool { return s.td == b.td && s.belief == b.first }) {
+			b.first = belief{}
+		}
+	}
 }
 
 // find returns the want of that name, or nil.

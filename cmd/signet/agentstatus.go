@@ -177,6 +177,10 @@ type bundleShown struct {
 	NotAfter *time.Time `json:"not_after,omitempty"`
 	// Unstored: it is in use but not on disk yet, and the server is told of the one before.
 	Unstored bool `json:"unstored"`
+	// Acknowledged is the sequence of the oldest bundle among the workloads, as the server is told.
+	Acknowledged uint64 `json:"acknowledged"`
+	// ReturnedBy is until when workloads may come back that have another one; unset = none is waited for.
+	ReturnedBy *time.Time `json:"returned_by,omitempty"`
 }
 
 type witnessShown struct {
@@ -243,7 +247,7 @@ func describeAgent(r *adminv1.AgentStatusResponse) agentStatusShown {
 		}
 	}
 	if m := r.Bundle; m != nil {
-		s.Bundle = &bundleShown{Sequence: m.Sequence, Digest: m.Digest, Roots: m.Roots, NotAfter: timeOf(m.NotAfter), Unstored: m.Unstored}
+		s.Bundle = &bundleShown{Sequence: m.Sequence, Digest: m.Digest, Roots: m.Roots, NotAfter: timeOf(m.NotAfter), Unstored: m.Unstored, Acknowledged: m.Acknowledged, ReturnedBy: timeOf(m.ReturnedBy)}
 	}
 	if m := r.Witness; m != nil {
 		s.Witness = &witnessShown{
@@ -325,6 +329,9 @@ func (s agentStatusShown) facts(now time.Time) facts {
 		bundle = fmt.Sprintf("sequence %d, %d roots, the first ends %s", b.Sequence, b.Roots, until(b.NotAfter, now))
 		if b.Unstored {
 			bundle += "; NOT STORED YET, so it is not acknowledged: see the agent's log"
+		}
+		if b.ReturnedBy != nil {
+			bundle += fmt.Sprintf("; sequence %d acknowledged: until %s a workload that is cut off may be back with it", b.Acknowledged, clock(*b.ReturnedBy))
 		}
 	}
 	log := "no checkpoint seen yet"

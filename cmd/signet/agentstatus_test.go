@@ -29,7 +29,7 @@ func (fakeAgentAdmin) Status(context.Context, *adminv1.AgentStatusRequest) (*adm
 	return &adminv1.AgentStatusResponse{
 		Agent: "node-1", Cluster: "east", TrustDomain: "example.org",
 		Server:  &adminv1.AgentServerStatus{AgentDoor: "127.0.0.1:7442", LastContact: end, ControlNotAfter: end},
-		Bundle:  &adminv1.AgentBundleStatus{Sequence: 3, Roots: 2, NotAfter: end, Unstored: true},
+		Bundle:  &adminv1.AgentBundleStatus{Sequence: 3, Roots: 2, NotAfter: end, Unstored: true, Acknowledged: 2, ReturnedBy: end},
 		Witness: &adminv1.AgentWitnessStatus{Size: 17, Contradicted: true},
 		Identities: []*adminv1.AgentIdentityStatus{
 			{Registration: "web", SpiffeId: "spiffe://example.org/web", Wanted: 2, Serial: "0a", NotAfter: end, RenewAt: end, IssuerKeyId: []byte{0xca, 0xfe, 1, 2, 3}, ReissueAt: end, FailedTries: 4, LastError: "the server\x1b[31m is away"},
@@ -80,7 +80,7 @@ func TestAgentStatusShowsWhoHasWhatAndWhatWasRejected(t *testing.T) {
 		t.Fatalf("%d %s", code, talk)
 	}
 	for _, want := range []string{
-		"node-1 of cluster east", "AWAY (127.0.0.1:7442) since 2126", "sequence 3, 2 roots", "NOT STORED YET", "cafe0102 ", "its issuer is to be replaced", "CONTRADICTS", "4 tries have failed: the server", "spiffe://example.org/web",
+		"node-1 of cluster east", "AWAY (127.0.0.1:7442) since 2126", "sequence 3, 2 roots", "NOT STORED YET", "sequence 2 acknowledged: until 2126-01-02T03:04:05Z a workload", "cafe0102 ", "its issuer is to be replaced", "CONTRADICTS", "4 tries have failed: the server", "spiffe://example.org/web",
 		"pid 1 uid 2", "delta", "v3: bad", "yes",
 	} {
 		if !strings.Contains(out, want) {
@@ -93,7 +93,8 @@ func TestAgentStatusShowsWhoHasWhatAndWhatWasRejected(t *testing.T) {
 	code, out, _ = signet(t.Context(), "", "agent", "status", "--state-dir", dir, "-o", "json")
 	var v agentStatusShown
 	if err := json.Unmarshal([]byte(out), &v); code != exitYes || err != nil || v.Streams[0].Names[1].Rejected != "v3" || v.Identities[0].FailedTries != 4 ||
-		v.Identities[0].IssuerKeyID != "cafe010203" || v.Identities[0].ReissueAt == nil || !v.Bundle.Unstored {
+		v.Identities[0].IssuerKeyID != "cafe010203" || v.Identities[0].ReissueAt == nil || !v.Bundle.Unstored ||
+		v.Bundle.Acknowledged != 2 || v.Bundle.ReturnedBy == nil {
 		t.Fatalf("%d, %v, %s", code, err, out)
 	}
 	if code, out, _ = signet(t.Context(), "", "agent", "status", "--state-dir", dir, "-o", "name"); code != exitYes || out != "agent/node-1\n" {

@@ -147,7 +147,24 @@ func dialAgent(ctx context.Context, s agentSocket, id string) (*sdsClient, error
 
 const secretType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 
-func (cl *sdsClient) close() { cl.conn.Close() }
+// leaveWait bounds how long an agent may take to hear that somebody goes.
+const leaveWait = time.Second
+
+// close unsubscribes before it goes. What a stream that is cut off has acknowledged counts on for a while, for its workload may be
+// back: a trust change would wait for this process.
+func (cl *sdsClient) close() {
+	defer cl.conn.Close()
+	timer := time.AfterFunc(leaveWait, func() { cl.conn.Close() })
+	defer timer.Stop()
+	if cl.stream.Send(&discoveryv3.DiscoveryRequest{TypeUrl: secretType}) != nil || cl.stream.CloseSend() != nil {
+		return
+	}
+	for { // until the agent has ended its side
+		if _, err := cl.stream.Recv(); err != nil {
+			return
+		}
+	}
+}
 
 func (cl *sdsClient) recv() (*discoveryv3.DiscoveryResponse, error) {
 	if cl.stream == nil {

@@ -237,7 +237,12 @@ type AgentBundleStatus struct {
 	// End of the root that ends first.
 	NotAfter *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	// It is in use but could not be written to disk yet: the server is told of the one before.
-	Unstored      bool `protobuf:"varint,5,opt,name=unstored,proto3" json:"unstored,omitempty"`
+	Unstored bool `protobuf:"varint,5,opt,name=unstored,proto3" json:"unstored,omitempty"`
+	// Sequence of the oldest bundle among the agent's workloads, as the server is told; 0 = one of them has none yet.
+	Acknowledged uint64 `protobuf:"varint,6,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	// Until then workloads may come back with another bundle than this one: their streams have ended, or were there before the
+	// agent's start. Unset = none is waited for.
+	ReturnedBy    *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=returned_by,json=returnedBy,proto3" json:"returned_by,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -305,6 +310,20 @@ func (x *AgentBundleStatus) GetUnstored() bool {
 		return x.Unstored
 	}
 	return false
+}
+
+func (x *AgentBundleStatus) GetAcknowledged() uint64 {
+	if x != nil {
+		return x.Acknowledged
+	}
+	return 0
+}
+
+func (x *AgentBundleStatus) GetReturnedBy() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReturnedBy
+	}
+	return nil
 }
 
 type AgentWitnessStatus struct {
@@ -1057,13 +1076,16 @@ const file_api_signet_admin_v1_agent_proto_rawDesc = "" +
 	"agent_door\x18\x01 \x01(\tR\tagentDoor\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12=\n" +
 	"\flast_contact\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vlastContact\x12F\n" +
-	"\x11control_not_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0fcontrolNotAfter\"\xb2\x01\n" +
+	"\x11control_not_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0fcontrolNotAfter\"\x93\x02\n" +
 	"\x11AgentBundleStatus\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x14\n" +
 	"\x05roots\x18\x03 \x01(\rR\x05roots\x127\n" +
 	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1a\n" +
-	"\bunstored\x18\x05 \x01(\bR\bunstored\"\xaa\x01\n" +
+	"\bunstored\x18\x05 \x01(\bR\bunstored\x12\"\n" +
+	"\facknowledged\x18\x06 \x01(\x04R\facknowledged\x12;\n" +
+	"\vreturned_by\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"returnedBy\"\xaa\x01\n" +
 	"\x12AgentWitnessStatus\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x04R\x04size\x12\x1b\n" +
 	"\troot_hash\x18\x02 \x01(\fR\brootHash\x12\"\n" +
@@ -1168,24 +1190,25 @@ var file_api_signet_admin_v1_agent_proto_depIdxs = []int32{
 	12, // 5: signet.admin.v1.AgentServerStatus.last_contact:type_name -> google.protobuf.Timestamp
 	12, // 6: signet.admin.v1.AgentServerStatus.control_not_after:type_name -> google.protobuf.Timestamp
 	12, // 7: signet.admin.v1.AgentBundleStatus.not_after:type_name -> google.protobuf.Timestamp
-	12, // 8: signet.admin.v1.AgentIdentityStatus.not_before:type_name -> google.protobuf.Timestamp
-	12, // 9: signet.admin.v1.AgentIdentityStatus.not_after:type_name -> google.protobuf.Timestamp
-	12, // 10: signet.admin.v1.AgentIdentityStatus.renew_at:type_name -> google.protobuf.Timestamp
-	12, // 11: signet.admin.v1.AgentIdentityStatus.reissue_at:type_name -> google.protobuf.Timestamp
-	12, // 12: signet.admin.v1.AgentStreamStatus.since:type_name -> google.protobuf.Timestamp
-	7,  // 13: signet.admin.v1.AgentStreamStatus.names:type_name -> signet.admin.v1.AgentNameStatus
-	10, // 14: signet.admin.v1.WhyResponse.registrations:type_name -> signet.admin.v1.WhyRegistration
-	11, // 15: signet.admin.v1.WhyRegistration.callers:type_name -> signet.admin.v1.WhyCaller
-	12, // 16: signet.admin.v1.WhyCaller.refused:type_name -> google.protobuf.Timestamp
-	0,  // 17: signet.admin.v1.AgentAdmin.Status:input_type -> signet.admin.v1.AgentStatusRequest
-	8,  // 18: signet.admin.v1.AgentAdmin.Why:input_type -> signet.admin.v1.WhyRequest
-	1,  // 19: signet.admin.v1.AgentAdmin.Status:output_type -> signet.admin.v1.AgentStatusResponse
-	9,  // 20: signet.admin.v1.AgentAdmin.Why:output_type -> signet.admin.v1.WhyResponse
-	19, // [19:21] is the sub-list for method output_type
-	17, // [17:19] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	12, // 8: signet.admin.v1.AgentBundleStatus.returned_by:type_name -> google.protobuf.Timestamp
+	12, // 9: signet.admin.v1.AgentIdentityStatus.not_before:type_name -> google.protobuf.Timestamp
+	12, // 10: signet.admin.v1.AgentIdentityStatus.not_after:type_name -> google.protobuf.Timestamp
+	12, // 11: signet.admin.v1.AgentIdentityStatus.renew_at:type_name -> google.protobuf.Timestamp
+	12, // 12: signet.admin.v1.AgentIdentityStatus.reissue_at:type_name -> google.protobuf.Timestamp
+	12, // 13: signet.admin.v1.AgentStreamStatus.since:type_name -> google.protobuf.Timestamp
+	7,  // 14: signet.admin.v1.AgentStreamStatus.names:type_name -> signet.admin.v1.AgentNameStatus
+	10, // 15: signet.admin.v1.WhyResponse.registrations:type_name -> signet.admin.v1.WhyRegistration
+	11, // 16: signet.admin.v1.WhyRegistration.callers:type_name -> signet.admin.v1.WhyCaller
+	12, // 17: signet.admin.v1.WhyCaller.refused:type_name -> google.protobuf.Timestamp
+	0,  // 18: signet.admin.v1.AgentAdmin.Status:input_type -> signet.admin.v1.AgentStatusRequest
+	8,  // 19: signet.admin.v1.AgentAdmin.Why:input_type -> signet.admin.v1.WhyRequest
+	1,  // 20: signet.admin.v1.AgentAdmin.Status:output_type -> signet.admin.v1.AgentStatusResponse
+	9,  // 21: signet.admin.v1.AgentAdmin.Why:output_type -> signet.admin.v1.WhyResponse
+	20, // [20:22] is the sub-list for method output_type
+	18, // [18:20] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_agent_proto_init() }
