@@ -208,6 +208,41 @@ func (v Vault) token(now time.Time) (found Findings) {
 	return found
 }
 
+// Outlook is whether an upstream authority would sign the next intermediate, as far as that is seen without a signature.
+type Outlook struct {
+	// Looked is when that was looked at; zero = it was not, or can't be.
+	Looked time.Time
+	// Unfit is why nothing would be signed.
+	Unfit Trouble
+	// Signer says who would sign, and Ends when the first certificate between that one and the root does; zero = there is none.
+	Signer string
+	Ends   time.Time
+	// Life is that of the intermediates that are asked for.
+	Life time.Duration
+}
+
+// Findings say no more than was looked at.
+func (o Outlook) Findings(d Duties, now time.Time) (found Findings) {
+	next := later(now, d.Due)
+	soon := !o.Ends.IsZero() && o.Ends.Before(next.Add(o.Life))
+	level, message := OK, "no request of this cluster waits for the upstream authority in vain; whether it would sign the next one was not looked at"
+	var stops []string
+	switch {
+	case !o.Unfit.Since.IsZero():
+		level, stops = d.unsignedLevel(now), []string{Rotating}
+		message = fmt.Sprintf("no intermediate would be signed: %s: %s", d.unsigned(now), o.Unfit.Why) // last, for it may be long and is cut then
+	case soon && o.Ends.Before(next.Add(min(o.Life, ca.MinIntermediateLife))):
+		level, message = d.unsignedLevel(now), fmt.Sprintf("no intermediate will be signed any more when the next is due: %s: %s, but a certificate on the way there ends at %s", d.unsigned(now), o.Signer, stamp(o.Ends))
+	case soon:
+		level, message = Warning, fmt.Sprintf("no intermediate can live %s any more: %s, but a certificate on the way there ends at %s, in %s", short(o.Life), o.Signer, stamp(o.Ends), short(o.Ends.Sub(now)))
+	case !o.Looked.IsZero():
+		message = fmt.Sprintf("%s, as seen at %s", o.Signer, stamp(o.Looked))
+	}
+	found.add(CodeUpstream, level, "upstream", message, "")
+	found[0].Stops = stops
+	return found
+}
+
 // NextDue is when the next signature of an intermediate is due: the newest that is signed has come to the fraction of its life
 // at which its successor is made. Zero = at once, since none is signed.
 func (r Rotation) NextDue() time.Time {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -39,6 +40,8 @@ type upstreamState struct {
 	mu sync.Mutex
 	// trouble is why it does not sign; none where it does, or was not asked.
 	trouble trouble
+	// outlook is how it looked when it was last looked at.
+	outlook check.Outlook
 }
 
 func (u *upstreamState) note(err error, now time.Time) (news bool) {
@@ -52,6 +55,71 @@ func (u *upstreamState) get() (since time.Time, why error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.trouble.since, u.trouble.err
+}
+
+// looker is an upstream authority that can tell, without a signature, whether it would sign an intermediate of this life under a
+// root: in words who would, and when the first certificate between that one and the root ends, zero where there is none. An error
+// with a method Away() bool that returns true says that it could not be told now.
+type looker interface {
+	Look(ctx context.Context, under *x509.Certificate, life time.Duration) (signer string, ends time.Time, err error)
+}
+
+// LookUpstream looks whether an upstream authority would sign an intermediate under a root; life 0 is the default. It is false where
+// that can't be told.
+func LookUpstream(ctx context.Context, u ca.Upstream, under *x509.Certificate, life time.Duration, now time.Time) (o check.Outlook, told bool) {
+	l, ok := u.(looker)
+	if !ok {
+		return o, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	o = check.Outlook{Looked: now, Life: cmp.Or(life, ca.DefaultIntermediateLife)}
+	var err error
+	o.Signer, o.Ends, err = l.Look(ctx, under, o.Life)
+	var a interface{ Away() bool }
+	if ctx.Err() != nil || errors.As(err, &a) && a.Away() {
+		return check.Outlook{}, false
+	}
+	if err != nil {
+		o.Unfit = check.Trouble{Since: now, Why: err.Error()}
+	}
+	return o, true
+}
+
+// lookUpstream looks whether the next intermediate would be signed. While that can't be told, what was seen before stands.
+func (k *keeper) lookUpstream(ctx context.Context) {
+	set, now := k.current.Load(), k.folder.Now()
+	var o check.Outlook
+	if under := rotation.Under(k.policy.Policy, k.world(set, now), "", now); under != "" {
+		var told bool
+		if o, told = LookUpstream(ctx, k.upstream, set.chains[under][0], k.life, now); !told {
+			return
+		}
+	}
+	switch before, unfit := k.upstreamState.see(o); {
+	case unfit && !before:
+		k.log.Error("the upstream authority would not sign the next intermediate", "err", o.Unfit.Why)
+	case before && !unfit:
+		k.log.Info("the upstream authority would sign the next intermediate again")
+	}
+}
+
+// see takes in a look; it tells whether nothing would have been signed before, and would be now.
+func (u *upstreamState) see(o check.Outlook) (before, unfit bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	before, unfit = !u.outlook.Unfit.Since.IsZero(), !o.Unfit.Since.IsZero()
+	if before && unfit {
+		o.Unfit.Since = u.outlook.Unfit.Since
+	}
+	u.outlook = o
+	return before, unfit
+}
+
+func (u *upstreamState) seen() check.Outlook {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.outlook
 }
 
 // asking is how it goes with one request. The one goroutine in sign holds it.
@@ -272,19 +340,21 @@ func (k *keeper) reopen(ctx context.Context) error {
 	return nil
 }
 
-// checkUpstream tells that the authority above does not sign while that can still be mended.
+// checkUpstream tells that the authority above does not sign, or would not, while that can still be mended.
 func (s *Server) checkUpstream(context.Context) check.Findings {
-	f := check.Finding{Code: check.CodeUpstream, Level: check.OK, About: "upstream", Message: "the upstream authority signs what it is asked"}
-	if since, why := s.keeper.upstreamState.get(); why != nil {
-		f.Level, f.Stops = check.Error, []string{check.Rotating}
-		f.Message = fmt.Sprintf("since %s no request of this cluster has been signed", stamp(since))
-		if issuer, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
-			f.Message += fmt.Sprintf(", and the intermediate that signs now lasts until %s", stamp(issuer.NotAfter()))
-			if left := issuer.NotAfter().Sub(s.now()); left > issuer.NotAfter().Sub(issuer.Certificate().NotBefore)/10 {
-				f.Level = check.Warning
-			}
-		}
-		f.Message += ": " + why.Error() // last, for it may be long and is cut then
+	since, why := s.keeper.upstreamState.get()
+	if why == nil {
+		now := s.now()
+		return s.keeper.upstreamState.seen().Findings(s.duties(now), now)
 	}
+	f := check.Finding{Code: check.CodeUpstream, Level: check.Error, About: "upstream", Stops: []string{check.Rotating}}
+	f.Message = fmt.Sprintf("since %s no request of this cluster has been signed", stamp(since))
+	if issuer, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
+		f.Message += fmt.Sprintf(", and the intermediate that signs now lasts until %s", stamp(issuer.NotAfter()))
+		if left := issuer.NotAfter().Sub(s.now()); left > issuer.NotAfter().Sub(issuer.Certificate().NotBefore)/10 {
+			f.Level = check.Warning
+		}
+	}
+	f.Message += ": " + why.Error() // last, for it may be long and is cut then
 	return check.Findings{f}
 }

@@ -29,25 +29,30 @@ func (s *Server) vaultTells(h identity.Hierarchy) bool {
 }
 
 const (
-	// keysEvery spaces the looks at keys that are not in this process, keysAgain those while one does not sign.
+	// keysEvery spaces the looks at keys that are not in this process, and at the upstream authority; keysAgain those while one of
+	// them does not sign.
 	keysEvery, keysAgain = time.Minute, 10 * time.Second
 	// keysTimeout bounds one.
 	keysTimeout = 15 * time.Second
 )
 
-// lookAtKeys looks whether the keys that sign would, also while nobody asks for it, for as long as ctx lives.
+// lookAtKeys looks whether the keys that sign would, and the upstream authority, also while nobody asks for it, for as long as ctx
+// lives.
 func (s *Server) lookAtKeys(ctx context.Context) {
 	var last time.Time
 	for ; ctx.Err() == nil; bell.Wait(ctx, keysAgain, nil) {
 		_, mesh := s.authority.Unsigned(identity.Mesh)
 		_, control := s.authority.Unsigned(identity.ControlPlane)
-		if mesh == nil && control == nil && time.Since(last) < keysEvery-keysAgain/2 {
+		if mesh == nil && control == nil && s.keeper.upstreamState.seen().Unfit.Since.IsZero() && time.Since(last) < keysEvery-keysAgain/2 {
 			continue
 		}
 		last = time.Now()
 		within, cancel := context.WithTimeout(ctx, keysTimeout)
 		s.authority.Look(within)
 		cancel()
+		if s.config.Upstream != nil {
+			s.keeper.lookUpstream(ctx)
+		}
 	}
 }
 

@@ -236,7 +236,9 @@ func (c *Client) adopt(ctx context.Context, with credential) (*session, *Error) 
 		// Its last second, not a token without end.
 		auth.LeaseDuration = 1
 	}
-	return c.newSession(auth), nil
+	s := c.newSession(auth)
+	s.span(secret.Data)
+	return s, nil
 }
 
 func usable(token string) bool {

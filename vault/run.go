@@ -147,7 +147,7 @@ func (c *Client) renewed(s *session, r *api.RenewOutput) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if seconds > 0 {
-		s.until = endOf(c.now(), seconds)
+		s.renewed(c.now(), seconds, len(r.Secret.Warnings) > 0)
 	}
 }
 
@@ -254,12 +254,24 @@ func (c *Client) feel(ctx context.Context) {
 	if err.dead() {
 		c.bury(s)
 	}
+	another := c.another()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.refused.why() != nil {
+	if c.refused.why() != nil || another {
 		// Another secret shows whether it is accepted while there is a token yet.
 		c.join()
 	}
+}
+
+// another reports whether somebody has put another token into the file.
+func (c *Client) another() bool {
+	if c.login.Method != loginToken {
+		return false
+	}
+	with, err := c.credential()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return err == nil && !same(with.digest, c.entered)
 }
 
 // jitter is d, a quarter more or less.
@@ -300,7 +312,8 @@ type Status struct {
 	// LoggedIn: there is a token, that lives until TokenUntil (zero: without end) unless it is renewed.
 	LoggedIn   bool
 	TokenUntil time.Time
-	Renewable  bool
+	// TokenEnds is when a token from a file, made at TokenBegan, ends whatever is renewed; zero where that is not known.
+	TokenBegan, TokenEnds time.Time
 }
 
 // Ready says, in ErrAway, why a call should not be tried now: Vault is left alone, or has yet to show that it is back. That is
@@ -328,7 +341,7 @@ func (c *Client) Status() Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if s := c.living(); s != nil {
-		st.LoggedIn, st.TokenUntil, st.Renewable = true, s.until, s.renewable
+		st.LoggedIn, st.TokenUntil, st.TokenBegan, st.TokenEnds = true, s.until, s.began, s.ends
 	}
 	if why := c.refused.why(); why != nil && !st.Away {
 		st.Refused, st.Since, st.Why, st.Mend = true, c.refused.since, why.Error(), c.mend()

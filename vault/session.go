@@ -5,10 +5,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -21,10 +23,15 @@ type session struct {
 	auth            func() *api.SecretAuth
 	renewable       bool
 	born            time.Time
+	// began is when the token was made, full what a renewal gives until its greatest life bounds it, in seconds; zero where nobody
+	// has to know, or can (span).
+	began time.Time
+	full  int
 	// gone is closed when another has taken its place.
 	gone chan struct{}
-	// until is when the token ends unless it is renewed, zero for never. Guarded by Client.mu.
-	until time.Time
+	// until is when the token ends unless it is renewed, zero for never; ends is when it does all the same, zero where none is known.
+	// Guarded by Client.mu.
+	until, ends time.Time
 }
 
 func (c *Client) newSession(auth *api.SecretAuth) *session {
@@ -37,6 +44,46 @@ func (c *Client) newSession(auth *api.SecretAuth) *session {
 	}
 	s.until = endOf(s.born, auth.LeaseDuration)
 	return s
+}
+
+// span takes in what Vault says of the whole life of a token that somebody has put into a file, by Vault's own clock.
+func (s *session) span(of map[string]any) {
+	if s.until.IsZero() {
+		return
+	}
+	number := func(name string) int {
+		n, _ := of[name].(json.Number)
+		i, _ := n.Int64()
+		return int(max(0, i))
+	}
+	s.began = s.born
+	if end, err := time.Parse(time.RFC3339Nano, fmt.Sprint(of["expire_time"])); err == nil && number("creation_time") > 0 {
+		made := time.Unix(int64(number("creation_time")), 0)
+		s.began = s.until.Add(-max(0, min(end.Sub(made), maxLife)))
+	}
+	made, _ := of["path"].(string)
+	switch greatest := time.Duration(min(number("explicit_max_ttl"), int(maxLife/time.Second))) * time.Second; {
+	case !s.renewable:
+		s.ends = s.until
+	// What a login method has given, whoever logged in replaces.
+	case !strings.HasPrefix(made, "auth/token/"):
+	case greatest > 0:
+		s.ends = s.began.Add(greatest)
+	case number("period") == 0:
+		s.full = number("creation_ttl")
+	}
+}
+
+// renewed takes in a renewal, of which Vault may say that it is cut short. The caller holds mu.
+func (s *session) renewed(now time.Time, seconds int, cut bool) {
+	s.until = endOf(now, seconds)
+	switch {
+	case s.full == 0:
+	case cut && seconds < s.full:
+		s.ends = s.until
+	default:
+		s.ends = time.Time{}
+	}
 }
 
 // endOf a token: a lease of 0 has no end.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -65,7 +66,7 @@ func readRootFile(path string) (cfg ceremony.RootConfig, key *config.RootKey, er
 		key = &in
 	}
 	return ceremony.RootConfig{
-		Dir: f.Dir, TrustDomain: f.TrustDomain, Algorithm: f.Algorithm, Life: time.Duration(f.Life), PathLen: f.PathLen,
+		Dir: f.Dir, TrustDomain: f.TrustDomain, Algorithm: cmp.Or(f.Algorithm, keystore.ECDSAP256), Life: time.Duration(f.Life), PathLen: f.PathLen,
 	}, key, nil
 }
 
@@ -79,8 +80,8 @@ type rootHolder struct {
 	place string
 }
 
-// openRootKey talks to nobody. What it returns has to be closed.
-func openRootKey(k *config.RootKey) (_ *rootHolder, err error) {
+// openRootKey is the holder of a root's key of the algorithm. It talks to nobody; what it returns has to be closed.
+func openRootKey(k *config.RootKey, alg keystore.Algorithm) (_ *rootHolder, err error) {
 	h := &rootHolder{needs: vault.Needs(), place: placeOf(k)}
 	if h.Where, err = k.Text(); err != nil {
 		return nil, err
@@ -100,7 +101,7 @@ func openRootKey(k *config.RootKey) (_ *rootHolder, err error) {
 		return h, err
 	}
 	c := transit.Config{Vault: h.vault, Mount: k.Transit.Mount, Prefix: k.Transit.Prefix, Timeout: max(k.Vault.Timeout, transit.DefaultTimeout)}
-	needs, err := transit.Needs(c, transit.Use{Name: "root", Made: true})
+	needs, err := transit.Needs(c, transit.Use{Name: "root", Algorithm: alg, Made: true})
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +135,7 @@ func rootKeyOf(root *ceremony.Root) (*rootHolder, error) {
 	if err != nil || k == nil {
 		return nil, err
 	}
-	h, err := openRootKey(k)
+	h, err := openRootKey(k, keystore.AlgorithmOf(root.Certificate().PublicKey))
 	if err != nil {
 		return nil, err
 	}

@@ -61,11 +61,11 @@ func (d vaultDesk) blocks(engine string) string {
 	return fmt.Sprintf("vault:\n  address: %s\n  ca_file: %s\n  login: {method: token, token_file: token}\n%s\n", d.v.Address, d.v.CAFile, engine)
 }
 
-// needs is the policy that the dry run prints.
-func (d vaultDesk) needs(t *testing.T) []string {
+// needs is the policy that the dry run prints: it is for what that is asked to make.
+func (d vaultDesk) needs(t *testing.T, args ...string) []string {
 	t.Helper()
 	write(t, d.token, "none yet")
-	out := d.init(t, "--dry-run").expect(t, exitYes, "").out
+	out := d.init(t, append(args, "--dry-run")...).expect(t, exitYes, "").out
 	_, policy, ok := strings.Cut(out, "The policy that this needs in Vault:\n\n")
 	if !ok {
 		t.Fatalf("no policy in %s", out)
@@ -129,6 +129,7 @@ func rootIsMadeOnceAndSigns(t *testing.T, v *lab.Vault) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newVaultDesk(t, v, c.engine)
+			d.may(t, d.needs(t, "--algorithm", c.algorithm)...)
 			made := d.init(t, "--algorithm", c.algorithm, "--life", "20y").expect(t, exitYes, c.where)
 			d.rootFingerprint = strings.TrimSpace(made.out)
 			if said, err := exec.Command("openssl", "x509", "-in", filepath.Join(d.root, "root.pem"), "-noout", "-text").Output(); err != nil ||
@@ -149,7 +150,7 @@ func rootIsMadeOnceAndSigns(t *testing.T, v *lab.Vault) {
 			}
 			d.init(t).expect(t, exitNo, "a root is there already")
 			d.root = filepath.Join(d.dir, "second")
-			second := d.init(t)
+			second := d.init(t, "--algorithm", c.algorithm)
 			if second.code == exitYes || !strings.Contains(second.err, "already") {
 				t.Errorf("a second root took the key of the first: %+v", second)
 			}

@@ -97,7 +97,7 @@ func TestADryRunSaysWhereTheKeyWillBeAndWhichPolicyThatNeeds(t *testing.T) {
 	for engine, want := range map[string][]string{
 		"transit: {mount: keys}\n": {
 			"key in:", "Vault's Transit engine, mount keys, key signet_example.org_root, at http://127.0.0.1:1",
-			`path "keys/keys/signet_example.org_root"`, `"type" = ["ecdsa-p256"`, `path "keys/sign/signet_example.org_root/*"`, `path "auth/token/lookup-self"`,
+			`path "keys/keys/signet_example.org_root"`, `"type" = ["ecdsa-p256"]`, `path "keys/sign/signet_example.org_root/sha2-256"`, `path "auth/token/lookup-self"`,
 		},
 		"pki: {issuer: root-2026}\n": {
 			"Vault's PKI engine, mount pki, issuer root-2026,", `path "pki/issuers/generate/root/internal"`, `path "pki/issuer/+/sign-intermediate"`,
@@ -105,6 +105,15 @@ func TestADryRunSaysWhereTheKeyWillBeAndWhichPolicyThatNeeds(t *testing.T) {
 	} {
 		r := root(t, "init", "--trust-domain", "example.org", "--dir", dir, "--vault", vaultFile(t, engine), "--dry-run").expect(t, exitYes, "")
 		contains(t, r.out, want...)
+	}
+	// By the algorithm that was chosen, on the command line or in a file.
+	r := root(t, "init", "--trust-domain", "example.org", "--dir", dir, "--vault", vaultFile(t, "transit: {}\n"), "--algorithm", "ecdsa-p384", "--dry-run").expect(t, exitYes, "")
+	contains(t, r.out, `"type" = ["ecdsa-p384"]`, `_root/sha2-384"`)
+	file := vaultFile(t, "transit: {}\ntrust_domain: example.org\ndir: root\n")
+	r = root(t, "init", "-f", file, "--dry-run").expect(t, exitYes, "")
+	contains(t, r.out, `"type" = ["ecdsa-p256"]`, `_root/sha2-256"`)
+	if strings.Contains(r.out, "not known") {
+		t.Errorf("it doesn't know what it prints above:\n%s", r.out)
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Error("a dry run made something")

@@ -52,8 +52,6 @@ type backing struct {
 	asked   time.Time
 	unasked string
 	missing []vault.Need
-	// lives is when the token at hand was first seen, and ends when it ends.
-	lives, ends time.Time
 }
 
 // openBacking talks to nobody. What it returns has to be closed.
@@ -162,7 +160,7 @@ func needsOf(cfg *config.Server) (needs []vault.Need, err error) {
 		needs = append(needs, of...)
 	}
 	if cfg.Upstream.VaultPKI.Mount != "" {
-		needs = append(needs, pki.Needs(pkiConfig(cfg))...)
+		needs = slices.Concat(needs, pki.Needs(pkiConfig(cfg)), pki.LookNeeds(pkiConfig(cfg)))
 	}
 	if cfg.Trust.VaultKV.Mount != "" {
 		needs = append(needs, kv.Needs(kvConfig(cfg))...)
@@ -261,7 +259,7 @@ func (b *backing) lacks() bool {
 
 // look is what is known of Vault now; it takes no call.
 func (b *backing) look() check.Vault {
-	s, now := b.vault.Status(), time.Now()
+	s := b.vault.Status()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	v := check.Vault{
@@ -272,11 +270,8 @@ func (b *backing) look() check.Vault {
 	for _, n := range b.missing {
 		v.Missing = append(v.Missing, check.Lack{Path: n.Path, Capabilities: n.Capabilities, Why: n.Why})
 	}
-	if b.token != "" && s.LoggedIn && !s.Renewable && !s.TokenUntil.IsZero() {
-		if !b.ends.Equal(s.TokenUntil) {
-			b.lives, b.ends = now, s.TokenUntil
-		}
-		v.Token = check.Token{File: b.token, Begins: b.lives, Ends: b.ends}
+	if s.LoggedIn {
+		v.Token = check.Token{File: b.token, Begins: s.TokenBegan, Ends: s.TokenEnds}
 	}
 	return v
 }
@@ -310,7 +305,28 @@ func (b *backing) check(ctx context.Context, cfg *config.Server, shown server.Cl
 			d.Due, d.Until = from.Add(time.Duration(cfg.Rotation.PrepareAt*float64(until.Sub(from)))), until
 		}
 	}
-	return b.look().Findings(d, now)
+	found := b.look().Findings(d, now)
+	if o, told := b.outlook(ctx, cfg, shown, now); told {
+		found = append(found, o.Findings(d, now)...)
+	}
+	return found
+}
+
+// outlook is whether the next intermediate would be signed. Which of several roots that would be under, the server decides: one is
+// enough.
+func (b *backing) outlook(ctx context.Context, cfg *config.Server, shown server.Cluster, now time.Time) (_ check.Outlook, told bool) {
+	var first check.Outlook
+	for _, root := range shown.RootCertificates {
+		o, ok := server.LookUpstream(ctx, b.upstream, root, cfg.Upstream.VaultPKI.Life, now)
+		switch {
+		case !ok:
+		case o.Unfit.Since.IsZero():
+			return o, true
+		case !told:
+			first, told = o, true
+		}
+	}
+	return first, told
 }
 
 const (

@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -109,7 +111,7 @@ func TestThePolicyIsMadeOfTheConfiguration(t *testing.T) {
 		t.Errorf("it says %q", errs)
 	}
 	contains(t, out, "# What the server of cluster east of example.org asks of Vault.",
-		`path "auth/token/renew-self"`, `path "sys/capabilities-self"`, `path "pki/issuer/+/sign-intermediate"`,
+		`path "auth/token/renew-self"`, `path "sys/capabilities-self"`, `path "pki/issuer/+/sign-intermediate"`, "path \"pki/issuer/+\" {\n  capabilities = [\"read\"]",
 		`path "transit/keys/signet-east_example.org_control-ca"`, `"type" = ["ecdsa-p256"]`, `path "transit/sign/signet-east_example.org_control-ca/sha2-256"`, `path "secret/data/signet/example.org/trust"`, `path "secret/data/signet/example.org/reports/east"`)
 	if strings.Contains(out, "*") || strings.Contains(out, "_intermediate") || strings.Contains(out, "/config") {
 		t.Errorf("it allows more than this configuration needs:\n%s", out)
@@ -143,7 +145,7 @@ func TestAPolicyForTheKeysAndTheIssuerInUseIsEnough(t *testing.T) {
 	b := shortFolder(t).backing(v.URL, io.Discard)
 	// What the printed policy allows beside what this server calls.
 	for _, path := range []string{
-		"pki/issuer/+/sign-intermediate",
+		"pki/issuer/+/sign-intermediate", "pki/issuer/+",
 		"transit/keys/signet-east_example.org_intermediate", "transit/sign/signet-east_example.org_intermediate/sha2-256",
 	} {
 		v.set(func() { v.denied[path] = true })
@@ -210,13 +212,29 @@ func TestARefusedLoginImpairsAsMuchAsAVaultThatIsAway(t *testing.T) {
 }
 
 func TestATokenThatEndsForGoodIsSaidInTime(t *testing.T) {
+	// of is a token of an hour with that left of it.
+	of := func(left time.Duration, with map[string]any) map[string]any {
+		end := time.Now().Add(left)
+		token := map[string]any{
+			"path": "auth/token/create", "creation_time": end.Add(-time.Hour).Unix(), "creation_ttl": 3600, "expire_time": end.Format(time.RFC3339Nano),
+			"ttl": int(left.Seconds()), "renewable": false,
+		}
+		maps.Copy(token, with)
+		return token
+	}
 	for what, c := range map[string]struct {
 		token map[string]any
 		ends  bool
+		level check.Level
 	}{
-		"renewable":   {map[string]any{"ttl": 3600, "renewable": true}, false},
-		"for good":    {map[string]any{"ttl": 3600, "renewable": false}, true},
-		"without end": {map[string]any{"ttl": 0, "renewable": false}, false},
+		"renewable":              {of(time.Hour, map[string]any{"renewable": true}), false, check.OK},
+		"for good":               {of(time.Hour, nil), true, check.OK},
+		"after half of its life": {of(30*time.Minute, nil), true, check.OK},
+		// Whoever looks for the first time, after a restart too, sees how old it is.
+		"in its last third":  {of(15*time.Minute, nil), true, check.Warning},
+		"in its last tenth":  {of(5*time.Minute, nil), true, check.Error},
+		"of a greatest life": {of(5*time.Minute, map[string]any{"renewable": true, "explicit_max_ttl": 3600}), true, check.Error},
+		"without end":        {map[string]any{"ttl": 0, "renewable": false}, false, check.OK},
 	} {
 		v := newFakeVault(t)
 		v.set(func() { v.token = c.token })
@@ -228,6 +246,37 @@ func TestATokenThatEndsForGoodIsSaidInTime(t *testing.T) {
 		if got.Ends.IsZero() == c.ends || c.ends && (!strings.HasSuffix(got.File, "/token") || !got.Begins.Before(got.Ends) || b.look().Token != got) {
 			t.Errorf("%s: %+v, then %+v", what, got, b.look().Token)
 		}
+		if found := b.look().Findings(check.Duties{}, time.Now()); found.Worst() != c.level || (c.level != check.OK) != slices.ContainsFunc(found, func(f check.Finding) bool { return f.Code == check.CodeToken }) {
+			t.Errorf("%s: %+v", what, found)
+		}
+	}
+}
+
+// What is lacking is said in a sentence that ends in what it is needed to do: a verb comes first.
+func TestWhatAPolicyIsNeededForIsSomethingToDo(t *testing.T) {
+	h := shortFolder(t)
+	text, err := os.ReadFile(h.vaultYAML("https://vault.example.org:8200"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := strings.Replace(string(text), "intermediates: memory", "intermediates: vault-transit", 1) +
+		"rotation: { peers: [{ cluster: west, log_verifier_key: \"example.org/west/west-1+68b877ca+ATtqJ7zOtqQtYqOo0CpvDXNlMhV3HeJDpjrASKGLWdop\" }] }\n"
+	cfg, err := config.LoadServer(h.write("all.yaml", all))
+	if err != nil {
+		t.Fatal(err)
+	}
+	needs, err := needsOf(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verbs := []string{"destroy", "have", "keep", "learn", "look", "make", "read", "sign", "tell"}
+	for _, n := range needs {
+		if first, _, _ := strings.Cut(n.Why, " "); !slices.Contains(verbs, first) {
+			t.Errorf("%s is needed to %s", n.Path, n.Why)
+		}
+	}
+	if len(needs) < 15 {
+		t.Errorf("only %d needs: %+v", len(needs), needs)
 	}
 }
 

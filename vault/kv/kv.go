@@ -65,11 +65,11 @@ func (c Config) where(name string) string { return c.Mount + "/data/" + c.Path +
 func Needs(c Config) []vault.Need {
 	ours := []string{"create", "read", "update"}
 	needs := []vault.Need{
-		{Path: c.where("trust"), Capabilities: ours, Why: "the roots that the clusters share"},
-		{Path: c.where("reports/" + c.Cluster), Capabilities: ours, Why: "how far this cluster is with a rotation"},
+		{Path: c.where("trust"), Capabilities: ours, Why: "read and write which roots the clusters share"},
+		{Path: c.where("reports/" + c.Cluster), Capabilities: ours, Why: "tell the other clusters how far this one is with a rotation"},
 	}
 	for _, p := range c.Peers {
-		needs = append(needs, vault.Need{Path: c.where("reports/" + p), Capabilities: []string{"read"}, Why: "how far cluster " + p + " is with a rotation"})
+		needs = append(needs, vault.Need{Path: c.where("reports/" + p), Capabilities: []string{"read"}, Why: "learn how far cluster " + p + " is with a rotation"})
 	}
 	return needs
 }

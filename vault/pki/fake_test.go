@@ -1,6 +1,7 @@
 package pki
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -43,8 +44,22 @@ type authority struct {
 	cert     *x509.Certificate
 	key      *ecdsa.PrivateKey
 	above    []*x509.Certificate
-	// keyless: the certificate was imported alone.
+	// keyless: the certificate was imported alone. usage is what it may be used for, all if "".
 	keyless bool
+	usage   string
+}
+
+// again certifies an authority's key anew, as Vault does with `issuers/generate/root/existing`.
+func (a *authority) again(name string, spoil ...func(*x509.Certificate)) *authority {
+	c := *a.cert
+	c.SerialNumber = big.NewInt(time.Now().UnixNano())
+	for _, s := range spoil {
+		s(&c)
+	}
+	return &authority{
+		id: "id-" + name, name: name, key: a.key,
+		cert: must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, &c, &c, a.key.Public(), a.key)))),
+	}
 }
 
 // newAuthority makes a root, or an intermediate under another authority.
@@ -79,8 +94,11 @@ type fakeVault struct {
 	odd map[string]http.HandlerFunc
 	// status of sign-intermediate, if not 200.
 	status int
-	asked  []map[string]any
-	signed []string
+	// noMount answers as Vault does where nothing is mounted, to a token with a policy for this path alone; unread is what a policy
+	// that lacks read on issuers does.
+	noMount, unread bool
+	asked           []map[string]any
+	signed          []string
 }
 
 func encode(c *x509.Certificate) string { return strings.TrimSpace(string(ca.EncodeChain(c))) }
@@ -117,6 +135,8 @@ func (f *fakeVault) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewEncoder(w).Encode(map[string]any{"data": data})
 	}
 	switch rest, of := strings.CutPrefix(path, "pki/issuer/"); {
+	case f.noMount && strings.HasPrefix(path, "pki/"), f.unread && of && !strings.Contains(rest, "/"):
+		reply(403, nil, "1 error occurred:\n\t* permission denied\n\n")
 	case path == "auth/token/lookup-self":
 		reply(200, map[string]any{"ttl": 3600, "renewable": false, "id": "x", "policies": []string{"p"}})
 	case strings.TrimSuffix(path, "/") == "pki/issuers" && len(f.issuers) > 0:
@@ -146,6 +166,13 @@ func (f *fakeVault) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			"certificate": encode(i.cert), "ca_chain": chainOf(append([]*x509.Certificate{i.cert}, i.above...)...),
 			"issuer_id": i.id, "issuer_name": i.name,
 		})
+	case of && !strings.Contains(rest, "/") && f.find(rest) != nil:
+		i := f.find(rest)
+		key, usage := "key-of-"+i.id, cmp.Or(i.usage, "crl-signing,issuing-certificates,ocsp-signing,read-only")
+		if i.keyless {
+			key = ""
+		}
+		reply(200, map[string]any{"key_id": key, "usage": usage, "issuer_id": i.id})
 	case of && strings.HasSuffix(rest, "/sign-intermediate"):
 		f.sign(strings.TrimSuffix(rest, "/sign-intermediate"), r, reply)
 	default:

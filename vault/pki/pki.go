@@ -89,6 +89,14 @@ func Needs(c Config) []vault.Need {
 	}}
 }
 
+// LookNeeds is what Look needs beside: what else is said of an issuer is not open to all.
+func LookNeeds(c Config) []vault.Need {
+	return []vault.Need{{
+		Path: c.Mount + "/issuer/+", Capabilities: []string{"read"}, Why: "look whether an issuer has its key and may sign, also between two signatures",
+		Asks: []string{c.Mount + "/issuer/" + cmp.Or(c.Issuer, DefaultIssuer)},
+	}}
+}
+
 func (u *Upstream) String() string { return "Vault's PKI mount " + u.c.Mount }
 
 // issuer is one of the mount.
@@ -110,13 +118,13 @@ func (i *issuer) String() string {
 // Root is the root that the configured issuer leads to; of several the nearest.
 func (u *Upstream) Root(ctx context.Context) (*x509.Certificate, error) {
 	i, err := u.issuer(ctx, u.c.Issuer)
-	if errors.Is(err, vault.ErrNotFound) || errors.Is(err, vault.ErrRefused) {
+	if missing(err) {
 		return nil, fmt.Errorf("%w (%w)", u.noSuchIssuer(), err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	path := climb(i.cert, i.others, selfSigned)
+	path := climb(i.others, selfSigned, i.cert)
 	if path == nil {
 		return nil, fmt.Errorf("%s: the chain of %s holds no root: import the root's certificate into the mount (`vault write %s/issuers/import/cert pem_bundle=@root.pem`)",
 			u, i, u.c.Mount)
@@ -126,6 +134,20 @@ func (u *Upstream) Root(ctx context.Context) (*x509.Certificate, error) {
 
 func (u *Upstream) noSuchIssuer() error {
 	return fmt.Errorf("%s has no issuer %s: give a name or an ID, as `vault list -detailed %s/issuers` shows them", u, u.c.Issuer, u.c.Mount)
+}
+
+// missing: an issuer that isn't there is refused by Vault, not unknown to it.
+func missing(err error) bool {
+	return errors.Is(err, vault.ErrNotFound) || errors.Is(err, vault.ErrRefused)
+}
+
+// closed explains why Vault does not tell what every PKI engine tells whoever asks: to who has no policy for a path it says the
+// same where nothing is mounted.
+func (u *Upstream) closed(err error) error {
+	if !errors.Is(err, vault.ErrDenied) || errors.Is(err, vault.ErrLogin) {
+		return err
+	}
+	return fmt.Errorf("a PKI engine tells that to whoever asks, so there is none at %s, or a policy denies it: look at `vault secrets list`, and set the mount (upstream.vault_pki.mount in a server's file, pki.mount in a root's): %w", u.c.Mount, err)
 }
 
 // issuers are those of the mount.
@@ -145,7 +167,7 @@ func (u *Upstream) issuers(ctx context.Context) (*issuers, error) {
 	ids, err := u.vault.List(ctx, u.c.Mount+"/issuers")
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%s: list its issuers: %w", u, err)
+		return nil, fmt.Errorf("%s: list its issuers: %w", u, u.closed(err))
 	case len(ids) > maxIssuers:
 		return nil, fmt.Errorf("%s holds %d issuers, and at most %d are looked through: use a mount with fewer", u, len(ids), maxIssuers)
 	case len(ids) == 0:
@@ -208,7 +230,7 @@ func (u *Upstream) issuer(ctx context.Context, ref string) (*issuer, error) {
 	}
 	secret, err := u.vault.Read(ctx, u.c.Mount+"/issuer/"+ref+"/json")
 	if err != nil {
-		return fail(err)
+		return fail(u.closed(err))
 	}
 	own, above, err := certificates(secret.Data, "certificate", "ca_chain")
 	if err != nil {
@@ -288,7 +310,8 @@ func checkAsk(p ca.Plan, csr []byte, now time.Time) error {
 	return nil
 }
 
-// candidate is an issuer with the path from its certificate to the root, both included.
+// candidate is an issuer with the path from what it signs to the root: first the issuer's certificate, or another of the same name
+// and key that is nearer to the root.
 type candidate struct {
 	*issuer
 	path []*x509.Certificate
@@ -302,12 +325,16 @@ func (u *Upstream) under(ctx context.Context, root *x509.Certificate) ([]candida
 	}
 	var found []candidate
 	for _, i := range m.all {
-		if path := climb(i.cert, append(slices.Clip(i.others), root), root.Equal); path != nil {
+		pool := append(slices.Clip(i.others), root)
+		if path := climb(pool, root.Equal, append([]*x509.Certificate{i.cert}, twins(i.cert, pool)...)...); path != nil {
 			found = append(found, candidate{i, path})
 		}
 	}
 	if len(found) == 0 {
 		err := u.noSuchIssuer()
+		if len(m.all)+len(m.unread) == 0 {
+			err = fmt.Errorf("%w; it has none at all, so look at `vault secrets list` as well: the mount is set by upstream.vault_pki.mount in a server's file, by pki.mount in a root's", err)
+		}
 		if m.configured != nil {
 			err = fmt.Errorf("%s: none of its %d issuers leads to the root %s (%s): bring that root there, or begin a rotation to the root that %s leads to",
 				u, len(m.all), nameOf(root), ca.CertificateFingerprint(root.Raw), m.configured)
@@ -347,7 +374,7 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 	}
 	now := u.c.Now()
 	asked := p
-	if err := clamp(&asked, c.path, now); err != nil {
+	if err := clamp(&asked, c, now); err != nil {
 		return fail(unfit{err})
 	}
 	id, err := ca.KeyID(p.SPKI)
@@ -385,7 +412,7 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 	}
 	root := c.path[len(c.path)-1]
 	pool := slices.Concat(above, c.path)
-	path := climb(own, pool, root.Equal)
+	path := climb(pool, root.Equal, own)
 	if path == nil {
 		path = []*x509.Certificate{own, root} // Check says what is wrong with it.
 	}
@@ -405,8 +432,15 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 	return ca.Answer{Chain: slices.Clone(chain), Roots: []*x509.Certificate{root}}, nil
 }
 
-// clamp ends the plan with the first of the path that ends, and refuses a path that can't carry it.
-func clamp(p *ca.Plan, path []*x509.Certificate, now time.Time) error {
+// clamp ends the plan with the first of the path that ends, and refuses a path that can't carry it. Vault goes by its issuer's own
+// certificate, also where there is a nearer one.
+func clamp(p *ca.Plan, by candidate, now time.Time) error {
+	path := by.path
+	if !path[0].Equal(by.cert) {
+		if err := clamp(p, candidate{by.issuer, []*x509.Certificate{by.cert}}, now); err != nil {
+			return err
+		}
+	}
 	first := p.NotAfter
 	for i, c := range path {
 		limit := c.MaxPathLen
@@ -460,11 +494,15 @@ func verify(path []*x509.Certificate, now time.Time) error {
 	return nil
 }
 
-// climb finds the shortest way up from a certificate to one that is wanted, both included; nil = there is none. Of two equally
-// short ones it takes that whose end lives longer.
-func climb(from *x509.Certificate, pool []*x509.Certificate, wanted func(*x509.Certificate) bool) []*x509.Certificate {
-	seen := []*x509.Certificate{from}
-	for level := [][]*x509.Certificate{{from}}; len(level) > 0; {
+// climb finds the shortest way up from one of some certificates to one that is wanted, both included; nil = there is none. Of two
+// equally short ones it takes that whose end lives longer.
+func climb(pool []*x509.Certificate, wanted func(*x509.Certificate) bool, from ...*x509.Certificate) []*x509.Certificate {
+	seen := slices.Clone(from)
+	var level [][]*x509.Certificate
+	for _, c := range from {
+		level = append(level, []*x509.Certificate{c})
+	}
+	for len(level) > 0 {
 		var best []*x509.Certificate
 		var next [][]*x509.Certificate
 		for _, path := range level {
@@ -488,6 +526,17 @@ func climb(from *x509.Certificate, pool []*x509.Certificate, wanted func(*x509.C
 		level = next
 	}
 	return nil
+}
+
+// twins are other certificates of the same name and key. What one has signed, each has: they are no levels of a path, as
+// self-issued ones are not where its length counts (RFC 5280 §6.1).
+func twins(c *x509.Certificate, pool []*x509.Certificate) (same []*x509.Certificate) {
+	for _, t := range pool {
+		if !t.Equal(c) && bytes.Equal(t.RawSubject, c.RawSubject) && bytes.Equal(t.RawSubjectPublicKeyInfo, c.RawSubjectPublicKeyInfo) && bytes.Equal(t.SubjectKeyId, c.SubjectKeyId) {
+			same = append(same, t)
+		}
+	}
+	return same
 }
 
 func signedBy(c, above *x509.Certificate) bool {

@@ -103,6 +103,17 @@ func (m mount) upstream(issuer string) *Upstream {
 	return newUpstream(m.T, m.v.Address, m.v.CAFile, m.v.RootToken, m.name, issuer)
 }
 
+// as is an upstream with a token that may do what is needed, and nothing else.
+func (m mount) as(mount, issuer string, needs ...vault.Need) *Upstream {
+	m.Helper()
+	name := strings.ToLower(rand.Text())
+	if err := m.v.Policy(m.Context(), name, vault.Policy(append(needs, vault.Needs()...))); err != nil {
+		m.Fatal(err)
+	}
+	token := must(m.v.MakeToken(m.Context(), lab.VaultLife{Policies: []string{name}}))
+	return newUpstream(m.T, m.v.Address, m.v.CAFile, token, mount, issuer)
+}
+
 // sign has a new key signed and shows the answer to whoever will meet it: the issuer that signs leaves, and openssl.
 func (m mount) sign(u *Upstream, p ca.Plan, csr []byte) ca.Answer {
 	m.Helper()
@@ -336,6 +347,55 @@ func TestTrapCrossSignedIssuersAndChainsMadeByHand(t *testing.T) {
 	}
 }
 
+func TestTrapARootRenewedWithItsKey(t *testing.T) {
+	m := newMount(t, "renewed")
+	first := m.root("r1", map[string]any{"common_name": "r", "key_name": "k", "max_path_length": 1})
+	m.write("renewed/issuers/generate/root/existing", map[string]any{
+		"issuer_name": "r2", "key_ref": "k", "common_name": "r", "max_path_length": 1, "uri_sans": "spiffe://example.org", "exclude_cn_from_sans": true, "ttl": "700h",
+	})
+	if err := m.v.Root().Delete(t.Context(), "renewed/issuer/r1"); err != nil {
+		t.Fatal(err)
+	}
+	p, csr := ask(t, 0)
+	p.Under = first
+	if a := m.sign(m.upstream("r2"), p, csr); len(a.Chain) != 1 || !a.Roots[0].Equal(first) {
+		t.Errorf("a chain of %d under %s", len(a.Chain), a.Roots[0].SerialNumber)
+	}
+}
+
+// sees wants the words, or the error.
+func (m mount) sees(u *Upstream, under *x509.Certificate, says, refused string) {
+	m.Helper()
+	said, _, err := u.Look(m.Context(), under, week)
+	if refused != "" {
+		refusedIn(m.T, m.Name(), err, refused)
+	} else if err != nil || !strings.Contains(said, says) {
+		m.Errorf("it says %q, %v; want %q", said, err, says)
+	}
+}
+
+func TestRealVaultShowsWhetherItWouldSign(t *testing.T) {
+	m := newMount(t, "looks")
+	root := m.root("r", map[string]any{"key_name": "k"})
+	c := Config{Mount: "looks", Issuer: "r"}
+	u := m.as("looks", "r", append(Needs(c), LookNeeds(c)...)...)
+	m.sees(u, root, "issuer r of Vault's PKI mount looks leads to the root, has its key and may sign", "")
+	m.sees(m.as("looks", "r", Needs(c)...), root, "the policy lacks read on looks/issuer/r", "")
+	m.issuer("r", map[string]any{"usage": "read-only,crl-signing"})
+	m.sees(u, root, "", "it may not sign, its usage is crl-signing,read-only: `vault patch looks/issuer/r usage=")
+	if err := m.v.Root().Delete(t.Context(), "looks/issuer/r"); err != nil {
+		t.Fatal(err)
+	}
+	m.sees(u, root, "", "has no issuer r")
+	if err := m.v.Root().Delete(t.Context(), "looks/key/k"); err != nil {
+		t.Fatal(err)
+	}
+	m.importCertificate(root)
+	m.sees(m.as("looks", DefaultIssuer, append(Needs(c), vault.Need{Path: "looks/issuer/+", Capabilities: []string{"read"}})...), root, "", "its key is not in this mount")
+	nowhere := Config{Mount: "nowhere"}
+	m.sees(m.as("nowhere", "", append(Needs(nowhere), LookNeeds(nowhere)...)...), root, "", "there is none at nowhere, or a policy denies it")
+}
+
 func TestTrapNameConstraintsOfTheIssuer(t *testing.T) {
 	m := newMount(t, "constraints")
 	m.root("dns", map[string]any{"permitted_dns_domains": "example.org"})
@@ -415,21 +475,16 @@ func TestEachPathThatThePolicyLacksIsNamed(t *testing.T) {
 	c := Config{Mount: "policies", Issuer: "r"}
 	with := func(needs ...vault.Need) *Upstream {
 		t.Helper()
-		name := strings.ToLower(rand.Text())
-		if err := m.v.Policy(t.Context(), name, vault.Policy(append(needs, vault.Needs()...))); err != nil {
-			t.Fatal(err)
-		}
-		token := must(m.v.MakeToken(t.Context(), lab.VaultLife{Policies: []string{name}}))
-		return newUpstream(t, m.v.Address, m.v.CAFile, token, "policies", "r")
+		return m.as("policies", "r", needs...)
 	}
-	all := append(Needs(c), RootNeeds(c)...)
+	all := slices.Concat(Needs(c), LookNeeds(c), RootNeeds(c))
 	u := with(all...)
 	if missing, err := u.c.Vault.Missing(t.Context(), all); err != nil || len(missing) > 0 {
 		t.Errorf("with the whole policy %v is missing, %v", missing, err)
 	}
 	p, csr := ask(t, 0)
 	m.sign(u, p, csr)
-	lacking := with(RootNeeds(c)...)
+	lacking := with(append(RootNeeds(c), LookNeeds(c)...)...)
 	if missing, err := lacking.c.Vault.Missing(t.Context(), all); err != nil || len(missing) != 1 || missing[0].Path != "policies/issuer/+/sign-intermediate" {
 		t.Errorf("%v is missing, %v", missing, err)
 	}

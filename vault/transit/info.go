@@ -47,9 +47,9 @@ func (s *Store) read(ctx context.Context, name string) (*keyInfo, error) {
 	case errors.Is(err, vault.ErrTooLarge):
 		return nil, fmt.Errorf("%s has too many versions, Vault's description of it is over 1 MiB: hide those that are older than any in use (`vault write %s/config min_decryption_version=N`), and see to it that nobody rotates it by hand or by auto_rotate_period (%w)", path, path, err)
 	case errors.Is(err, vault.ErrNotFound):
-		return nil, fmt.Errorf("%w: there is no %s in Vault; if it was deleted, restore it from Vault's backup or rotate to a new key", keystore.ErrNotFound, path)
+		return nil, fmt.Errorf("%w: there is no %s in Vault; if it was deleted, restore it from Vault's backup, or, where it is an intermediate's, rotate to a new one", keystore.ErrNotFound, path)
 	case errors.Is(err, vault.ErrDenied):
-		return nil, denied(err, path, "read")
+		return nil, denied(err, path, "read", nil)
 	case err != nil:
 		return nil, err
 	}
@@ -73,7 +73,10 @@ func (s *Store) write(ctx context.Context, by *vault.Engine, path string, body m
 	secret, err := by.Write(ctx, path, body)
 	switch {
 	case errors.Is(err, vault.ErrDenied):
-		return nil, denied(err, path, "update")
+		if by != s.keys {
+			body = nil // of signatures no parameter is bounded
+		}
+		return nil, denied(err, path, "update", body)
 	case err != nil || secret == nil:
 		return nil, err
 	}

@@ -163,7 +163,7 @@ func (k *Key) sign(digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 }
 
 // errWrong is a signature that must not be used.
-var errWrong = errors.New("the signature that came is not by the key that was opened: the key in Vault was deleted and made anew, or the answer was changed on its way; restore the key from Vault's backup, or rotate to a new one")
+var errWrong = errors.New("the signature that came is not by the key that was opened: the key in Vault was deleted and made anew, or the answer was changed on its way; restore the key from Vault's backup, or, where it is an intermediate's, rotate to a new one")
 
 func (k *Key) batcher(s scheme) *batcher {
 	k.mu.Lock()

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -287,7 +288,7 @@ func (s *Store) List(ctx context.Context) ([]keystore.Ref, error) {
 func (s *Store) list(ctx context.Context) ([]keystore.Ref, error) {
 	names, err := s.keys.List(ctx, s.mount+"/keys")
 	if errors.Is(err, vault.ErrDenied) {
-		return nil, denied(err, s.mount+"/keys", "list")
+		return nil, denied(err, s.mount+"/keys", "list", nil)
 	}
 	if err != nil {
 		return nil, err
@@ -362,12 +363,20 @@ func validRef(r keystore.Ref) bool {
 	return err == nil
 }
 
-// denied says what the token's policy lacks.
-func denied(err error, path, capability string) error {
+// denied says what the token's policy lacks. Where it has the capability, it may allow other parameters than those of the request.
+func denied(err error, path, capability string, body map[string]any) error {
 	if errors.Is(err, vault.ErrLogin) {
 		return err // a login that is refused has no policy
 	}
-	return fmt.Errorf("%w; give the policy of its token the capability %q on the path %s", err, capability, path)
+	err = fmt.Errorf("%w; give the policy of its token the capability %q on the path %s", err, capability, path)
+	if len(body) == 0 {
+		return err
+	}
+	var given []string
+	for _, name := range slices.Sorted(maps.Keys(body)) {
+		given = append(given, fmt.Sprintf("%s=%v", name, body[name]))
+	}
+	return fmt.Errorf("%w; if it has that, look at its allowed_parameters: they have to let %s pass", err, strings.Join(given, " and "))
 }
 
 // away marks an error of a Vault that is away as keystore.ErrAway.

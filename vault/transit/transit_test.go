@@ -741,22 +741,22 @@ func TestAMissingPermissionIsNamed(t *testing.T) {
 	k := create(t, s, "ca", keystore.ECDSAP256, 1)
 	ref1 := keystore.Ref{Backend: Backend, Name: "ca", Version: 1}
 	for _, c := range []struct {
-		denied, path, capability string
-		do                       func() error
+		denied, path, capability, parameters string
+		do                                   func() error
 	}{
-		{"/sign/", "transit/sign/signet-east-ca/sha2-256", "update", func() error { return signs(k) }},
-		{"/keys/signet-east-ca", "transit/keys/signet-east-ca", "read", func() error { _, err := s.Open(t.Context(), k.Ref()); return err }},
-		{"/keys", "transit/keys", "list", func() error { _, err := s.List(t.Context()); return err }},
-		{"/keys/signet-east-new", "transit/keys/signet-east-new", "update", func() error {
+		{"/sign/", "transit/sign/signet-east-ca/sha2-256", "update", "", func() error { return signs(k) }},
+		{"/keys/signet-east-ca", "transit/keys/signet-east-ca", "read", "", func() error { _, err := s.Open(t.Context(), k.Ref()); return err }},
+		{"/keys", "transit/keys", "list", "", func() error { _, err := s.List(t.Context()); return err }},
+		{"/keys/signet-east-new", "transit/keys/signet-east-new", "update", "type=ecdsa-p256 pass", func() error {
 			_, err := s.Create(t.Context(), "new", keystore.ECDSAP256, 0)
 			return err
 		}},
-		{"/rotate", "transit/keys/signet-east-ca/rotate", "update", func() error {
+		{"/rotate", "transit/keys/signet-east-ca/rotate", "update", "", func() error {
 			_, err := s.Create(t.Context(), "ca", keystore.ECDSAP256, 2)
 			return err
 		}},
-		{"/config", "transit/keys/signet-east-ca/config", "update", func() error { return s.Delete(t.Context(), ref1) }},
-		{"/trim", "transit/keys/signet-east-ca/trim", "update", func() error { return s.Delete(t.Context(), ref1) }},
+		{"/config", "transit/keys/signet-east-ca/config", "update", "min_decryption_version=2 and min_encryption_version=2 pass", func() error { return s.Delete(t.Context(), ref1) }},
+		{"/trim", "transit/keys/signet-east-ca/trim", "update", "min_available_version=2 pass", func() error { return s.Delete(t.Context(), ref1) }},
 	} {
 		f.set(func() {
 			f.before = func(w http.ResponseWriter, r *http.Request) bool {
@@ -769,7 +769,10 @@ func TestAMissingPermissionIsNamed(t *testing.T) {
 			}
 		})
 		err := c.do()
-		says(t, err, fmt.Sprintf("the capability %q on the path %s", c.capability, c.path))
+		says(t, err, fmt.Sprintf("the capability %q on the path %s", c.capability, c.path), c.parameters)
+		if c.parameters == "" && strings.Contains(err.Error(), "allowed_parameters") {
+			t.Errorf("%s has no bounded parameters, and the error speaks of some: %v", c.path, err)
+		}
 		if !errors.Is(err, vault.ErrDenied) {
 			t.Errorf("%v is not ErrDenied", err)
 		}
