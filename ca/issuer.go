@@ -263,6 +263,11 @@ func CheckRoot(td spiffeid.TrustDomain, root *x509.Certificate, now time.Time) e
 		return fail(fmt.Errorf("expired on %s, and now is %s", stamp(root.NotAfter), stamp(now)))
 	case len(root.UnhandledCriticalExtensions) > 0:
 		return fail(fmt.Errorf("carries the critical extension %s, which validators may not know", root.UnhandledCriticalExtensions[0]))
+	// RFC 5280 §4.2.1.9: an intermediate follows at least. Go says -1 for "no limit".
+	case root.MaxPathLen == 0:
+		return fail(errors.New("has a path length of 0, so that no intermediate can stand under it; make one with a path length of 1 or more"))
+	case excludes(root, td.Name()):
+		return fail(fmt.Errorf("allows no URIs of %s by its name constraints, so that validators would refuse every certificate under it; make one without them", td.Name()))
 	}
 	if err := identity.AllowedKey(root.PublicKey); err != nil {
 		return fail(fmt.Errorf("can't be believed: %w", err))
@@ -271,6 +276,17 @@ func CheckRoot(td spiffeid.TrustDomain, root *x509.Certificate, now time.Time) e
 		return fail(fmt.Errorf("is not signed by its own key: %w", err))
 	}
 	return nil
+}
+
+// excludes reports whether a CA's name constraints forbid URIs of a host (RFC 5280 §4.2.1.10): a domain is that host alone, or
+// with a period before it all that is below. An empty one is all, as Go reads it.
+func excludes(cert *x509.Certificate, host string) bool {
+	covers := func(domain string) bool {
+		domain = strings.ToLower(domain)
+		return domain == "" || domain == host || domain[0] == '.' && strings.HasSuffix(host, domain)
+	}
+	return slices.ContainsFunc(cert.ExcludedURIDomains, covers) ||
+		len(cert.PermittedURIDomains) > 0 && !slices.ContainsFunc(cert.PermittedURIDomains, covers)
 }
 
 // listNames names a few certificates for a sentence.

@@ -129,6 +129,51 @@ func TestAnIssuerThatDoesNotFitIsRefused(t *testing.T) {
 	}
 }
 
+// A root is refused at once exactly when no intermediate below it could be used.
+func TestARootThatCanHaveNoIntermediateIsRefused(t *testing.T) {
+	rootKey, key := newKey("root", keystore.ECDSAP256, 0), newKey("east", keystore.ECDSAP256, 2)
+	permitted := func(domains ...string) func(*x509.Certificate) {
+		return func(c *x509.Certificate) { c.PermittedDNSDomainsCritical, c.PermittedURIDomains = true, domains }
+	}
+	excluded := func(domains ...string) func(*x509.Certificate) {
+		return func(c *x509.Certificate) { c.ExcludedURIDomains = domains }
+	}
+	for name, try := range map[string]struct {
+		spoil   func(*x509.Certificate)
+		refused string
+	}{
+		"any path":             {func(c *x509.Certificate) { c.MaxPathLen = -1 }, ""},
+		"path length 1":        {func(*x509.Certificate) {}, ""},
+		"path length 0":        {func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 0, true }, "path length of 0"},
+		"its own domain":       {permitted("example.org"), ""},
+		"one of several":       {permitted("foo.org", "EXAMPLE.org"), ""},
+		"another domain":       {permitted("foo.org"), "URIs of example.org"},
+		"what is below it":     {permitted(".example.org"), "URIs of example.org"},
+		"all of a higher one":  {permitted(".org"), ""},
+		"a similar one":        {permitted("ample.org"), "URIs of example.org"},
+		"all but foo.org":      {excluded("foo.org"), ""},
+		"all but it":           {excluded("example.org"), "URIs of example.org"},
+		"all but a higher one": {excluded(".org"), "URIs of example.org"},
+		"names of other kinds": {func(c *x509.Certificate) {
+			c.PermittedDNSDomains, c.PermittedEmailAddresses = []string{"foo.org"}, []string{"foo.org"}
+		}, ""},
+		"nothing of all":        {excluded(""), "URIs of example.org"},
+		"all, said by a period": {permitted(""), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := signCA(t, caTemplate("Root", 1, try.spoil), nil, rootKey.Public(), rootKey)
+			own := signCA(t, caTemplate("East", 0), root, key.Public(), rootKey)
+			_, below := NewIssuer(IssuerConfig{
+				Name: "east-1", Hierarchy: identity.Mesh, TrustDomain: exampleOrg, State: Active, Key: key, Chain: []*x509.Certificate{own}, Roots: []*x509.Certificate{root},
+			})
+			err := CheckRoot(exampleOrg, root, noon)
+			if (err == nil) != (below == nil) || (err == nil) != (try.refused == "") || err != nil && !strings.Contains(err.Error(), try.refused) {
+				t.Errorf("the root: %v; an intermediate below it: %v; want %q", err, below, try.refused)
+			}
+		})
+	}
+}
+
 func TestAnIssuerIsNamedByItsKeyUnlessNamed(t *testing.T) {
 	w := newWorld(t)
 	if w.mesh.Name() != "east-1" || w.control.Name() != "control-1" {

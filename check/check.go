@@ -76,10 +76,11 @@ const (
 	CodeStep      = "SGN1023" // a step that a person has to take
 	CodeShared    = "SGN1024" // what the clusters of a trust domain share
 	CodeRestored  = "SGN1025" // a state database that is older than what was published
-	CodeUpstream  = "SGN1029" // the upstream authority signs what it is asked
+	CodeUpstream  = "SGN1029" // the upstream authority signs what it is asked, and would sign the next
 	CodeVault     = "SGN1026" // Vault answers, or what stands still without it, and until when that does no harm
 	CodePolicy    = "SGN1027" // what the token of Vault may do, against what will be asked
 	CodeToken     = "SGN1028" // the end of a token of Vault that has no successor
+	CodeRivals    = "SGN1030" // clusters that sign under different roots, none of which leaves
 )
 
 // What can stand still. Without the first three a process is not ready.

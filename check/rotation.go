@@ -1,6 +1,7 @@
 package check
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -86,8 +87,9 @@ func (r Rotation) Findings(now time.Time) (found Findings) {
 		found = append(found, r.rootEnd(active, now)...)
 	}
 	found = append(found, r.signatures(active, now)...)
-	found = append(found, r.peers(steps)...)
+	found = append(found, r.peers(steps, now)...)
 	found = append(found, r.forged()...)
+	found = append(found, r.rivals(now)...)
 	found = append(found, r.Restored.findings()...)
 	if !r.Automatic {
 		found = append(found, due(steps)...)
@@ -268,7 +270,14 @@ func (r Rotation) mendSign(id string) string {
 	case r.Offline: // a server that could not issue would not start, and so not show it
 		show = "signet cluster init --config FILE --csr-out CSR"
 	}
-	return show + "; then, at the root: signet root sign; then: signet cluster install --config FILE --chain CHAIN --root-fingerprint SHA256:…"
+	at := "the root"
+	if tainted, other := r.Instead(); tainted != "" {
+		if other == "" {
+			return MendRoot
+		}
+		at = other
+	}
+	return show + "; then, at " + at + ": signet root sign; then: signet cluster install --config FILE --chain CHAIN --root-fingerprint SHA256:…"
 }
 
 // successor says that the one who is to take over is missing, or will come too late.
@@ -276,7 +285,12 @@ func (r Rotation) successor(active rotation.Authority, steps []rotation.Step, no
 	if now.Before(at(active, r.PrepareAt)) {
 		return nil
 	}
-	ready := r.waiting(func(rotation.Authority) bool { return true })
+	// One that ends with its root is said below; any other that never takes over is as if it were not there.
+	ready := r.waiting(func(x rotation.Authority) bool {
+		root, _ := r.first(func(a rotation.Authority) bool { return a.ID == x.Root })
+		return !signed(x) || !x.NotAfter.Before(root.NotAfter) ||
+			!slices.ContainsFunc(steps, func(s rotation.Step) bool { return s.Authority == x.ID && s.To == ca.Removed })
+	})
 	late := !now.Before(at(active, r.SwitchAt))
 	if len(ready) == 0 {
 		level := Warning
@@ -295,6 +309,7 @@ func (r Rotation) successor(active rotation.Authority, steps []rotation.Step, no
 		switch blocked := waits(steps[i]); {
 		case !x.NotAfter.After(active.NotAfter):
 			found.add(CodeSuccessor, Warning, x.ID, fmt.Sprintf("it is to follow %s, and ends no later, at %s: the root above ends", active.ID, stamp(x.NotAfter)), MendRoot)
+		case steps[i].To == ca.Removed: // another one like it takes over
 		case blocked != "" && late:
 			found.add(CodeSuccessor, Error, x.ID, fmt.Sprintf("it can't take over from %s, which ends at %s: %s", active.ID, stamp(active.NotAfter), blocked), MendStatus)
 		case !takes.IsZero() && !takes.Before(active.NotAfter.Add(-r.LeastLife)):
@@ -347,20 +362,29 @@ func (r Rotation) signatures(active rotation.Authority, now time.Time) (found Fi
 		if signed(active) && (!now.Before(at(active, r.SwitchAt)) || !active.Tainted.IsZero()) {
 			level = Error
 		}
-		found.add(CodeSignature, level, x.ID, fmt.Sprintf("its request waits for a signature since %s", stamp(x.Since)), r.mendSign(x.ID))
+		message := "its request waits for a signature since " + stamp(x.Since)
+		if tainted, other := r.Instead(); tainted != "" {
+			message += ", under " + cmp.Or(other, "a new root") + ", since " + tainted + " is tainted"
+		}
+		found.add(CodeSignature, level, x.ID, message, r.mendSign(x.ID))
 	}
 	return found
 }
 
-// peers says which reports a step waits for that nothing else keeps from being taken later.
-func (r Rotation) peers(steps []rotation.Step) (found Findings) {
+// peers says which reports a step waits for, where it waits for nothing else: before that none helps. Where they come by
+// themselves, the next one does while the last one holds.
+func (r Rotation) peers(steps []rotation.Step, now time.Time) (found Findings) {
 	for _, s := range steps {
+		if slices.ContainsFunc(s.Waits, func(w rotation.Wait) bool { return w.Code != rotation.WaitPeer || !w.Until.IsZero() }) {
+			continue
+		}
 		for _, w := range s.Waits {
-			message, mend := w.For, "there: signet rotation report --config FILE > its.report; here: "+mendAdvance+" --report its.report"
+			message, mend := w.For, fmt.Sprintf("in cluster %s: signet rotation report --config %[1]s.yaml > %[1]s.report; here: %s --report %[1]s.report", w.Cluster, mendAdvance)
 			if r.Shared {
 				message, mend = message+"; reports are exchanged by themselves: wait, and if none comes, see "+CodeShared+" here and there", ""
 			}
-			if w.Code != rotation.WaitPeer || !w.Until.IsZero() || slices.ContainsFunc(found, func(f Finding) bool { return f.Message == message }) {
+			coming := r.Shared && slices.ContainsFunc(r.Peers, func(p rotation.Report) bool { return p.Cluster == w.Cluster && r.Holds(p, now) })
+			if coming || slices.ContainsFunc(found, func(f Finding) bool { return f.Message == message }) {
 				continue
 			}
 			found.add(CodePeer, Warning, s.Authority, message, mend)
@@ -380,6 +404,22 @@ func (r Rotation) forged() (found Findings) {
 			mend = MendStatus
 		}
 		found.add(CodeTaint, Error, f.ID, fmt.Sprintf("its key (of cluster %s) is lost, and certificates forged with it are accepted, until %s at the latest, by %s", f.Cluster, stamp(f.Until), Some(f.By)), mend)
+	}
+	return found
+}
+
+// rivals says that the clusters stand under several roots for good.
+func (r Rotation) rivals(now time.Time) (found Findings) {
+	all := rotation.Rivals(r.Policy, r.World, now)
+	for i, x := range all {
+		if i == 0 {
+			continue
+		}
+		mend := "signet trust remove --config FILE " + x.Root
+		if !r.Shared {
+			mend = "in each cluster: " + mend
+		}
+		found.add(CodeRivals, Warning, x.Root, fmt.Sprintf("cluster %s signs under it and cluster %s under %s, and neither root leaves, as after two rotations of the root that were begun at once: let %s go on, which ends last", Some(x.Clusters), Some(all[0].Clusters), all[0].Root, all[0].Root), mend)
 	}
 	return found
 }

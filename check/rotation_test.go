@@ -1,6 +1,7 @@
 package check
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,10 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	west.Own.Roots = []rotation.RootReport{{ID: "root-2"}}
 	exchanged := west
 	exchanged.Shared = true
+	apart := cluster(0.1, rotation.Authority{ID: "root-2", Kind: ca.KindRoot, State: ca.Active, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(11000 * time.Hour)})
+	apart.Peers = []rotation.Report{{Cluster: "west", At: now, Until: now.Add(24 * time.Hour), Roots: []rotation.RootReport{{ID: "root-1"}, {ID: "root-2", Signing: true}}}}
+	sharing := apart
+	sharing.Shared = true
 	behind := cluster(0.7, successor("root-2", -time.Hour, 900*time.Hour), published)
 	behind.Own.Roots = []rotation.RootReport{{ID: "root-2", Validators: 4, Trusting: 1, Missing: []string{"node-7"}}}
 	short := cluster(0.6)
@@ -53,6 +58,7 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	atEnd.Authorities[0].NotAfter = now.Add(450 * time.Hour)
 	worn := cluster(0.6, successor("root-1", -time.Hour, 300*time.Hour))
 	worn.Authorities[1].NotAfter = now.Add(400 * time.Hour)
+	worn.Authorities[0].NotAfter = now.Add(300 * time.Hour)
 	ahead, wild, logged := cluster(0.1), cluster(0.1), cluster(0.1)
 	ahead.Restored = Restored{Sequence: 4, Newest: 9, Agents: []string{"n1", "n2", "n3", "n4", "n5", "n6", "n7"}}
 	wild.Restored = Restored{Sequence: 4, Newest: 4, Wild: []string{"n1"}}
@@ -77,6 +83,17 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	doubted.Halt = &Halt{Why: "the clock is not to be believed", Mend: mendClock}
 	lost := cluster(0.1, request())
 	lost.Authorities[1].Tainted = now
+	rootLost := cluster(0.1, request())
+	rootLost.Authorities[0].Tainted, rootLost.Authorities[1].Tainted = now, now
+	otherRoot := cluster(0.1, request(), published)
+	otherRoot.Authorities[0].Tainted = now
+	together := cluster(0.6, successor("root-1", -time.Hour, 300*time.Hour))
+	together.Authorities[1].NotAfter = now.Add(300 * time.Hour)
+	atOnce := cluster(0.6, successor("root-1", -time.Hour, 900*time.Hour), successor("root-1", -time.Hour, 900*time.Hour))
+	atOnce.Authorities[3].ID = "i-3"
+	atRootEnd := atOnce
+	atRootEnd.Authorities = slices.Clone(atOnce.Authorities)
+	atRootEnd.Authorities[0].NotAfter = now.Add(900 * time.Hour)
 
 	for what, try := range map[string]struct {
 		r     Rotation
@@ -91,17 +108,24 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 		"a request":                     {cluster(0.55, request()), CodeSignature, Warning, []string{"i-2", "2026-05-04T02:02:01Z", "signet ca show --config FILE i-2", "signet root sign", "cluster install"}},
 		"a request, late":               {cluster(0.7, request()), CodeSignature, Error, nil},
 		"a request after a taint":       {lost, CodeSignature, Error, nil},
+		"a request, with no good root":  {rootLost, CodeSignature, Error, []string{"its request waits for a signature since 2026-05-04T02:02:01Z, under a new root, since root-1 is tainted", "signet root init; then: signet rotation start --config FILE root"}},
+		"a request for another root":    {otherRoot, CodeSignature, Warning, []string{"under root-2, since root-1 is tainted", "then, at root-2: signet root sign; then: signet cluster install"}},
 		"one that waits for agents":     {behind, CodeSuccessor, Error, []string{"1 of 4 agents", "can't take over"}},
 		"one that begins too late":      {cluster(0.6, successor("root-1", 405*time.Hour, 1200*time.Hour)), CodeSuccessor, Error, []string{"takes over at", "after the end of i-1"}},
 		"one that ends no later":        {worn, CodeSuccessor, Warning, []string{"ends no later", "root init"}},
+		"one that ends with it":         {together, CodeSuccessor, Warning, []string{"no successor stands ready"}},
+		"one of two of one end":         {atOnce, CodeSuccessor, OK, nil},
+		"two that end with their root":  {atRootEnd, CodeRootEnd, Warning, nil},
 		"a root that ends too soon":     {short, CodeRootEnd, Warning, []string{"root-1", "in 900h", "1000h", "rotation start --config FILE root"}},
 		"a root at its end":             {atEnd, CodeRootEnd, Error, nil},
-		"a peer's old report":           {west, CodePeer, Warning, []string{"the report of cluster west is of 2026-05-02T03:02:01Z", "rotation report", "--report"}},
+		"a peer's old report":           {west, CodePeer, Warning, []string{"the report of cluster west is of 2026-05-02T03:02:01Z", "in cluster west: signet rotation report --config west.yaml > west.report; here: signet rotation advance --config FILE --report west.report"}},
 		"a peer's, that are exchanged":  {exchanged, CodePeer, Warning, []string{"the report of cluster west is of", "reports are exchanged by themselves: wait", CodeShared}},
 		"a lost key":                    {tainted, CodeTaint, Error, []string{"i-0", "accepted, until 2026-05-04T04:02:01Z at the latest, by east (its trust bundle, 3 agents), west (has never reported)", "replace it"}},
 		"agents that are ahead":         {ahead, CodeRestored, Error, []string{"restored from an older copy", "7 agents (n1, n2, n3, n4, n5 and 2 more) hold trust bundles up to number 9, and the newest here is 4", "signet trust republish --config FILE"}},
 		"an agent that claims too much": {wild, CodeRestored, Warning, []string{"agent n1 holds", "can't have been published", "signet agent ban"}},
 		"a log that is ahead":           {logged, CodeRestored, Error, []string{"change 12", "none after 7", "trust republish"}},
+		"a root in each cluster":        {apart, CodeRivals, Warning, []string{"root-1", "cluster east signs under it and cluster west under root-2, and neither root leaves", "let root-2 go on, which ends last", "in each cluster: signet trust remove --config FILE root-1"}},
+		"a root in each that shares":    {sharing, CodeRivals, Warning, []string{"let root-2 go on", "signet trust remove --config FILE root-1"}},
 		"a step for a person":           {manual, CodeStep, Warning, []string{"prepared", "rotation.automatic is off", "rotation advance"}},
 		"the end in sight":              {cluster(0.75), CodeIssuing, Warning, []string{"nothing can be issued from ", "in 249h59m"}},
 		"the end is near":               {cluster(0.997, request()), CodeIssuing, Error, []string{"in 2h59m", "i-2, which is to take over, is not signed", "root sign"}},
@@ -130,13 +154,71 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 				t.Fatalf("no %s in %+v", try.code, try.r.Findings(now))
 			}
 			is(t, of, try.level, try.words...)
+			if try.code == CodeRootEnd && slices.ContainsFunc(try.r.Findings(now), func(f Finding) bool { return strings.Contains(f.Message, "it takes over at") }) {
+				t.Errorf("one that never takes over is too late: %+v", try.r.Findings(now))
+			}
 			if try.r.Shared && strings.Contains(of[0].Mend, "rotation report") {
 				t.Errorf("a report is to be carried that comes by itself: %+v", of)
 			}
 			if try.code == CodeTaint && len(of) != 1 {
 				t.Errorf("what nobody accepts is found: %+v", of)
 			}
+			if try.code == CodeRivals && (len(of) != 1 || try.r.Shared == strings.Contains(of[0].Mend, "in each cluster")) {
+				t.Errorf("of two roots: %+v", of)
+			}
 		})
+	}
+}
+
+// While anything but a report keeps the last step of a rotation waiting nobody can help it, and a rotation that goes as it should
+// is no finding.
+func TestAReportIsAskedForOnlyWhenNothingElseIsWaitedFor(t *testing.T) {
+	const life = 24 * time.Hour
+	old := rotation.Authority{ID: "root-0", Kind: ca.KindRoot, State: ca.Retired, Leaving: now, NotBefore: now.Add(-1000 * time.Hour), NotAfter: now.Add(9000 * time.Hour), LeavesUntil: now.Add(30 * time.Hour)}
+	for what, try := range map[string]struct {
+		at     time.Duration
+		shared bool
+		// west's newest report.
+		reported time.Duration
+		leaves   time.Duration
+		want     string
+	}{
+		"the first minute":                    {at: time.Minute, reported: 0},
+		"the first minute, exchanged":         {at: time.Minute, shared: true},
+		"our promise is over, leaves live":    {at: life + 2*time.Minute, reported: time.Hour},
+		"leaves here are over":                {at: 31 * time.Hour, reported: time.Hour, want: "cluster west has not reported since"},
+		"exchanged, it reports again soon":    {at: 31 * time.Hour, shared: true, reported: 20 * time.Hour},
+		"exchanged, its report holds no more": {at: 50 * time.Hour, shared: true, reported: 20 * time.Hour, want: "has not reported since"},
+		"leaves there live":                   {at: 31 * time.Hour, reported: 30 * time.Hour, leaves: 60 * time.Hour},
+		"all is told":                         {at: 31 * time.Hour, reported: 30 * time.Hour},
+	} {
+		for _, north := range []bool{false, true} {
+			r := cluster(0.1, old)
+			r.Shared, r.ReportLife = try.shared, life
+			at := now.Add(try.at)
+			peer := func(name string, at, leaves time.Duration) {
+				p := rotation.Report{Cluster: name, At: now.Add(at), Until: now.Add(at + life)}
+				if leaves > 0 {
+					p.Roots = []rotation.RootReport{{ID: "root-0", LeavesUntil: now.Add(leaves), Holding: 1}}
+				}
+				r.Peers = append(r.Peers, p)
+			}
+			peer("west", try.reported, try.leaves)
+			want := try.want
+			if north { // leaves there live longer than all
+				peer("north", 30*time.Hour, 90*time.Hour)
+				want = ""
+			}
+			var found Findings
+			for _, f := range r.Findings(at) {
+				if f.Code == CodePeer {
+					found = append(found, f)
+				}
+			}
+			if (want == "") != (len(found) == 0) || want != "" && !strings.Contains(found[0].Message, want) {
+				t.Errorf("%s (another cluster waits: %v): %+v, want %q", what, north, found, want)
+			}
+		}
 	}
 }
 

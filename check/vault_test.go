@@ -179,3 +179,38 @@ func TestTheNextSignatureIsDueByTheNewestThatIsSigned(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatWillNotBeSignedIsSaidByWhenItMatters: what is looked at is said, and no more.
+func TestWhatWillNotBeSignedIsSaidByWhenItMatters(t *testing.T) {
+	const day = 24 * time.Hour
+	soon, late := Duties{Upstream: true, Due: now.Add(3 * day), Until: now.Add(6 * day)}, Duties{Upstream: true, Due: now.Add(-3 * day), Until: now.Add(day / 2)}
+	volatile := soon
+	volatile.Volatile = true
+	gone := Outlook{Looked: now, Unfit: Trouble{now, "the issuer is gone"}, Life: 7 * day}
+	good := Outlook{Looked: now, Signer: "issuer a leads to the root", Life: 7 * day}
+	ends := func(left time.Duration) Outlook { o := good; o.Ends = now.Add(left); return o }
+	for what, try := range map[string]struct {
+		o     Outlook
+		d     Duties
+		level Level
+		stops int
+		words []string
+	}{
+		"nothing was looked at":    {Outlook{}, soon, OK, 0, []string{"waits for the upstream authority in vain", "was not looked at"}},
+		"all is well":              {good, soon, OK, 0, []string{"issuer a leads to the root, as seen at 2026-05-04T03:02:01Z"}},
+		"it is not due":            {gone, soon, Warning, 1, []string{"no intermediate would be signed: the next is due at 2026-05-07T03:02:01Z, and nothing can be issued from 2026-05-10T03:02:01Z on, in 144h", ": the issuer is gone"}},
+		"it is overdue":            {gone, late, Error, 1, []string{"nothing can be issued from 2026-05-04T15:02:01Z on, in 12h: the issuer is gone"}},
+		"a restart makes it felt":  {gone, volatile, Warning, 1, []string{"nor after a restart of this server: the issuer is gone"}},
+		"nobody can issue":         {gone, Duties{Upstream: true}, Error, 1, []string{"there is none that could issue: the issuer is gone"}},
+		"the next still lives":     {ends(10*day + time.Second), soon, OK, 0, []string{"as seen at"}},
+		"the next is cut short":    {ends(9 * day), soon, Warning, 0, []string{"no intermediate can live 168h any more", "ends at 2026-05-13T03:02:01Z, in 216h"}},
+		"the next is not signed":   {ends(3*day + time.Hour), soon, Warning, 0, []string{"when the next is due: the next is due at 2026-05-07T03:02:01Z", "ends at 2026-05-07T04:02:01Z"}},
+		"and that matters at once": {ends(time.Hour), late, Error, 0, []string{"no intermediate will be signed any more"}},
+	} {
+		found := try.o.Findings(try.d, now)
+		is(t, found, try.level, try.words...)
+		if len(found) != 1 || found[0].Code != CodeUpstream || len(found[0].Stops) != try.stops || !found.Ready() {
+			t.Errorf("%s: ready %v: %+v", what, found.Ready(), found)
+		}
+	}
+}

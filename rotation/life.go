@@ -22,6 +22,9 @@ type Authority struct {
 	Since time.Time
 	// NotBefore and NotAfter bound its whole chain, root included; zero while nothing is signed.
 	NotBefore, NotAfter time.Time
+	// KeyFingerprint is that of its public key, as ca.KeyFingerprint writes it. Several CAs may have the same: what can be
+	// done with a lost key can be done under each certificate of it. "" = it is not known, and no other's.
+	KeyFingerprint string
 	// Wanted: an admin has asked for it, so it is activated as soon as it may be, not when its predecessor is old.
 	Wanted bool
 	// Leaving is since when a root is on its way out: no peer is told any more that we trust it. Zero = it stays.
@@ -107,10 +110,13 @@ type RootReport struct {
 
 // TaintReport names a CA whose key is lost. A forged certificate chains to Root until NotAfter.
 type TaintReport struct {
-	ID       string    `json:"id"`
-	Root     string    `json:"root"`
-	Since    time.Time `json:"since"`
-	NotAfter time.Time `json:"not_after"`
+	ID   string `json:"id"`
+	Root string `json:"root"`
+	// KeyFingerprint is that of the lost key, with which certificates are forged under every other CA that has it too; "" =
+	// the cluster doesn't say.
+	KeyFingerprint string    `json:"key_fingerprint,omitempty"`
+	Since          time.Time `json:"since"`
+	NotAfter       time.Time `json:"not_after"`
 }
 
 func (r Report) root(id string) (RootReport, bool) {
@@ -172,7 +178,8 @@ func (w World) exposed(root string, now time.Time) (since time.Time) {
 	}
 	for _, a := range w.Authorities {
 		if a.ID == root || a.Root == root {
-			note(a.Tainted, a.NotAfter)
+			_, t := w.lost(a)
+			note(t, a.NotAfter)
 		}
 	}
 	for _, p := range w.Peers {
@@ -207,7 +214,7 @@ type Wait struct {
 	Until time.Time
 	// Missing names who has not acknowledged.
 	Missing []string
-	// Cluster is whose leaves are waited for; "" = those of this cluster.
+	// Cluster is whose report, or leaves, are waited for; "" = this cluster's.
 	Cluster string
 }
 
@@ -345,18 +352,18 @@ func (d decision) peersUnder(r Authority) []Wait {
 		x, _ := p.root(r.ID)
 		switch {
 		case d.now.Before(promised):
-			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " may rely on our last report until " + stamp(promised), Until: promised})
+			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "cluster " + p.Cluster + " may rely on our last report until " + stamp(promised), Until: promised})
 			if p.At.Before(promised) {
-				waits = append(waits, Wait{Code: WaitPeer, For: "then cluster " + p.Cluster + " has to report once more"})
+				waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "then cluster " + p.Cluster + " has to report once more"})
 			}
 		case p.At.IsZero():
-			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has never reported"})
+			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "cluster " + p.Cluster + " has never reported"})
 		case d.fromTheFuture(p, d.now):
 			waits = append(waits, d.wrongClock(p))
 		case p.At.Before(promised):
-			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " has not reported since " + stamp(promised)})
+			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "cluster " + p.Cluster + " has not reported since " + stamp(promised)})
 		case x.Signing:
-			waits = append(waits, Wait{Code: WaitPeer, For: "cluster " + p.Cluster + " still signs under it"})
+			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "cluster " + p.Cluster + " still signs under it"})
 		case !x.LeavesUntil.IsZero() && d.now.Before(d.over(x.LeavesUntil)) && (x.Holding > 0 || d.exposed(r.ID, d.now).IsZero()):
 			waits = append(waits, Wait{
 				Code: WaitLeaves, Until: d.over(x.LeavesUntil), Cluster: p.Cluster,
@@ -395,7 +402,7 @@ func (p Policy) fromTheFuture(r Report, now time.Time) bool { return r.At.After(
 
 func (d decision) wrongClock(p Report) Wait {
 	return Wait{
-		Code: WaitPeer, Until: p.At.Add(-d.Skew),
+		Code: WaitPeer, Until: p.At.Add(-d.Skew), Cluster: p.Cluster,
 		For: fmt.Sprintf("the report of cluster %s is of %s, which is yet to come: one of the clocks is wrong", p.Cluster, stamp(p.At)),
 	}
 }
@@ -441,7 +448,7 @@ func (d decision) peersTrust(root string) []Wait {
 	var waits []Wait
 	for _, p := range d.Peers {
 		x, known := p.root(root)
-		w := Wait{Code: WaitPeer}
+		w := Wait{Code: WaitPeer, Cluster: p.Cluster}
 		switch {
 		case p.At.IsZero():
 			w.For = "cluster " + p.Cluster + " has never reported"
@@ -492,7 +499,11 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 		return Step{To: ca.Removed, Because: "its key is tainted"}, true
 	}
 	if !x.signed() {
-		return Step{To: ca.Published, Because: "its request was made", Waits: []Wait{{Code: WaitSignature, For: "an upstream authority has to sign its request"}}}, true
+		w := Wait{Code: WaitSignature, For: "an upstream authority has to sign its request"}
+		if tainted, other := d.Instead(); tainted != "" {
+			w.For += ", under " + cmp.Or(other, "a new root (signet rotation start root)") + ", since " + tainted + " is tainted"
+		}
+		return Step{To: ca.Published, Because: "its request was made", Waits: []Wait{w}}, true
 	}
 	switch {
 	case above.State == ca.Removed || above.State == ca.Retired:
@@ -507,6 +518,10 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 		return s, true
 	}
 	because, at := d.due(x)
+	if because == "" {
+		now, _ := d.active()
+		return d.spare(x, now), true
+	}
 	s := Step{To: ca.Active, Because: because}
 	if at = later(at, x.NotBefore); d.now.Before(at) {
 		s.Waits = append(s.Waits, Wait{Code: WaitTime, For: "its time is " + stamp(at), Until: at})
@@ -515,10 +530,37 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 	return s, true
 }
 
+// spare is the step of one that would take over only to end no later than the one before it. It stands by until it is too
+// short for a leaf: that one's key may be lost.
+func (d decision) spare(x, before Authority) Step {
+	s := Step{To: ca.Removed, Because: "it ends no later than " + before.ID + ", which comes before it, and so never takes over"}
+	if end := x.NotAfter.Add(-d.LongestLeaf); d.now.Before(end) {
+		s.Waits = []Wait{{Code: WaitTime, For: "it stands by until " + stamp(end), Until: end}}
+	}
+	return s
+}
+
 // tooShort: what lives shorter than the longest leaf is never activated. A cluster begins with what it is given: there is
 // nothing better to wait for, and its leaves are cut short.
 func (d decision) tooShort(x Authority) bool {
 	return d.now.Add(d.LongestLeaf).After(x.NotAfter) && (!d.first() || d.now.After(x.NotAfter))
+}
+
+// Instead says under which root a request is to be signed since the one above the issuer is tainted: another that stays, the
+// one that ends last, or "" where a new one is needed. tainted is "" where no other one has to.
+func (w World) Instead() (tainted, other string) {
+	signing, _ := w.current()
+	above, _ := w.authority(signing.Root)
+	if above.Tainted.IsZero() {
+		return "", ""
+	}
+	var best Authority
+	for _, r := range w.Authorities {
+		if _, lost := w.lost(r); r.Kind == ca.KindRoot && r.State != ca.Removed && r.Leaving.IsZero() && lost.IsZero() && r.NotAfter.After(best.NotAfter) {
+			best = r
+		}
+	}
+	return above.ID, best.ID
 }
 
 // mayBegin waits until signing under a root may begin. Peers don't remove a root under which they know us to sign, so an
@@ -533,7 +575,7 @@ func (d decision) mayBegin(root string) []Wait {
 	return d.trust(root)
 }
 
-// due says when and why an intermediate takes over from the one that is active.
+// due says when and why an intermediate takes over from the one that is active; it never does without a reason.
 func (d decision) due(x Authority) (because string, at time.Time) {
 	now, ok := d.active()
 	above, _ := d.authority(now.Root)
@@ -547,9 +589,21 @@ func (d decision) due(x Authority) (because string, at time.Time) {
 	case x.Wanted:
 		return "it was asked for", time.Time{}
 	case worn(x, now):
-		return now.ID + " lives longer", x.NotAfter
+		return "", time.Time{}
 	}
 	return d.share(now), d.at(now, d.SwitchAt)
+}
+
+// Stagger is how much later than the one before it each of several intermediates with this life should begin: it takes over
+// then, or soon after, and none is requested before the last of them is worn. Zero or less = nothing fits.
+func (p Policy) Stagger(life time.Duration) time.Duration {
+	s := min(time.Duration(p.SwitchAt*float64(life)), life-p.LongestLeaf)
+	for _, unit := range []time.Duration{24 * time.Hour, time.Hour, time.Minute} {
+		if s >= 2*unit {
+			return s.Truncate(unit)
+		}
+	}
+	return s.Truncate(time.Second)
 }
 
 // share is why the next one takes over from an intermediate.
@@ -601,16 +655,25 @@ func (d decision) inTurn(steps []Step) {
 		}
 		return 0
 	})
-	for i := 1; i < len(queue); i++ {
-		last, x := queue[i-1], queue[i]
+	if len(queue) == 0 {
+		return
+	}
+	last := queue[0]
+	for _, x := range queue[1:] {
 		if slices.ContainsFunc(last.s.Waits, func(w Wait) bool { return w.Code != WaitTime }) {
 			return
 		}
 		j := slices.IndexFunc(x.s.Waits, func(w Wait) bool { return w.Code == WaitTime })
-		if at := d.at(last.a, d.SwitchAt); j >= 0 && at.After(x.s.Waits[j].Until) && !worn(x.a, last.a) {
+		switch at := d.at(last.a, d.SwitchAt); {
+		case j >= 0 && worn(x.a, last.a):
+			s := d.spare(x.a, last.a)
+			x.s.To, x.s.Because, x.s.Waits = s.To, s.Because, s.Waits
+			continue
+		case j >= 0 && at.After(x.s.Waits[j].Until):
 			x.s.Because = d.share(last.a)
 			x.s.Waits[j].Until, x.s.Waits[j].For = at, "its time is "+stamp(at)
 		}
+		last = x
 	}
 }
 
@@ -630,11 +693,12 @@ func (d decision) before(x, y Authority) bool {
 }
 
 // late: the active issuer is due to go, and validators don't all believe the root that its successor is under. How long that
-// takes is for others to say, so that the cluster needs one more issuer under the root that it has.
+// takes is for others to say, so that the cluster needs one more issuer under the root that it has. A tainted one bears none.
 func (d decision) late(root string) bool {
 	r, _ := d.authority(root)
 	now, ok := d.active()
-	return ok && r.State != ca.Active && !d.now.Before(d.at(now, d.SwitchAt))
+	above, _ := d.authority(now.Root)
+	return ok && r.State != ca.Active && above.Tainted.IsZero() && !d.now.Before(d.at(now, d.SwitchAt))
 }
 
 // mostWorn is how many certificates that end with their root, too soon, may wait before no further one is asked for.

@@ -550,6 +550,99 @@ func TestEachSuccessorShowsItsOwnTurn(t *testing.T) {
 	}
 }
 
+// Several of one beginning and end: the second and the third are never of use. What comes next and the plan say the same of them.
+func TestOfSeveralThatEndTogetherOneTakesOver(t *testing.T) {
+	w := worldOf(rootA(ca.Active), under("a", "i1", ca.Active))
+	for _, id := range []string{"i2", "i3", "i4"} {
+		x := under("a", id, ca.Published)
+		x.NotBefore, x.NotAfter = noon, noon.Add(30*day)
+		w.Authorities = append(w.Authorities, x)
+	}
+	steps := Next(testPolicy, w, noon)
+	if s := stepOf(t, steps, "i2"); s.To != ca.Active {
+		t.Errorf("i2: %+v", s)
+	}
+	goes := noon.Add(30*day - testPolicy.LongestLeaf)
+	for id, before := range map[string]string{"i3": "i2", "i4": "i2"} {
+		s := stepOf(t, steps, id)
+		if s.To != ca.Removed || s.Because != "it ends no later than "+before+", which comes before it, and so never takes over" || len(s.Waits) != 1 || !s.Waits[0].Until.Equal(goes) {
+			t.Errorf("%s: %+v", id, s)
+		}
+	}
+	var planned []string
+	for _, p := range Plan(testPolicy, w, noon, 12) {
+		if p.Authority == "i3" || p.Authority == "i4" {
+			planned = append(planned, p.Authority+" "+string(p.To)+" "+stamp(p.At))
+		}
+	}
+	if want := []string{"i3 removed " + stamp(goes), "i4 removed " + stamp(goes)}; !slices.Equal(planned, want) {
+		t.Errorf("planned is %q, want %q", planned, want)
+	}
+}
+
+// With the stagger that is told each takes over when it begins, or soon after, and the root is not needed before the last.
+func TestSuccessorsWithTheToldStaggerTakeTheirTurns(t *testing.T) {
+	for _, life := range []time.Duration{3 * day, 30 * day, 90 * day, 365 * day} {
+		stagger := testPolicy.Stagger(life)
+		w := worldOf(rootA(ca.Active), under("a", "i1", ca.Retired))
+		w.Authorities[0].NotAfter = epoch.Add(10 * 365 * day)
+		for n := range 4 {
+			x := under("a", fmt.Sprintf("i%d", n+2), ca.Published)
+			x.NotBefore = noon.Add(time.Duration(n) * stagger)
+			x.NotAfter, x.Wanted = x.NotBefore.Add(life), n == 0
+			w.Authorities = append(w.Authorities, x)
+		}
+		now, turns := noon, 0
+		for _, p := range Plan(testPolicy, w, noon, 100) {
+			if p.From == "" {
+				break // the next one is requested
+			}
+			if p.To == ca.Active && p.Kind == ca.KindIntermediate {
+				turns, now = turns+1, p.At
+			}
+		}
+		if slack := time.Duration(0.67*float64(life)) - stagger; turns != 4 || now.Before(noon.Add(3*stagger)) || slack < 0 || slack > life/10 {
+			t.Errorf("lives of %s, staggered by %s: %d take over before another is requested, the last %s from now", life, stagger, turns, now.Sub(noon))
+		}
+	}
+	if got := testPolicy.Stagger(90 * day); got != 60*day {
+		t.Errorf("a life of 90 days is staggered by %s", got)
+	}
+	if got := testPolicy.Stagger(day); got > 0 {
+		t.Errorf("what lives no longer than a leaf is staggered by %s", got)
+	}
+}
+
+// Where the root above is tainted a request says which root has to sign it.
+func TestARequestUnderATaintedRootSaysWhoHasToSignIt(t *testing.T) {
+	lost := rootA(ca.Active)
+	lost.Tainted = noon
+	request := Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared}
+	next := named("b", rootA(ca.Published))
+	gone := named("c", rootA(ca.Published))
+	gone.Leaving = noon
+	for what, c := range map[string]struct {
+		w       World
+		says    string
+		refuses string
+	}{
+		"nothing is lost":  {worldOf(rootA(ca.Active), under("a", "i", ca.Active), request), "an upstream authority has to sign its request", ""},
+		"no other root":    {worldOf(lost, under("a", "i", ca.Active), request), "an upstream authority has to sign its request, under a new root (signet rotation start root), since a is tainted", "the chain of x leads to root a, which is tainted: have it signed under a new root (signet root init, then signet rotation start root)"},
+		"another leaves":   {worldOf(lost, gone, under("a", "i", ca.Active), request), "under a new root (signet rotation start root), since a is tainted", "under a new root"},
+		"another stays":    {worldOf(lost, next, under("a", "i", ca.Active), request), "an upstream authority has to sign its request, under b, since a is tainted", "the chain of x leads to root a, which is tainted: have it signed under b"},
+		"the issuer ended": {worldOf(lost, under("a", "i", ca.Retired), request), "under a new root", "under a new root"},
+	} {
+		s := stepOf(t, Next(testPolicy, c.w, noon), "x")
+		if len(s.Waits) != 1 || s.Waits[0].Code != WaitSignature || !strings.Contains(s.Waits[0].For, c.says) || c.refuses == "" && s.Waits[0].For != c.says {
+			t.Errorf("%s: it waits for %+v, want %q", what, s.Waits, c.says)
+		}
+		_, err := Signed(testPolicy, c.w, "x", "a", noon, noon.Add(30*day), noon)
+		if (err == nil) != (c.refuses == "") || err != nil && !strings.Contains(err.Error(), c.refuses) {
+			t.Errorf("%s: signed under a: %v, want %q", what, err, c.refuses)
+		}
+	}
+}
+
 func TestOneNewRootIsBroughtInAtATime(t *testing.T) {
 	leaving := func(a Authority, since time.Time) Authority { a.Leaving = since; return a }
 	tainted := func(a Authority) Authority { a.Tainted = noon; return a }
@@ -592,11 +685,25 @@ func TestASpareThatEndsSoonerDoesNotTakeOver(t *testing.T) {
 	w := worldOf(rootA(ca.Active), under("a", "i", ca.Active), x)
 	now := epoch.Add(21 * day)
 	steps := Next(testPolicy, w, now)
-	if s := stepOf(t, steps, "x"); s.Ready(true) || s.Because != "i lives longer" {
-		t.Fatalf("%+v", s)
+	spare := stepOf(t, steps, "x")
+	end := x.NotAfter.Add(-testPolicy.LongestLeaf)
+	if spare.To != ca.Removed || spare.Ready(true) || spare.Because != "it ends no later than i, which comes before it, and so never takes over" || len(spare.Waits) != 1 || !spare.Waits[0].Until.Equal(end) {
+		t.Fatalf("%+v", spare)
 	}
 	if s := stepOf(t, steps, ""); !s.Ready(false) {
 		t.Fatalf("%+v", s)
+	}
+	// It stands by: for a key that is lost, and for whoever asks for it.
+	tainted, wanted := w, w
+	tainted.Authorities, wanted.Authorities = slices.Clone(w.Authorities), slices.Clone(w.Authorities)
+	tainted.Authorities[1].Tainted, wanted.Authorities[2].Wanted = now, true
+	for what, w := range map[string]World{"the issuer's key is lost": tainted, "it is wanted": wanted} {
+		if s := stepOf(t, Next(testPolicy, w, now), "x"); s.To != ca.Active || !s.Ready(false) {
+			t.Errorf("%s: %+v", what, s)
+		}
+	}
+	if s := stepOf(t, Next(testPolicy, w, end), "x"); s.To != ca.Removed || !s.Ready(false) {
+		t.Errorf("at its end: %+v", s)
 	}
 	x.ID = "y"
 	w.Authorities = append(w.Authorities, x)
@@ -836,10 +943,10 @@ func TestAReportListsWhatIsTrusted(t *testing.T) {
 	}
 	i := under("a", "i", ca.Retired)
 	i.Tainted = noon
-	if taints := ReportTaints(testPolicy, []Authority{rootA(ca.Active), i}, noon); len(taints) != 1 || taints[0].Root != "a" || !taints[0].NotAfter.Equal(i.NotAfter) {
+	if taints := ReportTaints(testPolicy, []Authority{rootA(ca.Active), i}, nil, noon); len(taints) != 1 || taints[0].Root != "a" || !taints[0].NotAfter.Equal(i.NotAfter) {
 		t.Fatalf("%+v", taints)
 	}
-	if taints := ReportTaints(testPolicy, []Authority{i}, i.NotAfter.Add(day)); len(taints) != 0 {
+	if taints := ReportTaints(testPolicy, []Authority{i}, nil, i.NotAfter.Add(day)); len(taints) != 0 {
 		t.Fatalf("%+v", taints)
 	}
 }

@@ -37,6 +37,10 @@ type mutant struct {
 	drop func(Step, Wait) bool
 	// optimist counts agents that were not heard yet as having the root.
 	optimist bool
+	// forgetful agents that come back speak for their validators, before these are back, as if there were none.
+	forgetful bool
+	// keyless tells roots apart by their certificates alone.
+	keyless bool
 }
 
 func (m mutant) next(p Policy, w World, now time.Time) []Step {
@@ -65,6 +69,12 @@ type model struct {
 	leafMax []time.Time
 	exposed uint64
 	taints  []modelTaint
+	// stolen are keys of roots: a thief who holds one forges under every certificate of it. keys draws which root gets which.
+	stolen map[string]bool
+	keys   *rand.Rand
+	// twins are lost keys that were in several certificates, or came to be. At theft good admins learn of one.
+	twins int
+	theft time.Time
 	// desired is the newest root of the ceremonies; the next one is ready at ceremony.
 	desired  int
 	ceremony time.Time
@@ -129,6 +139,7 @@ type modelCluster struct {
 type modelAgent struct {
 	offset    time.Duration
 	connected bool
+	forgot    bool
 	toggleAt  time.Time
 	bundle    uint64
 	version   int
@@ -162,7 +173,7 @@ type modelMessage struct {
 
 func newModel(seed uint64, m mutant) *model {
 	rng := rand.New(rand.NewPCG(seed, 17))
-	s := &model{rng: rng, mutant: m, now: epoch, desired: -1, trace: func(string, ...any) {}}
+	s := &model{rng: rng, mutant: m, now: epoch, desired: -1, trace: func(string, ...any) {}, stolen: map[string]bool{}, keys: rand.New(rand.NewPCG(seed, 18))}
 	// Every third world has good admins from the start.
 	if seed%3 != 0 {
 		s.calmFrom = epoch.Add(8 * modelYear)
@@ -170,6 +181,7 @@ func newModel(seed uint64, m mutant) *model {
 		s.calmFrom = epoch
 	}
 	s.wellFrom = s.calmFrom.Add(150 * day)
+	s.theft = epoch.Add(10*modelYear - 90*day - time.Duration(s.keys.Int64N(int64(110*day))))
 	n := 1 + rng.IntN(3)
 	for i := range n {
 		c := &modelCluster{
@@ -226,6 +238,7 @@ func (s *model) run(life time.Duration) {
 			c.adminTick()
 		}
 		s.deliver()
+		s.steal()
 	}
 	if s.broken == "" {
 		s.atTheEnd()
@@ -234,7 +247,7 @@ func (s *model) run(life time.Duration) {
 
 // ceremonies makes a new root when the newest is old or exposed.
 func (s *model) ceremonies() {
-	if s.desired >= 0 && s.exposed&(1<<s.desired) == 0 && s.roots[s.desired].NotAfter.Sub(s.now) > 150*day {
+	if s.desired >= 0 && !s.mustGo(s.desired) && s.roots[s.desired].NotAfter.Sub(s.now) > 150*day {
 		return
 	}
 	if s.desired >= 0 && s.ceremony.IsZero() {
@@ -244,12 +257,61 @@ func (s *model) ceremonies() {
 		return
 	}
 	s.ceremony = time.Time{}
+	last := s.desired
 	s.desired = len(s.roots)
 	s.roots = append(s.roots, Authority{
 		ID: fmt.Sprintf("root-%d", s.desired), NotBefore: s.now.Add(-modelPolicy.Skew),
-		NotAfter: s.now.Add(s.between(350*day, 450*day)),
+		NotAfter: s.now.Add(s.between(350*day, 450*day)), KeyFingerprint: fmt.Sprintf("key-%d", s.desired),
 	})
 	s.leafMax = append(s.leafMax, time.Time{})
+	// Some renew the certificate and keep the key, and those who err also a lost one.
+	if last < 0 || s.keys.Float64() > 0.4 || s.calm() && s.stolen[s.roots[last].KeyFingerprint] {
+		return
+	}
+	if s.roots[s.desired].KeyFingerprint = s.roots[last].KeyFingerprint; s.stolen[s.roots[last].KeyFingerprint] {
+		s.expose(s.desired, s.roots[s.desired].NotAfter)
+	}
+}
+
+// steal has an admin taint any of the roots that his cluster has had: where a key was stolen from, its certificate may have been
+// renewed long ago.
+func (s *model) steal() {
+	if s.now.Before(s.theft) || s.theft.IsZero() {
+		return
+	}
+	for _, c := range s.clusters {
+		if !c.up {
+			continue
+		}
+		had := slices.DeleteFunc(slices.Clone(c.all), func(a Authority) bool { return a.Kind != ca.KindRoot || s.now.After(a.NotAfter) })
+		if len(had) > 0 {
+			s.theft = time.Time{}
+			c.taint(had[s.keys.IntN(len(had))])
+			return
+		}
+	}
+}
+
+// mustGo reports whether a cluster says that forged certificates chain to a root, so that people make another.
+func (s *model) mustGo(root int) bool {
+	return slices.ContainsFunc(s.clusters, func(c *modelCluster) bool {
+		return c.up && !World{Authorities: c.all, Peers: c.heard()}.exposed(s.roots[root].ID, c.clock()).IsZero()
+	})
+}
+
+// expose notes that forged certificates chain to a root, until then.
+func (s *model) expose(root int, notAfter time.Time) {
+	s.exposed |= 1 << root
+	s.taints = append(s.taints, modelTaint{root: root, since: s.now, notAfter: notAfter})
+}
+
+// given is a root as a cluster is given it.
+func (s *model) given(r int) Authority {
+	x := s.roots[r]
+	if s.mutant.keyless {
+		x.KeyFingerprint = ""
+	}
+	return x
 }
 
 func (s *model) rootIndex(id string) int {
@@ -306,20 +368,24 @@ func (s *model) checkAll() {
 
 // world is what the server knows.
 func (c *modelCluster) world() World {
-	w := World{Authorities: c.all, Own: c.report()}
+	return World{Authorities: c.all, Own: c.report(), Peers: c.heard()}
+}
+
+// heard are the newest reports of the peers.
+func (c *modelCluster) heard() (all []Report) {
 	for i, configured := range c.peers {
 		if configured {
 			r := c.reports[i]
 			r.Cluster = c.clusters[i].name
-			w.Peers = append(w.Peers, r)
+			all = append(all, r)
 		}
 	}
-	return w
+	return all
 }
 
 func (c *modelCluster) report() Report {
 	now := c.clock()
-	r := Report{Cluster: c.name, At: now, Until: now.Add(c.policy.ReportLife), Roots: ReportRoots(c.policy, c.all, now), Tainted: ReportTaints(c.policy, c.all, now)}
+	r := Report{Cluster: c.name, At: now, Until: now.Add(c.policy.ReportLife), Roots: ReportRoots(c.policy, c.all, now), Tainted: ReportTaints(c.policy, c.all, c.heard(), now)}
 	for i := range r.Roots {
 		x := &r.Roots[i]
 		root := c.rootIndex(x.ID)
@@ -489,7 +555,10 @@ func (c *modelCluster) serverTick() {
 	if c.online {
 		patience = day // here they are made for days only, and again after each start
 	}
-	if c.issuer.NotAfter.Sub(c.clock()) >= modelLeaf {
+	// Under a tainted root nothing more is signed: that ends when people have made another one.
+	signing, _ := World{Authorities: c.all}.current()
+	above, _ := World{Authorities: c.all}.authority(signing.Root)
+	if c.issuer.NotAfter.Sub(c.clock()) >= modelLeaf || !above.Tainted.IsZero() {
 		c.wellAt = c.now
 	} else if c.now.After(c.wellFrom) && c.now.Sub(c.joinAt) > 10*day && c.now.Sub(c.wellAt) > patience {
 		c.fail("%s has no usable issuer", c.name)
@@ -558,7 +627,7 @@ func (c *modelCluster) agentTick(a *modelAgent) {
 	if due(a.toggleAt) {
 		a.connected = !a.connected
 		if a.connected {
-			a.toggleAt = c.now.Add(c.between(day, 60*day))
+			a.toggleAt, a.forgot = c.now.Add(c.between(day, 60*day)), c.mutant.forgetful
 		} else {
 			a.push = modelMessage{}
 			a.toggleAt = c.now.Add(c.between(time.Hour, []time.Duration{12 * time.Hour, 3 * day}[c.rng.IntN(2)]))
@@ -579,7 +648,7 @@ func (c *modelCluster) agentTick(a *modelAgent) {
 		}
 	}
 	if due(a.push.at) {
-		a.bundle, a.version, a.push = a.push.bundle, a.push.version, modelMessage{}
+		a.bundle, a.version, a.push, a.forgot = a.push.bundle, a.push.version, modelMessage{}, false
 		c.violated(c, a)
 	}
 	if a.connected && c.up {
@@ -596,8 +665,13 @@ func (c *modelCluster) agentTick(a *modelAgent) {
 		if slices.Contains(c.stale, a.issuer) && a.renewAt.After(c.now.Add(6*time.Hour)) {
 			a.renewAt = c.now.Add(c.between(0, 6*time.Hour))
 		}
-		if a.ack.at.IsZero() && (!a.known || a.has != a.bundle&c.bundle || a.holds != a.root || a.heldAsOf != a.issuedCount) {
-			a.ack = modelMessage{at: c.now.Add(c.between(0, 5*time.Hour)), bundle: a.bundle, version: a.version, holds: a.root, count: a.issuedCount, lost: c.chance(0.1)}
+		// Its word is what its validators have, also where it was started anew and they are not back.
+		bundle, version := a.bundle, a.version
+		if a.forgot {
+			bundle, version = c.bundle, c.version
+		}
+		if a.ack.at.IsZero() && (!a.known || a.has != bundle&c.bundle || a.holds != a.root || a.heldAsOf != a.issuedCount) {
+			a.ack = modelMessage{at: c.now.Add(c.between(0, 5*time.Hour)), bundle: bundle, version: version, holds: a.root, count: a.issuedCount, lost: c.chance(0.1)}
 		}
 	}
 	a.next = c.now.Add(12 * time.Hour)
@@ -686,8 +760,8 @@ func (c *modelCluster) verb(what string, all []Authority, err error) {
 }
 
 func (c *modelCluster) addRoot(r int) {
-	x := c.roots[r]
-	all, err := AddRoot(c.policy, c.world(), Authority{ID: x.ID, NotBefore: x.NotBefore, NotAfter: x.NotAfter}, c.clock())
+	x := c.given(r)
+	all, err := AddRoot(c.policy, c.world(), x, c.clock())
 	c.verb("adds "+x.ID, all, err)
 }
 
@@ -818,12 +892,18 @@ func (c *modelCluster) taint(a Authority) {
 	if err != nil {
 		return
 	}
-	if root := a.Root; a.signed() {
-		if a.Kind == ca.KindRoot {
-			root = a.ID
+	if a.Kind == ca.KindRoot {
+		key := c.roots[c.rootIndex(a.ID)].KeyFingerprint
+		c.stolen[key] = true
+		for r, x := range c.roots {
+			if x.KeyFingerprint == key {
+				if c.expose(r, x.NotAfter); x.ID != a.ID {
+					c.twins++
+				}
+			}
 		}
-		c.exposed |= 1 << c.rootIndex(root)
-		c.taints = append(c.taints, modelTaint{root: c.rootIndex(root), since: c.now, notAfter: a.NotAfter})
+	} else if a.signed() {
+		c.expose(c.rootIndex(a.Root), a.NotAfter)
 	}
 	c.verb("taints "+a.ID, all, err)
 }
@@ -870,8 +950,7 @@ func (c *modelCluster) join() {
 	}
 	w, now := World{}, c.clock()
 	for _, id := range trusted {
-		x := c.roots[c.rootIndex(id)]
-		all, err := AddRoot(c.policy, w, Authority{ID: id, NotBefore: x.NotBefore, NotAfter: x.NotAfter}, now)
+		all, err := AddRoot(c.policy, w, c.given(c.rootIndex(id)), now)
 		if err != nil {
 			return // a root at its end: once it is gone
 		}
@@ -921,19 +1000,19 @@ func modelRun(seed uint64, m mutant) *model {
 }
 
 func modelSeeds(t *testing.T, seeds uint64) {
-	activations, removed := 0, 0
+	activations, removed, twins := 0, 0, 0
 	for seed := range seeds {
 		s := modelRun(seed, mutant{})
 		if s.broken != "" {
 			t.Errorf("seed %d: %s", seed, s.broken)
 		}
-		activations, removed = activations+s.activations, removed+s.rootsRemoved
+		activations, removed, twins = activations+s.activations, removed+s.rootsRemoved, twins+s.twins
 		if (seed+1)%500 == 0 {
 			t.Logf("%d worlds", seed+1)
 		}
 	}
-	t.Logf("%d worlds of ten years: %d issuers activated, %d roots removed", seeds, activations, removed)
-	if activations < 100*int(seeds) || removed < 5*int(seeds) {
+	t.Logf("%d worlds of ten years: %d issuers activated, %d roots removed, %d others on lost keys", seeds, activations, removed, twins)
+	if activations < 100*int(seeds) || removed < 5*int(seeds) || twins < int(seeds)/3 {
 		t.Error("there was hardly anything to see")
 	}
 }
@@ -965,18 +1044,20 @@ func TestTheModelFindsEveryBrokenGuard(t *testing.T) {
 
 var brokenGuards = map[string]mutant{
 	"agents of this cluster have the root":        {drop: saying("of this cluster")},
-	"agents not heard of don't count":             {optimist: true},
+	"agents not heard of don't count":             {from: 10, optimist: true},
+	"validators that are not back yet count":      {forgetful: true},
 	"peers trust the root":                        {drop: func(s Step, w Wait) bool { return s.To == ca.Active && w.Code == WaitPeer }},
 	"a peer's agents have the root":               {drop: saying("agents of cluster")},
 	"a peer that does not trust it is waited for": {drop: saying("does not trust it")},
 	"promises end":                                {drop: saying("could be relied upon")},
-	"a peer's promise ends when it says":          {from: 14, world: promisedForEver},
+	"a peer's promise ends when it says":          {from: 47, world: promisedForEver},
 	"what was promised is kept":                   {drop: saying("may rely on", "has not reported since")},
 	"peers that sign are waited for":              {drop: saying("still signs under it")},
 	"leaves are waited for":                       {drop: func(s Step, w Wait) bool { return w.Code == WaitLeaves }},
 	"own leaves are waited for":                   {drop: saying("leaves under it are valid")},
 	"leaves of peers are waited for":              {drop: saying("leaves of cluster")},
-	"leaves in use are waited for after a taint":  {world: nobodyHolds},
+	"leaves in use are waited for after a taint":  {from: 7, world: nobodyHolds},
+	"a lost key is lost in each certificate":      {from: 12, keyless: true},
 	"a short life is no life":                     {from: 100, policy: func(p *Policy) { p.LongestLeaf = 0 }},
 	"what is not valid yet does not sign":         {drop: func(s Step, w Wait) bool { return s.To == ca.Active && w.Code == WaitTime }},
 	"the last root stays": {drop: func(_ Step, w Wait) bool {

@@ -1,6 +1,7 @@
 package rotation
 
 import (
+	"slices"
 	"time"
 
 	"github.com/signet-ca/signet/ca"
@@ -27,18 +28,31 @@ func ReportRoots(p Policy, all []Authority, now time.Time) []RootReport {
 	return roots
 }
 
-// ReportTaints says which CAs with lost keys a cluster tells its peers of: those whose chains are still valid.
-func ReportTaints(p Policy, all []Authority, now time.Time) []TaintReport {
+// ReportTaints says which CAs with lost keys a cluster tells its peers of: those whose chains are still valid, and roots for
+// good, for their keys may be in certificates that live longer. What only others take for lost is told too where they may not
+// know that a CA here has that key.
+func ReportTaints(p Policy, all []Authority, peers []Report, now time.Time) []TaintReport {
+	w := World{Authorities: all, Peers: peers}
 	var taints []TaintReport
 	for _, a := range all {
-		if a.Tainted.IsZero() || !a.signed() || now.After(a.NotAfter.Add(p.Skew)) {
+		_, since := w.lost(a)
+		over := now.After(a.NotAfter.Add(p.Skew))
+		if since.IsZero() || !a.signed() || over && (a.Kind != ca.KindRoot || a.Tainted.IsZero()) || a.Tainted.IsZero() && w.spokenOf(a) {
 			continue
 		}
-		t := TaintReport{ID: a.ID, Root: a.Root, Since: a.Tainted, NotAfter: a.NotAfter}
+		t := TaintReport{ID: a.ID, Root: a.Root, KeyFingerprint: a.KeyFingerprint, Since: since, NotAfter: a.NotAfter}
 		if a.Kind == ca.KindRoot {
 			t.Root = a.ID
 		}
 		taints = append(taints, t)
 	}
 	return taints
+}
+
+// spokenOf reports whether every peer that takes the key of a CA for lost speaks of that CA itself.
+func (w World) spokenOf(a Authority) bool {
+	return !slices.ContainsFunc(w.Peers, func(p Report) bool {
+		return slices.ContainsFunc(p.Tainted, func(t TaintReport) bool { return t.KeyFingerprint == a.KeyFingerprint }) &&
+			!slices.ContainsFunc(p.Tainted, func(t TaintReport) bool { return t.ID == a.ID })
+	})
 }

@@ -53,6 +53,9 @@ func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, err
 	case all[i].State != ca.Removed && all[i].Leaving.IsZero():
 		return all, nil
 	}
+	if err := w.LostKey(root); err != nil {
+		return nil, err
+	}
 	// Peers may know of a taint where we don't know the root.
 	if since := w.exposed(root.ID, now); !since.IsZero() {
 		return nil, fmt.Errorf("root %s must go: its key or a key below it is tainted since %s; make a new one", root.ID, stamp(since))
@@ -119,7 +122,7 @@ func StartRoot(w World, id string, now time.Time) ([]Authority, error) {
 	case !next.Leaving.IsZero() || next.State == ca.Removed || next.State == ca.Retired:
 		return nil, fmt.Errorf("%s is being removed: add a new root", id)
 	case !w.exposed(id, now).IsZero():
-		return nil, fmt.Errorf("a key below %s is tainted since %s: make a new root", id, stamp(w.exposed(id, now)))
+		return nil, fmt.Errorf("the key of %s, or one below it, is tainted since %s: make a new root with a new key", id, stamp(w.exposed(id, now)))
 	}
 	all := slices.Clone(w.Authorities)
 	for j := range all {
@@ -178,7 +181,11 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 	case above.State == ca.Retired || !above.Leaving.IsZero() && (signing.Root != root || signing.State == ca.Active && w.replaced(root)):
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is being removed: have it signed by the root that replaces it", id, root)
 	case !above.Tainted.IsZero():
-		return nil, fmt.Errorf("the chain of %s leads to root %s, which is tainted", id, root)
+		mend := "have it signed under a new root (signet root init, then signet rotation start root)"
+		if _, other := w.Instead(); other != "" {
+			mend = "have it signed under " + other
+		}
+		return nil, fmt.Errorf("the chain of %s leads to root %s, which is tainted: %s", id, root, mend)
 	case w.bridges(p, id, root, now):
 		return nil, fmt.Errorf("not all validators trust %s yet, and %s ends at %s: have %s signed under %s, to bridge the time", root, signing.ID, stamp(signing.NotAfter), id, signing.Root)
 	case (decision{Policy: p, World: w, now: now}).tooShort(Authority{NotAfter: notAfter}):
@@ -193,9 +200,7 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 // that can't, see late.
 func (w World) bridges(p Policy, id, root string, now time.Time) bool {
 	d := decision{Policy: p, World: w, now: now}
-	signing, _ := d.current()
-	above, _ := d.authority(signing.Root)
-	if signing.Root == root || !above.Tainted.IsZero() || !d.late(root) {
+	if signing, _ := d.current(); signing.Root == root || !d.late(root) {
 		return false
 	}
 	held := false
@@ -244,28 +249,33 @@ func RemoveRoot(w World, id string, now time.Time) ([]Authority, error) {
 	return all, nil
 }
 
-// Taint takes a CA's key for lost: nothing is signed with it as soon as another issuer can, and what was signed is
-// replaced. Where another root stands ready, the root above begins to leave; else status says that one is needed.
+// Taint takes a CA's key for lost, and with it every CA that has the same one: nothing is signed with it as soon as another
+// issuer can, and what was signed is replaced. Where another root stands ready, the roots above begin to leave; else status
+// says that one is needed.
 func Taint(w World, id string, now time.Time) ([]Authority, error) {
 	i, err := w.find(id)
 	if err != nil {
 		return nil, err
 	}
 	all := slices.Clone(w.Authorities)
-	if all[i].Tainted.IsZero() {
-		all[i].Tainted = now
-	}
-	root := all[i].Root
-	if all[i].Kind == ca.KindRoot {
-		root = id
+	above := map[string]bool{}
+	for j := range all {
+		a := &all[j]
+		if j != i && (a.KeyFingerprint == "" || a.KeyFingerprint != all[i].KeyFingerprint) {
+			continue
+		}
+		if a.Tainted.IsZero() {
+			a.Tainted = now
+		}
+		above[a.ID], above[a.Root] = true, true
 	}
 	tainted := World{Authorities: all, Own: w.Own, Peers: w.Peers}
 	if slices.ContainsFunc(all, func(a Authority) bool {
-		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero() && tainted.exposed(a.ID, now).IsZero()
+		return !above[a.ID] && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero() && tainted.exposed(a.ID, now).IsZero()
 	}) {
 		for j := range all {
-			if all[j].ID == root && all[j].State != ca.Removed && all[j].Leaving.IsZero() {
-				all[j].Leaving = now
+			if r := &all[j]; above[r.ID] && r.Kind == ca.KindRoot && r.State != ca.Removed && r.Leaving.IsZero() {
+				r.Leaving = now
 			}
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-ca/signet/ca"
+	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/trust"
@@ -48,6 +49,10 @@ func newAuthorities(td spiffeid.TrustDomain, rows []store.Authority, revision ui
 			s.chains[a.ID] = append(s.chains[a.ID], root[0])
 		}
 		s.rows[i].NotBefore, s.rows[i].NotAfter = bounds(s.chains[a.ID])
+		s.rows[i].KeyFingerprint = ""
+		if chain := s.chains[a.ID]; len(chain) > 0 {
+			s.rows[i].KeyFingerprint = ca.KeyFingerprint(chain[0].RawSubjectPublicKeyInfo)
+		}
 	}
 	return s, nil
 }
@@ -177,13 +182,61 @@ func (s *authorities) changes(before *authorities) []changedRow {
 	return all
 }
 
+// sameKey says of a CA that is new, or tainted since, which others have its key; "" = none has, or it is neither.
+func (s *authorities) sameKey(c changedRow) string {
+	if c.after.KeyFingerprint == "" || c.before.ID != "" && c.after.Tainted.IsZero() == c.before.Tainted.IsZero() {
+		return ""
+	}
+	var others []string
+	for _, a := range s.rows {
+		if a.ID != c.after.ID && a.KeyFingerprint == c.after.KeyFingerprint {
+			others = append(others, a.ID)
+		}
+	}
+	switch {
+	case len(others) == 0:
+		return ""
+	case c.after.Tainted.IsZero():
+		return "; it replaces no key, for it has that of " + check.Some(others)
+	}
+	return "; it has the key of " + check.Some(others)
+}
+
+// untainted is a CA that is not taken for lost: the one of this ID, or one that has this key; "" = there is none.
+func (s *authorities) untainted(id, key string) string {
+	for _, a := range s.rows {
+		if a.Kind != ca.KindControl && a.Tainted.IsZero() && (a.ID == id || key != "" && a.KeyFingerprint == key) {
+			return a.ID
+		}
+	}
+	return ""
+}
+
+// taint takes a CA's key for lost, see rotation.Taint.
+func (s *authorities) taint(w rotation.World, id, reason string, now time.Time) (*authorities, error) {
+	lives, err := rotation.Taint(w, id, now)
+	if err != nil {
+		return nil, err
+	}
+	var rows []store.Authority
+	for _, a := range lives {
+		if row, _ := s.row(a.ID); !a.Tainted.IsZero() && row.TaintReason == "" {
+			row.TaintReason = reason
+			rows = append(rows, row)
+		}
+	}
+	return s.edit(lives, rows...)
+}
+
 // addRoot begins to trust a root, see rotation.AddRoot.
 func (s *authorities) addRoot(p rotation.Policy, w rotation.World, root *x509.Certificate, now time.Time) (*authorities, error) {
 	if err := ca.CheckRoot(s.td, root, now); err != nil {
 		return nil, err
 	}
 	id := rootID(root)
-	lives, err := rotation.AddRoot(p, w, rotation.Authority{ID: id, NotBefore: root.NotBefore, NotAfter: root.NotAfter}, now)
+	lives, err := rotation.AddRoot(p, w, rotation.Authority{
+		ID: id, NotBefore: root.NotBefore, NotAfter: root.NotAfter, KeyFingerprint: ca.KeyFingerprint(root.RawSubjectPublicKeyInfo),
+	}, now)
 	if err != nil {
 		return nil, err
 	}

@@ -35,6 +35,9 @@ func (s adminService) BanAgent(ctx context.Context, req *adminv1.BanAgentRequest
 	if err != nil {
 		return nil, err
 	}
+	if req.DryRun {
+		return &adminv1.BanAgentResponse{Changed: !row.Banned}, nil
+	}
 	// Begun, it is finished, also for a client that hangs up.
 	ctx = context.WithoutCancel(ctx)
 	if !row.Banned {
@@ -74,8 +77,8 @@ func (s adminService) UnbanAgent(ctx context.Context, req *adminv1.UnbanAgentReq
 	if err != nil {
 		return nil, err
 	}
-	if !row.Banned {
-		return &adminv1.UnbanAgentResponse{}, nil
+	if !row.Banned || req.DryRun {
+		return &adminv1.UnbanAgentResponse{Changed: row.Banned}, nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), workTimeout)
 	defer cancel()

@@ -79,6 +79,61 @@ func ended(stream grpc.BidiStreamingClient[signetv1.SyncRequest, signetv1.SyncRe
 	}
 }
 
+func TestADryRunOfABanOfAnAgentSaysWhatIsDoneThenAndChangesNothing(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	m := s.enrol("node-1")
+	s.apply(false, registration("frontend", "node-1"))
+	ban := func(name string, dry bool) (bool, error) {
+		r, err := s.admin().BanAgent(t.Context(), &adminv1.BanAgentRequest{Agent: name, DryRun: dry})
+		return r.GetChanged(), err
+	}
+	unban := func(name string, dry bool) (bool, error) {
+		r, err := s.admin().UnbanAgent(t.Context(), &adminv1.UnbanAgentRequest{Agent: name, DryRun: dry})
+		return r.GetChanged(), err
+	}
+	for _, step := range []struct {
+		what   string
+		ask    func(name string, dry bool) (bool, error)
+		name   string
+		banned bool
+	}{
+		{"an unban of what is not banned", unban, "node-1", false},
+		{"a ban of nobody", ban, "node-9", false},
+		{"a ban", ban, "node-1", true},
+		{"the same ban", ban, "node-1", true},
+		{"an unban", unban, "node-1", false},
+		{"an unban of nobody", unban, "node-9", false},
+	} {
+		before, _ := s.directory.agent("node-1")
+		says, dryErr := step.ask(step.name, true)
+		if now, _ := s.directory.agent("node-1"); now.Banned != before.Banned {
+			t.Fatalf("%s: the dry run did it", step.what)
+		}
+		if !before.Banned {
+			s.leaf(s.dial(m), "frontend")
+		}
+		did, err := step.ask(step.name, false)
+		if now, _ := s.directory.agent("node-1"); now.Banned != step.banned {
+			t.Errorf("%s: banned is %v", step.what, now.Banned)
+		}
+		if says != did || status.Convert(dryErr).Message() != status.Convert(err).Message() {
+			t.Errorf("%s: a dry run says %v, %v, and then there is %v, %v", step.what, says, dryErr, did, err)
+		}
+	}
+	must(t, s.stop())
+	bans := 0
+	for _, e := range logged(t, c) {
+		if e.GetAgentBanned() != nil || e.GetAgentUnbanned() != nil {
+			bans++
+		}
+	}
+	if bans != 2 {
+		t.Errorf("the log has %d bans and unbans, want one of each", bans)
+	}
+}
+
 func TestABanHoldsAtOnceAlsoOnOpenConnections(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, "east")

@@ -143,6 +143,12 @@ func (k *keeper) join(set *authorities, t Trust, chains [][]*x509.Certificate, n
 		}
 	}
 	var rows []store.Authority
+	w := rotation.World{Authorities: set.lives(), Peers: k.heard()}
+	for _, r := range roots {
+		if r.Tainted {
+			w.Authorities = append(w.Authorities, r.life(now))
+		}
+	}
 	for _, r := range roots {
 		id := rootID(r.Certificate)
 		if _, known := set.row(id); known || slices.ContainsFunc(rows, func(a store.Authority) bool { return a.ID == id }) {
@@ -163,13 +169,35 @@ func (k *keeper) join(set *authorities, t Trust, chains [][]*x509.Certificate, n
 		}
 		if r.Tainted {
 			row.Tainted, row.TaintReason = now, "tainted in cluster "+t.Cluster
+		} else if err := w.LostKey(r.life(now)); err != nil {
+			return nil, fmt.Errorf("trusted roots of cluster %s: %w", t.Cluster, err)
 		}
 		rows = append(rows, row)
 	}
 	if len(rows) == 0 {
 		return set, nil
 	}
-	return set.edit(nil, rows...)
+	if set, err = set.edit(nil, rows...); err != nil {
+		return nil, err
+	}
+	// What is known here and has a key that is lost there is lost here too.
+	for _, row := range rows {
+		if added, _ := set.row(row.ID); !added.Tainted.IsZero() && set.untainted("", added.KeyFingerprint) != "" {
+			if set, err = set.taint(rotation.World{Authorities: set.lives()}, row.ID, row.TaintReason, now); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return set, nil
+}
+
+// life is the root as package rotation decides about it.
+func (r TrustedRoot) life(now time.Time) rotation.Authority {
+	a := rotation.Authority{ID: rootID(r.Certificate), Kind: ca.KindRoot, KeyFingerprint: ca.KeyFingerprint(r.Certificate.RawSubjectPublicKeyInfo)}
+	if r.Tainted {
+		a.Tainted = now
+	}
+	return a
 }
 
 // mayJoin refuses a chain under a root that nobody should begin to sign under, and names one that is right.

@@ -118,6 +118,9 @@ func TestASetThatIsNotAsItWasSentIsRefused(t *testing.T) {
 	c.URIs = []*url.URL{spiffeid.RequireTrustDomainFromString("other.org").ID().URL()}
 	other := newRoot(t)
 	other.cert = sign(t, c, c, other.key.Public(), other.key)
+	childless := newRoot(t)
+	none := caTemplate("root that allows no intermediate")
+	childless.cert = sign(t, none, none, childless.key.Public(), childless.key)
 	rootA, rootB := TrustedRoot{Certificate: a.cert, State: ca.Active, Leaving: true}, TrustedRoot{Certificate: b.cert, State: ca.Active}
 	good := believedBy(t, "east", rootA, rootB)
 	with := func(change func(*Trust)) Trust {
@@ -140,6 +143,7 @@ func TestASetThatIsNotAsItWasSentIsRefused(t *testing.T) {
 		{"no digest", b, with(func(x *Trust) { x.Digest = "" }), []string{"SHA256: and 64"}},
 		{"no roots", b, with(func(x *Trust) { x.Roots = nil }), []string{"no root"}},
 		{"another trust domain", b, believedBy(t, "east", rootB, TrustedRoot{Certificate: other.cert, State: ca.Active}), []string{"other.org"}},
+		{"a root that allows no intermediate", b, believedBy(t, "east", rootB, TrustedRoot{Certificate: childless.cert, State: ca.Published}), []string{"path length of 0"}},
 		{"a removed root", b, believedBy(t, "east", rootB, TrustedRoot{Certificate: a.cert, State: ca.Removed}), []string{`"removed"`}},
 		{"a cluster's name that is none", b, with(func(x *Trust) { x.Cluster = "East one" }), []string{"cluster"}},
 		{"no such peer", b, with(func(x *Trust) { x.Cluster = "north" }), []string{"rotation.peers", a.id()}},

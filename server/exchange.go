@@ -441,7 +441,7 @@ func due(told, now rotation.Report, life time.Duration) bool {
 	}
 	return now.At.Sub(told.At) >= life/time.Duration(parts) || now.Until.Sub(now.At) != told.Until.Sub(told.At) || !slices.EqualFunc(told.Roots, now.Roots, sameRoot) ||
 		!slices.EqualFunc(told.Tainted, now.Tainted, func(a, b rotation.TaintReport) bool {
-			return a.ID == b.ID && a.Root == b.Root && a.Since.Equal(b.Since) && a.NotAfter.Equal(b.NotAfter)
+			return a.ID == b.ID && a.Root == b.Root && a.KeyFingerprint == b.KeyFingerprint && a.Since.Equal(b.Since) && a.NotAfter.Equal(b.NotAfter)
 		}) || !slices.Equal(told.Accepting, now.Accepting) || !slices.Equal(told.Gone, now.Gone)
 }
 

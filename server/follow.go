@@ -140,6 +140,18 @@ func (k *keeper) follow(set *authorities, w rotation.World, known shared.Replica
 	for _, l := range set.shares(now) {
 		at[l.Fingerprint] = l.Stands
 	}
+	// A taint follows the key, so that it comes first: no root is taken that has a lost one.
+	told := w.Peers
+	for _, r := range known {
+		if !r.Tainted {
+			continue
+		}
+		key := sharedKey(r.Root)
+		told = append(slices.Clip(told), rotation.Report{Cluster: r.By, Tainted: []rotation.TaintReport{{ID: r.ID, Root: r.ID, KeyFingerprint: key, Since: now, NotAfter: r.NotAfter}}})
+		if id := set.untainted(r.ID, key); id != "" {
+			try(r, func() (*authorities, error) { return set.taint(w, id, taintedElsewhere, now) })
+		}
+	}
 	for _, r := range known {
 		here, wanted := at[r.Fingerprint], r.Standing()
 		switch {
@@ -159,22 +171,12 @@ func (k *keeper) follow(set *authorities, w rotation.World, known shared.Replica
 				if err != nil {
 					return nil, err
 				}
-				return set.addRoot(k.policy.Policy, w, cert, now)
+				return set.addRoot(k.policy.Policy, rotation.World{Authorities: w.Authorities, Own: w.Own, Peers: told}, cert, now)
 			})
 		}
 	}
 	for _, r := range known {
 		here, wanted := at[r.Fingerprint], r.Standing()
-		if row, ok := set.row(r.ID); r.Tainted && ok && row.Tainted.IsZero() && (here == shared.Believed || here == shared.Leaving) {
-			try(r, func() (*authorities, error) {
-				lives, err := rotation.Taint(w, r.ID, now)
-				if err != nil {
-					return nil, err
-				}
-				row.TaintReason = taintedElsewhere
-				return set.edit(lives, row)
-			})
-		}
 		if here == shared.Believed && (wanted == shared.Leaving || wanted == shared.Removed) {
 			try(r, func() (*authorities, error) {
 				lives, err := rotation.RemoveRoot(w, r.ID, now)
@@ -254,10 +256,24 @@ func (k *keeper) adopt(set *authorities, r shared.Root, now time.Time) (*authori
 	if r.Standing() == shared.Leaving {
 		row.Leaving = now
 	}
-	if r.Tainted {
+	row.KeyFingerprint = ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo)
+	if lost := (rotation.World{Authorities: set.lives(), Peers: k.heard()}).LostKey(row.Authority); r.Tainted || lost != nil {
 		row.Tainted, row.TaintReason = now, taintedElsewhere
 	}
 	return set.edit(nil, row)
+}
+
+// sharedKey is the fingerprint of a shared root's key; "" where it has no certificate that can be read.
+func sharedKey(r shared.Root) string {
+	der, err := r.DER()
+	if err != nil || der == nil {
+		return ""
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return ""
+	}
+	return ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo)
 }
 
 // shares are the roots of a cluster as the document names them. Those that were never published count as believed: somebody

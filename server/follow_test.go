@@ -54,7 +54,7 @@ func (c *modelCluster) tell() {
 	}
 	now, lives := time.Now(), c.set.lives()
 	c.told[c.folder.Cluster] = rotation.Report{
-		Cluster: c.folder.Cluster, At: now, Until: now.Add(c.policy.ReportLife), Roots: rotation.ReportRoots(c.policy.Policy, lives, now), Tainted: rotation.ReportTaints(c.policy.Policy, lives, now),
+		Cluster: c.folder.Cluster, At: now, Until: now.Add(c.policy.ReportLife), Roots: rotation.ReportRoots(c.policy.Policy, lives, now), Tainted: rotation.ReportTaints(c.policy.Policy, lives, c.heard(), now),
 	}
 }
 

@@ -25,7 +25,7 @@ func (s rotationService) BanIdentity(ctx context.Context, req *adminv1.BanIdenti
 	if err != nil {
 		return nil, err
 	}
-	id, err := s.memberID(req.SpiffeId)
+	id, err := s.memberID("ban", req.SpiffeId)
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +68,7 @@ func (s rotationService) UnbanIdentity(ctx context.Context, req *adminv1.UnbanId
 	if err != nil {
 		return nil, err
 	}
-	id, err := s.memberID(req.SpiffeId)
+	id, err := s.memberID("unban", req.SpiffeId)
 	if err != nil {
 		return nil, err
 	}
@@ -105,10 +105,23 @@ func (s rotationService) changeBans(ctx context.Context, e *auditv1.Entry, commi
 	return nil
 }
 
-func (s rotationService) memberID(text string) (spiffeid.ID, error) {
+// memberID reads the identity that a verb is for: a workload's. No registration gives those of Signet's own parts.
+func (s rotationService) memberID(verb, text string) (spiffeid.ID, error) {
 	id, err := identity.ParseID(text)
-	if err == nil && (!id.MemberOf(s.config.TrustDomain) || id.Path() == "") {
+	switch {
+	case err != nil:
+	case !id.MemberOf(s.config.TrustDomain):
 		err = fmt.Errorf("%s is not a workload's name in trust domain %s", id, s.config.TrustDomain)
+	case identity.Reserved(id):
+		part, is := identity.ParseControl(id)
+		switch {
+		case is != nil || part.Role != identity.RoleAgent:
+			err = fmt.Errorf("%s is the name of a part of Signet, not a workload's: for a node there is signet agent %s", id, verb)
+		case part.Cluster != s.config.Cluster:
+			err = fmt.Errorf("%s is the name of an agent of another cluster, not a workload's: in cluster %s: signet agent %s %s", id, part.Cluster, verb, part.Name)
+		default:
+			err = fmt.Errorf("%s is the name of an agent, not a workload's: signet agent %s %s", id, verb, part.Name)
+		}
 	}
 	if err != nil {
 		return spiffeid.ID{}, plainly(codes.InvalidArgument, "invalid", err)

@@ -2,8 +2,12 @@ package server
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
@@ -35,6 +39,33 @@ func (l *live) bannedNow() (memory, stored int) {
 	rows, err := l.store.BannedIdentities(l.t.Context())
 	must(l.t, err)
 	return len(l.directory.current.Load().banned), len(rows)
+}
+
+// Whoever copies the ID of a node from a certificate must not believe that it is shut out.
+func TestTheNameOfAPartOfSignetIsNotBannedAsAnIdentity(t *testing.T) {
+	t.Parallel()
+	s := newCluster(t, "east").start(t, nil)
+	for id, want := range map[string]string{
+		"spiffe://example.org/signet/cluster/east/agent/east-2":  "signet agent VERB east-2",
+		"spiffe://example.org/signet/cluster/west/agent/west-2":  "in cluster west: signet agent VERB west-2",
+		"spiffe://example.org/signet/cluster/east/server/east-1": "not a workload's: for a node there is signet agent VERB",
+		"spiffe://example.org/signet/agent/east-2":               "not a workload's: for a node there is signet agent VERB",
+		"spiffe://example.org/signet":                            "not a workload's: for a node there is signet agent VERB",
+	} {
+		for _, dry := range []bool{true, false} {
+			_, err := s.rotations().BanIdentity(t.Context(), &adminv1.BanIdentityRequest{SpiffeId: id, Reason: "broken into", DryRun: dry})
+			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), strings.ReplaceAll(want, "VERB", "ban")) {
+				t.Errorf("ban of %s (dry run %v): %v", id, dry, err)
+			}
+			_, err = s.rotations().UnbanIdentity(t.Context(), &adminv1.UnbanIdentityRequest{SpiffeId: id, DryRun: dry})
+			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), strings.ReplaceAll(want, "VERB", "unban")) {
+				t.Errorf("unban of %s (dry run %v): %v", id, dry, err)
+			}
+		}
+	}
+	if memory, stored := s.bannedNow(); memory != 0 || stored != 0 {
+		t.Errorf("%d are banned, and %d in the database", memory, stored)
+	}
 }
 
 func TestADryRunOfABanChangesNothing(t *testing.T) {

@@ -46,12 +46,12 @@ func waitedFor(agents []validator) []validator {
 // maxMissing bounds how many agents are named.
 const maxMissing = 100
 
-// report is what this cluster knows of its validators and issuers.
-func (k *keeper) report(set *authorities, now time.Time) rotation.Report {
+// report is what this cluster knows of its validators and issuers; newer are reports of peers that are newer than those taken.
+func (k *keeper) report(set *authorities, now time.Time, newer ...rotation.Report) rotation.Report {
 	lives := set.lives()
 	r := rotation.Report{
 		Cluster: k.folder.Cluster, At: now.UTC(), Until: now.UTC().Add(k.policy.ReportLife),
-		Roots: rotation.ReportRoots(k.policy.Policy, lives, now), Tainted: rotation.ReportTaints(k.policy.Policy, lives, now),
+		Roots: rotation.ReportRoots(k.policy.Policy, lives, now), Tainted: rotation.ReportTaints(k.policy.Policy, lives, k.heard(newer...), now),
 	}
 	agents := k.agents(now)
 	validators := waitedFor(agents)
@@ -174,7 +174,7 @@ const reportTitle = "signet rotation report v1\n"
 const (
 	maxReport       = 1 << 20
 	maxReportRoots  = 256
-	maxReportTaints = 64
+	maxReportTaints = maxAuthorities
 	maxReportName   = 255
 	// maxNotes is how many are taken at once.
 	maxNotes = 64
@@ -253,7 +253,7 @@ func readReport(text string, p Peer, td spiffeid.TrustDomain) (rotation.Report, 
 		return fail("a name in it is longer than %d bytes", maxReportName)
 	}
 	for _, t := range r.Tainted {
-		if len(t.ID) > maxReportName || len(t.Root) > maxReportName {
+		if max(len(t.ID), len(t.Root), len(t.KeyFingerprint)) > maxReportName {
 			return fail("a name in it is longer than %d bytes", maxReportName)
 		}
 	}

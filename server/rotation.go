@@ -297,7 +297,11 @@ func (k *keeper) destroyKeys(ctx context.Context) error {
 
 // world is all that decides what comes next, with reports that are newer than those taken.
 func (k *keeper) world(set *authorities, now time.Time, newer ...rotation.Report) rotation.World {
-	w := rotation.World{Authorities: set.lives(), Own: k.report(set, now)}
+	return rotation.World{Authorities: set.lives(), Own: k.report(set, now, newer...), Peers: k.heard(newer...)}
+}
+
+// heard are the newest reports of the peers, those that have never reported included.
+func (k *keeper) heard(newer ...rotation.Report) (all []rotation.Report) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, p := range k.policy.Peers {
@@ -310,9 +314,9 @@ func (k *keeper) world(set *authorities, now time.Time, newer ...rotation.Report
 				r = n
 			}
 		}
-		w.Peers = append(w.Peers, r)
+		all = append(all, r)
 	}
-	return w
+	return all
 }
 
 // outcome is what a change has done, or would do.
@@ -568,7 +572,7 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 		rows[i] = c.after
 		entries = append(entries, &auditv1.Entry{Event: &auditv1.Entry_AuthorityChanged{AuthorityChanged: &auditv1.AuthorityChanged{
 			Authority: c.after.ID, Kind: c.after.Kind, From: string(c.before.State), To: string(c.after.State),
-			Verb: d.verb, Reason: reason, Forced: forced, Revision: next.revision, BundleSequence: next.bundle.Sequence(), Evidence: d.by,
+			Verb: d.verb, Reason: reason + next.sameKey(c), Forced: forced, Revision: next.revision, BundleSequence: next.bundle.Sequence(), Evidence: d.by,
 		}}})
 	}
 	note, err := noteOf(now, entries)
@@ -808,6 +812,11 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 		}
 		if err := plan.Check(chain[:len(chain)-1], chain[len(chain)-1:]); err != nil {
 			return nil, nil, err
+		}
+		for _, c := range chain[:len(chain)-1] {
+			if err := w.LostKey(rotation.Authority{ID: fmt.Sprintf("%q in the chain of %s", c.Subject, row.ID), KeyFingerprint: ca.KeyFingerprint(c.RawSubjectPublicKeyInfo)}); err != nil {
+				return nil, nil, err
+			}
 		}
 		id := rootID(root)
 		if len(set.bundle.Roots()) == 0 {

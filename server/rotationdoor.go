@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
@@ -69,7 +70,25 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 			})
 		}
 	}
+	if life := o.set.life(); len(r.Requests) > 1 {
+		if stagger := s.keeper.policy.Stagger(life); stagger > 0 {
+			r.Life, r.Stagger = durationpb.New(life), durationpb.New(stagger)
+		}
+	}
 	return r, nil
+}
+
+// life is how long the active intermediate was made to live, unless its root has cut it short.
+func (s *authorities) life() time.Duration {
+	i := slices.IndexFunc(s.rows, func(a store.Authority) bool { return a.Kind == ca.KindIntermediate && a.State == ca.Active })
+	if i < 0 {
+		return ca.DefaultIntermediateLife
+	}
+	chain := s.chains[s.rows[i].ID]
+	if own, root := chain[0], chain[len(chain)-1]; own.NotAfter.Before(root.NotAfter) {
+		return own.NotAfter.Sub(own.NotBefore.Add(ca.PlanBackdate)) + time.Second
+	}
+	return ca.DefaultIntermediateLife
 }
 
 // said is in words what was changed since the set before: what is new first.
@@ -80,9 +99,9 @@ func (s *authorities) said(before *authorities) (done []string) {
 		a, b := c.after, c.before
 		switch {
 		case b.ID == "" && a.Kind == ca.KindRoot && a.State == ca.Prepared:
-			done = append(done, a.ID+" added")
+			done = append(done, a.ID+" added"+s.sameKey(c))
 		case b.ID == "" && a.Kind == ca.KindRoot:
-			done = append(done, a.ID+" added, "+string(a.State))
+			done = append(done, a.ID+" added, "+string(a.State)+s.sameKey(c))
 		case b.ID == "" && len(a.CSR) == 0:
 			done = append(done, "a new intermediate requested (its key would be made)")
 		case b.ID == "":
@@ -108,7 +127,7 @@ func (s *authorities) said(before *authorities) (done []string) {
 			done = append(done, a.ID+verb)
 		}
 		if !a.Tainted.IsZero() && b.Tainted.IsZero() {
-			done = append(done, a.ID+" tainted")
+			done = append(done, a.ID+" tainted"+s.sameKey(c))
 		}
 	}
 	return done
@@ -210,11 +229,11 @@ func (k *keeper) tainted(set *authorities, w rotation.World, now time.Time) []*a
 	for _, c := range clusters {
 		for _, t := range c.Tainted {
 			until := t.NotAfter.Add(k.policy.Skew)
-			m := &adminv1.TaintStatus{Id: t.ID, Root: t.Root, Cluster: c.Cluster, Since: timestampOf(t.Since), AcceptedUntil: timestampOf(until)}
-			all = append(all, m)
 			if now.After(until) {
 				continue // nobody accepts it any more
 			}
+			m := &adminv1.TaintStatus{Id: t.ID, Root: t.Root, Cluster: c.Cluster, Since: timestampOf(t.Since), AcceptedUntil: timestampOf(until)}
+			all = append(all, m)
 			for i, by := range clusters {
 				a := k.acceptance(by, t.Root, now)
 				if i == 0 {
@@ -488,15 +507,7 @@ func (s rotationService) TaintAuthority(ctx context.Context, req *adminv1.TaintA
 	}
 	d := decision{verb: "taint", reason: req.Reason, by: by, dry: req.DryRun}
 	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
-		lives, err := rotation.Taint(w, req.Authority, now)
-		if err != nil {
-			return nil, nil, err
-		}
-		row, _ := set.row(req.Authority)
-		if row.TaintReason == "" {
-			row.TaintReason = req.Reason
-		}
-		next, err := set.edit(lives, row)
+		next, err := set.taint(w, req.Authority, req.Reason, now)
 		return next, nil, err
 	}))
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/server/shared"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -46,6 +47,7 @@ type touched struct {
 // rehearsal has everything done twice: dry, then really.
 type rehearsal struct {
 	*live
+	cluster *cluster
 	keys    *countingKeys
 	admin   adminv1.RotationClient
 	changes atomic.Int64
@@ -54,7 +56,7 @@ type rehearsal struct {
 }
 
 func rehearse(t testing.TB, c *cluster) *rehearsal {
-	r := &rehearsal{keys: &countingKeys{Store: c.keys}}
+	r := &rehearsal{cluster: c, keys: &countingKeys{Store: c.keys}}
 	c.stored = r.keys
 	r.live = c.start(t, func(s *Server) {
 		change := s.keeper.change
@@ -193,6 +195,74 @@ func (r *rehearsal) signs(by *root) write {
 		}
 	}
 	return nil
+}
+
+// Before it is published, and before anybody is sent to a ceremony with it.
+func TestARootThatNothingCanStandUnderIsNotTakenIn(t *testing.T) {
+	t.Parallel()
+	r := rehearse(t, newCluster(t, "east"))
+	bad := newRoot(t)
+	for want, spoil := range map[string]func(*x509.Certificate){
+		"path length of 0": func(*x509.Certificate) {},
+		"URIs of example.org": func(c *x509.Certificate) {
+			c.MaxPathLen, c.MaxPathLenZero, c.PermittedURIDomains = 1, false, []string{"foo.org"}
+		},
+	} {
+		c := caTemplate("a root of no use")
+		spoil(c)
+		bad.cert = sign(t, c, c, bad.key.Public(), bad.key)
+		for _, way := range []write{adds(bad), startsRoot(bad)} {
+			r.both(want, way)
+			_, err := way(t.Context(), r.admin, true)
+			wantError(t, err, want)
+		}
+		if _, err := r.keeper.adopt(r.keeper.current.Load(), shared.Root{
+			ID: bad.id(), NotAfter: bad.cert.NotAfter, Fingerprint: bad.fingerprint(), Certificate: string(ca.EncodeChain(bad.cert)),
+		}, time.Now()); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("from what others share it is taken in: %v", err)
+		}
+	}
+}
+
+// What is asked for is told with a life and a stagger that fit, and what comes back without them is told to be of no use.
+func TestSeveralSuccessorsAreToldHowToBeSignedAndWhichAreOfNoUse(t *testing.T) {
+	t.Parallel()
+	r := rehearse(t, newCluster(t, "east"))
+	life := 960 * time.Hour
+	begin := time.Now().Truncate(time.Second)
+	dates := func(c *x509.Certificate) {
+		c.NotBefore, c.NotAfter = begin.Add(-ca.PlanBackdate), begin.Add(life-time.Second)
+	}
+	started, err := r.admin.StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	if started.Stagger != nil || started.Life != nil {
+		t.Errorf("one request is to be staggered by %s", started.Stagger.AsDuration())
+	}
+	_, err = installs(r.cluster.root, r.cluster.root.intermediate(t, started.Requests[0].Csr, dates))(t.Context(), r.admin, false)
+	must(t, err)
+	started, err = r.admin.StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 3})
+	must(t, err)
+	if got, want := started.Stagger.AsDuration(), r.keeper.policy.Stagger(life); started.Life.AsDuration() != life || got != want || got < 20*24*time.Hour {
+		t.Errorf("lives of %s, staggered by %s; want %s and %s", started.Life.AsDuration(), got, life, want)
+	}
+	begin = begin.Add(time.Hour)
+	var chains []byte
+	for _, request := range started.Requests {
+		chains = append(chains, r.cluster.root.intermediate(t, request.Csr, dates)...)
+	}
+	for _, dry := range []bool{true, false} {
+		answer, err := installs(r.cluster.root, chains)(t.Context(), r.admin, dry)
+		must(t, err)
+		var useless []string
+		for _, s := range answer.Next {
+			if s.To == string(ca.Removed) && strings.Contains(s.Because, "ends no later than intermediate-3") {
+				useless = append(useless, s.Authority)
+			}
+		}
+		if !slices.Equal(useless, []string{"intermediate-4", "intermediate-5"}) {
+			t.Errorf("dry run %v: of no use are %v: %v", dry, useless, answer.Next)
+		}
+	}
 }
 
 func TestADryRunSaysWhatIsDoneThenAndChangesNothing(t *testing.T) {

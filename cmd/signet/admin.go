@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
@@ -24,8 +25,17 @@ func serverConfigFlag(cmd *cobra.Command, path *string) {
 	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
 }
 
-// maxAnswer bounds what the admin door may answer, in bytes: every registration there can be.
-const maxAnswer = 256 << 20
+const (
+	// maxAnswer bounds what the admin door may answer, in bytes: every registration there can be.
+	maxAnswer = 256 << 20
+	// connectWait is how long whoever has the admin socket may take until it speaks, callWait until it has answered: a server
+	// gives up earlier.
+	connectWait = 10 * time.Second
+	callWait    = time.Minute
+)
+
+// errSilent is a process that does nothing: the kernel takes connections for it.
+var errSilent = errors.New("took the connection and does not answer")
 
 // admin calls the running server of a configuration.
 func (c *cli) admin(ctx context.Context, configFile string, call func(context.Context, adminv1.AdminClient) error) error {
@@ -41,7 +51,7 @@ func (c *cli) admin(ctx context.Context, configFile string, call func(context.Co
 	return answered(call(ctx, adminv1.NewAdminClient(conn)))
 }
 
-// dialAdmin connects to the admin socket of a server or an agent, which start starts.
+// dialAdmin connects to the admin socket of a server or an agent, which start starts. One that hangs is said, here and by calls.
 func dialAdmin(ctx context.Context, socket, what, start string) (*grpc.ClientConn, error) {
 	var dialer net.Dialer
 	dial := func(ctx context.Context, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", socket) }
@@ -55,10 +65,36 @@ func dialAdmin(ctx context.Context, socket, what, start string) (*grpc.ClientCon
 		return nil, fmt.Errorf("no %s answers on %s (%w): start it with: %s", what, socket, err, start)
 	}
 	probe.Close()
-	return grpc.NewClient("passthrough:///admin",
+	silent := fmt.Errorf("the %s on %s %w: it is stopped or overloaded; if it stays so, end its process and start it with: %s", what, socket, errSilent, start)
+	answers := func(ctx context.Context, method string, request, answer any, conn *grpc.ClientConn, call grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		ctx, cancel := context.WithTimeout(ctx, callWait)
+		defer cancel()
+		err := call(ctx, method, request, answer, conn, opts...)
+		if status.Code(err) == codes.DeadlineExceeded {
+			return silent
+		}
+		return err
+	}
+	conn, err := grpc.NewClient("passthrough:///admin",
 		// The socket's folder and mode say who is there.
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dial),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dial), grpc.WithUnaryInterceptor(answers),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
+	if err != nil {
+		return nil, err
+	}
+	waiting, cancel := context.WithTimeout(ctx, connectWait)
+	defer cancel()
+	conn.Connect()
+	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
+		if !conn.WaitForStateChange(waiting, state) {
+			conn.Close()
+			if errors.Is(ctx.Err(), context.Canceled) {
+				return nil, ctx.Err()
+			}
+			return nil, silent
+		}
+	}
+	return conn, nil
 }
 
 // answered tells the server's "no" from "could not tell", which what was typed wrong is too.

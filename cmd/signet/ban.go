@@ -18,6 +18,7 @@ func (c *cli) agentAdminCommands() []*cobra.Command {
 
 func (c *cli) agentBanCommand() *cobra.Command {
 	var file string
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "ban --config FILE NAME",
 		Short: "Refuse an agent at every door",
@@ -26,17 +27,20 @@ unbanned. Certificates that it has got already are good until they expire: signe
 Banning it again changes nothing.
 
 The ban holds at once, also when the database can't be written; the exit status is 1 if it is not stored yet.`,
-		Example:           `  signet agent ban --config east.yaml node-1`,
+		Example: `  signet agent ban --config east.yaml node-1
+  signet agent ban --config east.yaml node-1 --dry-run`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: c.completeAgents(false),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.admin(cmd.Context(), file, func(ctx context.Context, a adminv1.AdminClient) error {
-				r, err := a.BanAgent(ctx, &adminv1.BanAgentRequest{Agent: args[0]})
+				r, err := a.BanAgent(ctx, &adminv1.BanAgentRequest{Agent: args[0], DryRun: dryRun})
 				switch {
 				case err != nil:
 					return err
 				case r.NotStored != "":
 					return no("agent %s is banned, but a restart of the server would forget it until it is stored, which the server goes on trying: %s", args[0], r.NotStored)
+				case r.Changed && dryRun:
+					fmt.Fprintf(c.err, "agent %s would be banned; this was a dry run: nothing is changed\n", args[0])
 				case r.Changed:
 					fmt.Fprintf(c.err, "agent %s is banned\n", args[0])
 				default:
@@ -47,11 +51,13 @@ The ban holds at once, also when the database can't be written; the exit status 
 		},
 	}
 	serverConfigFlag(cmd, &file)
+	dryRunFlag(cmd, &dryRun)
 	return cmd
 }
 
 func (c *cli) agentUnbanCommand() *cobra.Command {
 	var file string
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:               "unban --config FILE NAME",
 		Short:             "Let a banned agent in again",
@@ -61,10 +67,12 @@ func (c *cli) agentUnbanCommand() *cobra.Command {
 		ValidArgsFunction: c.completeAgents(true),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.admin(cmd.Context(), file, func(ctx context.Context, a adminv1.AdminClient) error {
-				r, err := a.UnbanAgent(ctx, &adminv1.UnbanAgentRequest{Agent: args[0]})
+				r, err := a.UnbanAgent(ctx, &adminv1.UnbanAgentRequest{Agent: args[0], DryRun: dryRun})
 				switch {
 				case err != nil:
 					return err
+				case r.Changed && dryRun:
+					fmt.Fprintf(c.err, "agent %s would not be banned any more; this was a dry run: nothing is changed\n", args[0])
 				case r.Changed:
 					fmt.Fprintf(c.err, "agent %s is not banned any more\n", args[0])
 				default:
@@ -75,6 +83,7 @@ func (c *cli) agentUnbanCommand() *cobra.Command {
 		},
 	}
 	serverConfigFlag(cmd, &file)
+	dryRunFlag(cmd, &dryRun)
 	return cmd
 }
 

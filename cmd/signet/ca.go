@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -280,10 +281,11 @@ func (c *cli) caTaintCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "taint --config FILE ID --reason TEXT",
 		Short: "Say that a CA's key is lost, and replace everything under it",
-		Long: `Takes the CA's key for lost. Nothing is signed with it as soon as another issuer can sign; if none stands ready, a request
-for one is made. Agents replace what it has signed, spread over time (rotation.reissue_rate). Whoever has the key can
-forge certificates that are accepted as long as the root above is believed, so that root has to be replaced too, in every
-cluster: signet rotation status says who still accepts a forged certificate, until nobody does.
+		Long: `Takes the CA's key for lost, and every other CA that has the same key with it, as a root that was renewed may. Nothing is
+signed with it as soon as another issuer can sign; if none stands ready, a request for one is made. Agents replace what it
+has signed, spread over time (rotation.reissue_rate). Whoever has the key can forge certificates that are accepted as long as
+the root above is believed, so that root has to be replaced too, in every cluster, by one with another key: signet rotation
+status says who still accepts a forged certificate, until nobody does.
 
 It can't be taken back. On a terminal it is asked for once more; elsewhere --yes is needed.`,
 		Example: `  signet ca taint --config east.yaml intermediate-1 --reason "backup of the key was stolen" --dry-run
@@ -305,7 +307,7 @@ It can't be taken back. On a terminal it is asked for once more; elsewhere --yes
 					if err != nil {
 						return err
 					}
-					follows := tainting(all.Authorities, args[0], answer)
+					follows := tainting(all.Authorities, args[0], answer, time.Now())
 					if dryRun {
 						for _, text := range follows {
 							folded(c.err, "- ", "  ", text)
@@ -345,18 +347,19 @@ It can't be taken back. On a terminal it is asked for once more; elsewhere --yes
 }
 
 // tainting says what a taint leads to, and what people have to do, whether or not a step is ready now.
-func tainting(all []*adminv1.AuthorityInfo, id string, answer *adminv1.RotationChangeResponse) []string {
+func tainting(all []*adminv1.AuthorityInfo, id string, answer *adminv1.RotationChangeResponse, now time.Time) []string {
 	root, signs, successor := id, "", ""
+	same := sameKey(all, id)
 	for _, a := range all {
 		if a.Id == id && a.Kind == ca.KindIntermediate {
 			root = a.Root
 		}
-		if a.Kind == ca.KindIntermediate && a.State == string(ca.Active) && (a.Id == id || a.Root == id) {
+		if a.Kind == ca.KindIntermediate && a.State == string(ca.Active) && (a.Id == id || a.Root == id || slices.Contains(same, a.Root)) {
 			signs = a.Id
 		}
 	}
 	for _, a := range all {
-		if isRoot(a) && a.Id != root && a.State == string(ca.Active) && a.Leaving == nil && a.Tainted == nil {
+		if isRoot(a) && a.Id != root && !slices.Contains(same, a.Id) && a.State == string(ca.Active) && a.Leaving == nil && a.Tainted == nil {
 			successor = a.Id
 		}
 	}
@@ -380,6 +383,9 @@ func tainting(all []*adminv1.AuthorityInfo, id string, answer *adminv1.RotationC
 		makes = "the request of " + answer.Requests[0].Authority + " waits for its signature"
 	}
 	var texts []string
+	if len(same) > 0 {
+		texts = append(texts, strings.Join(same, " and ")+" is tainted too: it has the same key")
+	}
 	switch {
 	case signs == "":
 	case takes != "":
@@ -388,15 +394,54 @@ func tainting(all []*adminv1.AuthorityInfo, id string, answer *adminv1.RotationC
 		texts = append(texts, makes+": "+signers+" to sign it (signet root sign), and it has to be installed (signet cluster install)",
 			signs+" goes on signing until then")
 	}
+	above := slices.IndexFunc(all, func(a *adminv1.AuthorityInfo) bool { return a.Id == root })
+	gone := above >= 0 && all[above].State == string(ca.Removed)
+	if gone && len(same) == 0 {
+		return append(texts, root+" above it was removed here "+moment(all[above].Since.AsTime(), now)+
+			", so nothing more is to be done here; signet rotation status says who accepts what is forged under it, if anybody does")
+	}
 	texts = append(texts, "agents replace what was signed by it, spread over time")
 	if root == "" {
 		return texts
 	}
-	must := "forged certificates are accepted as long as " + root + " is believed, in every cluster: "
-	if successor != "" {
-		return append(texts, must+"it begins to leave here, for "+successor+"; say the same in the other clusters (signet trust remove "+root+")")
+	every := same
+	if !gone {
+		every = append([]string{root}, same...)
+	}
+	must := "forged certificates are accepted as long as " + strings.Join(every, " or ") + " is believed, in every cluster: "
+	if leaves := "it begins to leave here, for " + successor; successor != "" {
+		if above >= 0 && all[above].Leaving != nil {
+			leaves = "it began to leave here " + moment(all[above].Leaving.AsTime(), now)
+		}
+		return append(texts, must+leaves+"; say the same in the other clusters (signet trust remove "+strings.Join(every, "; signet trust remove ")+")")
 	}
 	return append(texts, must+"it must be replaced (signet root init, then signet rotation start root in each cluster)")
+}
+
+// sameKey names the other roots, but for those that are removed, that have a CA's key.
+func sameKey(all []*adminv1.AuthorityInfo, id string) (others []string) {
+	key := func(a *adminv1.AuthorityInfo) string {
+		if len(a.Chain) == 0 {
+			return ""
+		}
+		cert, err := x509.ParseCertificate(a.Chain[0])
+		if err != nil {
+			return ""
+		}
+		return ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo)
+	}
+	lost := ""
+	for _, a := range all {
+		if a.Id == id {
+			lost = key(a)
+		}
+	}
+	for _, a := range all {
+		if lost != "" && isRoot(a) && a.Id != id && a.State != string(ca.Removed) && key(a) == lost {
+			others = append(others, a.Id)
+		}
+	}
+	return others
 }
 
 // confirm asks on the terminal for a word.

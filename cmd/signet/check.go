@@ -184,6 +184,7 @@ func (o *openedOnce) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, 
 var (
 	rotationCodes = []string{
 		check.CodeIssuing, check.CodeSuccessor, check.CodeSignature, check.CodeRootEnd, check.CodePeer, check.CodeTaint, check.CodeStep, check.CodeRestored,
+		check.CodeRivals,
 	}
 	clockCodes  = []string{check.CodeClock}
 	sharedCodes = []string{check.CodeShared, check.CodeUpstream, check.CodeVault, check.CodePolicy, check.CodeToken}

@@ -63,16 +63,21 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 		status            int
 	}{
 		{"unban", "was not banned", "enrolled", exitYes},
+		{"ban --dry-run", "would be banned; this was a dry run: nothing is changed", "enrolled", exitYes},
 		{"ban", "is banned", "banned", exitYes},
+		{"ban --dry-run", "was banned already", "banned", exitYes},
 		{"ban", "was banned already", "banned", exitYes},
+		{"unban --dry-run", "would not be banned any more; this was a dry run: nothing is changed", "banned", exitYes},
 		{"unban", "is not banned any more", "enrolled", exitYes},
 	} {
-		_, errs := h.must(step.status, "agent", step.verb, "--config", server, name)
+		_, errs := h.must(step.status, append(append([]string{"agent"}, strings.Fields(step.verb)...), "--config", server, name)...)
 		contains(t, errs, step.says)
 		out, _ = h.must(exitYes, "agent", "list", "--config", server, "-o", "wide")
 		contains(t, out, name, step.state, "SHA256:")
 	}
-	_, errs := h.must(exitNo, "agent", "ban", "--config", server, "nobody")
+	_, errs := h.must(exitNo, "agent", "ban", "--config", server, "nobody", "--dry-run")
+	contains(t, errs, "not enrolled")
+	_, errs = h.must(exitNo, "agent", "ban", "--config", server, "nobody")
 	contains(t, errs, "not enrolled")
 	out, _ = h.must(exitYes, "__complete", "agent", "ban", "--config", server, "")
 	contains(t, out, name+"\n")

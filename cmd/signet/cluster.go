@@ -125,7 +125,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 				if err := what.print(c.err); err != nil {
 					return err
 				}
-				c.hintSign("the root", cfg.Cluster, "", r.KeyFingerprint)
+				c.hintSign("the root", cfg.Cluster, "", "", r.KeyFingerprint)
 				_, err = c.out.Write(r.CSR)
 				return err
 			}
@@ -135,7 +135,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 			if err := append(what, [2]string{"request", out}).print(c.err); err != nil {
 				return err
 			}
-			c.hintSign("the root", cfg.Cluster, out, r.KeyFingerprint)
+			c.hintSign("the root", cfg.Cluster, out, "", r.KeyFingerprint)
 			_, err = fmt.Fprintln(c.out, r.KeyFingerprint)
 			return err
 		},
@@ -146,9 +146,10 @@ It is safe to run again: what is missing is completed, and the same request and 
 	return cmd
 }
 
-// hintSign says what the root's holder types next. An empty file stands for the one that stdout went to.
-func (c *cli) hintSign(root, cluster, file string, keys ...string) {
-	fmt.Fprintf(c.err, "next, where %s is: signet root sign --cluster %s --out %[2]s.chain.pem --csr %s", root, cluster, cmp.Or(file, "FILE"))
+// hintSign says what the root's holder types next. An empty file stands for the one that stdout went to; turns are flags that
+// let several take their turns, "" for none.
+func (c *cli) hintSign(root, cluster, file, turns string, keys ...string) {
+	fmt.Fprintf(c.err, "next, where %s is: signet root sign --cluster %s --out %[2]s.chain.pem --csr %s%s", root, cluster, cmp.Or(file, "FILE"), turns)
 	for _, k := range keys {
 		fmt.Fprintf(c.err, " \\\n  --fingerprint %s", k)
 	}
@@ -247,6 +248,9 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 // installAtServer installs through the server that holds the folder; inUse is what is told if whoever holds it is none.
 func (c *cli) installAtServer(ctx context.Context, cfg *config.Server, inUse error, request *adminv1.InstallAuthoritiesRequest) error {
 	conn, err := dialAdmin(ctx, cfg.AdminSocket, "server", "signet serve")
+	if errors.Is(err, errSilent) {
+		return err
+	}
 	if err != nil {
 		return inUse
 	}

@@ -31,7 +31,7 @@ func (c *cli) identityBanCommand() *cobra.Command {
 		Short: "Issue an identity to nobody any more",
 		Long: `Issues the SPIFFE ID to nobody any more, from here on and until it is unbanned. Agents take it away from their workloads
 and purge it from their caches. A certificate that a workload has copied is good until it expires; until when that can be
-is said. Banning it again changes nothing.`,
+is said. Banning it again changes nothing. The name of a node is refused: for that there is signet agent ban.`,
 		Example: `  signet identity ban --config east.yaml spiffe://example.org/ns/shop/sa/frontend --reason "was broken into"
   signet identity ban --config east.yaml spiffe://example.org/ns/shop/sa/frontend --reason "was broken into" --dry-run`,
 		Args: cobra.ExactArgs(1),

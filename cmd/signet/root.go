@@ -135,7 +135,7 @@ server's configuration does, and which engine holds the key. With -f the same bl
 			}
 			var holder *rootHolder
 			if key != nil {
-				if holder, err = openRootKey(key); err != nil {
+				if holder, err = openRootKey(key, cfg.Algorithm); err != nil {
 					return err
 				}
 				defer holder.Close()
@@ -245,7 +245,7 @@ before the signature is made. The chain (intermediate, then root) goes to --out.
 
 Several requests of a cluster are signed in one ceremony: in one file, or --csr repeated, with a --fingerprint for each in
 their order. With --stagger each begins that much later than the one before, so that the root can be put away until the
-last of them ends. The chains follow one another in --out, which "signet cluster install" takes whole.
+last of them ends. Which of them would never take over, since they end no later than the one before, is said. The chains follow one another in --out, which "signet cluster install" takes whole.
 
 An intermediate that would outlive its root ends with it; one that would then live less than a day is refused.
 
@@ -304,9 +304,15 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 					return err
 				}
 			}
-			if dryRun {
-				_, err := io.WriteString(c.out, page.String())
+			show := func(to io.Writer) error {
+				_, err := io.WriteString(to, page.String())
+				if none := useless(prepared); none != "" {
+					folded(c.err, "of no use: ", "  ", none)
+				}
 				return err
+			}
+			if dryRun {
+				return show(c.out)
 			}
 			out := sign[0].Out
 			if _, err := os.Lstat(out); out != "-" && err == nil {
@@ -315,7 +321,7 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 			if _, err := os.Stat(filepath.Dir(out)); out != "-" && err != nil {
 				return fmt.Errorf("the folder for --out: %w; make it first, nothing was signed", err)
 			}
-			if _, err := io.WriteString(c.err, page.String()); err != nil {
+			if err := show(c.err); err != nil {
 				return err
 			}
 			if holder != nil {
@@ -499,6 +505,34 @@ func days(d time.Duration) string {
 		return fmt.Sprintf("%d days", d/day)
 	}
 	return d.String()
+}
+
+// lifeFlag writes a life as flags take it.
+func lifeFlag(d time.Duration) string {
+	const day = 24 * time.Hour
+	if d%day == 0 {
+		return fmt.Sprintf("%dd", d/day)
+	}
+	return d.String()
+}
+
+// useless says which of several of one cluster would never take over; "" = each does. They were planned one after another.
+func useless(prepared []*ceremony.Prepared) string {
+	var which []string
+	for i := 1; i < len(prepared); i++ {
+		if prepared[i].Plan().NotAfter.Before(prepared[i-1].Plan().NotAfter.Add(time.Minute)) {
+			which = append(which, strconv.Itoa(i+1))
+		}
+	}
+	const mend = " ends no later than the one before it. Give --stagger, as signet rotation start printed it, or have each signed when it is due"
+	switch n := len(which); n {
+	case 0:
+		return ""
+	case 1:
+		return fmt.Sprintf("request %s of %d, since it"+mend, which[0], len(prepared))
+	default:
+		return fmt.Sprintf("requests %s and %s of %d, since each"+mend, strings.Join(which[:n-1], ", "), which[n-1], len(prepared))
+	}
 }
 
 // rootShown is what `root show` shows.

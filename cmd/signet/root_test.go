@@ -163,6 +163,17 @@ func TestSeveralSuccessorsAreSignedInOneCeremony(t *testing.T) {
 			t.Errorf("%s: %+v; want %d and %q", name, r, c.code, c.want)
 		}
 	}
+	// Those that would never take over are named before anything is signed.
+	useless := func(want string, args ...string) {
+		t.Helper()
+		r := d.sign(t, with(append([]string{"--csr", one, "--dry-run"}, args...)...)...).expect(t, exitYes, "")
+		if got := strings.Join(strings.Fields(r.err), " "); !strings.HasPrefix(got, want) || (want == "") != (got == "") {
+			t.Errorf("with %v it says %q, want %q", args, got, want)
+		}
+	}
+	useless("", "--stagger", "60d")
+	useless("of no use: requests 2 and 3 of 3, since each ends no later than the one before it. Give --stagger, as signet rotation start printed it, or have each signed when it is due")
+	useless("of no use: request 3 of 3, since it ends no later than the one before it.", "--stagger", "4y", "--life", "9y")
 	dry = d.sign(t, with("--csr", one, "--stagger", "4y", "--life", "5y", "--dry-run")...).expect(t, exitYes, "").out
 	if strings.Count(dry, "cut short: its root ends then") != 1 {
 		t.Errorf("the last one is cut short, and the page must say so:\n%s", dry)

@@ -474,7 +474,8 @@ new one. The fingerprint must have come from the new root's holder by another wa
 in use yet, another is refused: turn the first back with signet rotation abort.
 
 The requests go to stdout, or with --csr-out to a file; then stdout gets the fingerprints of their keys, one a line.
-signet root sign wants both. With --successors several are requested at once, to be signed in one ceremony.
+signet root sign wants both. With --successors several are requested at once, to be signed in one ceremony; the command for it
+is printed with a --stagger by which each takes over from the one before.
 Starting again what has been started changes nothing and prints the same requests. Where there is none to print, --csr-out is
 refused (exit status 1): an upstream authority signs by itself, or with rotation.automatic: false the request comes with
 signet rotation advance, and signet ca show prints it.`,
@@ -593,7 +594,11 @@ func (c *cli) printRequests(root, cluster string, r *adminv1.RotationChangeRespo
 		return err
 	}
 	c.talkOfChange(r, false)
-	c.hintSign(root, cluster, file, prints...)
+	turns := ""
+	if r.Stagger != nil {
+		turns = " --life " + lifeFlag(r.Life.AsDuration()) + " --stagger " + lifeFlag(r.Stagger.AsDuration())
+	}
+	c.hintSign(root, cluster, file, turns, prints...)
 	_, err := c.out.Write(data)
 	return err
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
@@ -34,7 +35,9 @@ type doorman struct {
 	plan   []*adminv1.RotationStep
 	change *adminv1.RotationChangeResponse
 	refuse error
-	asked  []proto.Message
+	// hangs: it never says how things stand.
+	hangs bool
+	asked []proto.Message
 }
 
 func (d *doorman) answer(m proto.Message) (*adminv1.RotationChangeResponse, error) {
@@ -49,7 +52,10 @@ func (d *doorman) ListAuthorities(context.Context, *adminv1.ListAuthoritiesReque
 	return d.list, nil
 }
 
-func (d *doorman) RotationStatus(context.Context, *adminv1.RotationStatusRequest) (*adminv1.RotationStatusResponse, error) {
+func (d *doorman) RotationStatus(ctx context.Context, _ *adminv1.RotationStatusRequest) (*adminv1.RotationStatusResponse, error) {
+	if d.hangs {
+		<-ctx.Done()
+	}
 	return d.status, nil
 }
 
@@ -398,8 +404,18 @@ func TestATaintIsAskedForOrSaidTwice(t *testing.T) {
 	follows("the request of intermediate-2 waits for its signature")
 	d.change.Taken, d.change.Requests = []*adminv1.RotationStep{{Authority: "intermediate-2", Kind: "intermediate", From: "published", To: "active"}}, nil
 	d.list.Authorities = append(d.list.Authorities, &adminv1.AuthorityInfo{Id: newRoot, Kind: "root", State: "active"})
+	d.change.Done = []string{oldRoot + " leaves", "intermediate-1 tainted"}
 	follows("intermediate-2 signs in its place", "it begins to leave here, for "+newRoot, "signet trust remove "+oldRoot)
-	d.change.Taken = nil
+	// What is on its way out already, or gone, does not begin to leave.
+	d.change.Taken, d.change.Done = nil, []string{"intermediate-1 tainted"}
+	d.list.Authorities[0].Leaving, d.list.Authorities[1].State = ago(3*time.Hour), "retired"
+	follows("accepted as long as "+oldRoot+" is believed", "it began to leave here 3h ago; say the same in the other clusters")
+	d.list.Authorities[0].State, d.list.Authorities[0].Since = "removed", ago(16*time.Minute)
+	follows(oldRoot + " above it was removed here 16m ago, so nothing more is to be done here; signet rotation status says who accepts what is forged under it, if anybody does")
+	if _, errs := h.must(exitYes, append(taint, "--dry-run")...); strings.Contains(errs, "begins to leave") || strings.Contains(errs, "replace what was signed") {
+		t.Errorf("with the root gone it says\n%s", errs)
+	}
+	d.list.Authorities[0].State, d.list.Authorities[0].Leaving, d.list.Authorities[1].State = "active", nil, "active"
 	for _, m := range d.asked {
 		if !m.(*adminv1.TaintAuthorityRequest).DryRun {
 			t.Fatal("it was tainted without a word")
@@ -446,6 +462,16 @@ func TestARotationOfTheRootNeedsItsFingerprint(t *testing.T) {
 	if text, err := ceremony.ReadRequestFile(h.path("x.csr")); err != nil || len(text) != 1 {
 		t.Errorf("the request: %v", err)
 	}
+	// Of several each begins later than the one before, and the command says by how much.
+	one := d.change.Requests
+	d.change.Requests = append(slices.Clone(one), one...)
+	d.change.Life, d.change.Stagger = durationpb.New(90*day), durationpb.New(60*day)
+	_, errs = h.must(exitYes, start("intermediate", "--successors", "2", "--csr-out", h.path("two.csr"))...)
+	contains(t, errs, "signet root sign --cluster east --out east.chain.pem --csr "+h.path("two.csr")+" --life 90d --stagger 60d \\\n  --fingerprint "+desk.key)
+	d.change.Life, d.change.Stagger = durationpb.New(36*time.Hour), durationpb.New(24*time.Hour+90*time.Second)
+	_, errs = h.must(exitYes, start("intermediate", "--successors", "2", "--csr-out", h.path("two.csr"))...)
+	contains(t, errs, " --life 36h0m0s --stagger 24h1m30s ")
+	d.change.Life, d.change.Stagger, d.change.Requests = nil, nil, one
 	// What waits from before is not what would be done.
 	d.change.Done, d.change.Requested = []string{"a new intermediate requested (its key would be made)"}, 1
 	out, errs = h.must(exitYes, start("intermediate", "--successors", "3", "--dry-run")...)

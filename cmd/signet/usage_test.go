@@ -2,6 +2,7 @@ package main
 
 import (
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -35,6 +36,21 @@ func TestWrongUsageIsAnsweredByWhatIsValid(t *testing.T) {
 		contains(t, errs, want)
 		if strings.Count(errs, "\n") != 1 {
 			t.Errorf("signet %s is answered by more than a sentence: %s", args, errs)
+		}
+	}
+}
+
+// What changes how a cluster's CAs, identities and agents stand can be tried first.
+func TestEveryWriteAboutCAsIdentitiesAndAgentsHasADryRun(t *testing.T) {
+	reads := strings.Fields("list show plan status report export why")
+	for _, group := range (&cli{}).command().Commands() {
+		if !slices.Contains([]string{"agent", "ca", "identity", "registration", "root", "rotation", "trust"}, group.Name()) {
+			continue
+		}
+		for _, cmd := range group.Commands() {
+			if (cmd.Flags().Lookup("dry-run") == nil) != slices.Contains(reads, cmd.Name()) {
+				t.Errorf("%s has a dry run: %v", cmd.CommandPath(), cmd.Flags().Lookup("dry-run") != nil)
+			}
 		}
 	}
 }

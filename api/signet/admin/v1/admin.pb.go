@@ -691,6 +691,7 @@ func (x *ListRegistrationsResponse) GetRegistrations() []*v1.Registration {
 type BanAgentRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -730,6 +731,13 @@ func (x *BanAgentRequest) GetAgent() string {
 		return x.Agent
 	}
 	return ""
+}
+
+func (x *BanAgentRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
 }
 
 type BanAgentResponse struct {
@@ -790,6 +798,7 @@ func (x *BanAgentResponse) GetNotStored() string {
 type UnbanAgentRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -829,6 +838,13 @@ func (x *UnbanAgentRequest) GetAgent() string {
 		return x.Agent
 	}
 	return ""
+}
+
+func (x *UnbanAgentRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
 }
 
 type UnbanAgentResponse struct {
@@ -1087,15 +1103,17 @@ const file_api_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\x18ListRegistrationsRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\"Z\n" +
 	"\x19ListRegistrationsResponse\x12=\n" +
-	"\rregistrations\x18\x01 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations\"'\n" +
+	"\rregistrations\x18\x01 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations\"@\n" +
 	"\x0fBanAgentRequest\x12\x14\n" +
-	"\x05agent\x18\x01 \x01(\tR\x05agent\"K\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"K\n" +
 	"\x10BanAgentResponse\x12\x18\n" +
 	"\achanged\x18\x01 \x01(\bR\achanged\x12\x1d\n" +
 	"\n" +
-	"not_stored\x18\x02 \x01(\tR\tnotStored\")\n" +
+	"not_stored\x18\x02 \x01(\tR\tnotStored\"B\n" +
 	"\x11UnbanAgentRequest\x12\x14\n" +
-	"\x05agent\x18\x01 \x01(\tR\x05agent\".\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\".\n" +
 	"\x12UnbanAgentResponse\x12\x18\n" +
 	"\achanged\x18\x01 \x01(\bR\achanged\"\x13\n" +
 	"\x11ListAgentsRequest\"H\n" +

@@ -9,6 +9,7 @@ package adminv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -1784,7 +1785,11 @@ type RotationChangeResponse struct {
 	// What is requested is signed by an upstream authority: nobody carries anything.
 	Upstream bool `protobuf:"varint,8,opt,name=upstream,proto3" json:"upstream,omitempty"`
 	// How many requests this call has made; in a dry run, would make.
-	Requested     uint32 `protobuf:"varint,9,opt,name=requested,proto3" json:"requested,omitempty"`
+	Requested uint32 `protobuf:"varint,9,opt,name=requested,proto3" json:"requested,omitempty"`
+	// Of several requests: how long each certificate should live, and how much later than the one before it should begin, so
+	// that each takes over from the last. Unset where nothing fits.
+	Life          *durationpb.Duration `protobuf:"bytes,10,opt,name=life,proto3" json:"life,omitempty"`
+	Stagger       *durationpb.Duration `protobuf:"bytes,11,opt,name=stagger,proto3" json:"stagger,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1880,6 +1885,20 @@ func (x *RotationChangeResponse) GetRequested() uint32 {
 		return x.Requested
 	}
 	return 0
+}
+
+func (x *RotationChangeResponse) GetLife() *durationpb.Duration {
+	if x != nil {
+		return x.Life
+	}
+	return nil
+}
+
+func (x *RotationChangeResponse) GetStagger() *durationpb.Duration {
+	if x != nil {
+		return x.Stagger
+	}
+	return nil
 }
 
 type ReportTaken struct {
@@ -2569,7 +2588,7 @@ var File_api_signet_admin_v1_rotation_proto protoreflect.FileDescriptor
 
 const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\n" +
-	"\"api/signet/admin/v1/rotation.proto\x12\x0fsignet.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x18\n" +
+	"\"api/signet/admin/v1/rotation.proto\x12\x0fsignet.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x18\n" +
 	"\x16ListAuthoritiesRequest\"\xa9\x01\n" +
 	"\x17ListAuthoritiesResponse\x12@\n" +
 	"\vauthorities\x18\x01 \x03(\v2\x1e.signet.admin.v1.AuthorityInfoR\vauthorities\x12'\n" +
@@ -2706,7 +2725,7 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"A\n" +
 	"\x12RemoveTrustRequest\x12\x12\n" +
 	"\x04root\x18\x01 \x01(\tR\x04root\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"\xf5\x02\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"\xd9\x03\n" +
 	"\x16RotationChangeResponse\x12\x18\n" +
 	"\achanged\x18\x01 \x01(\bR\achanged\x123\n" +
 	"\x05taken\x18\x02 \x03(\v2\x1d.signet.admin.v1.RotationStepR\x05taken\x121\n" +
@@ -2716,7 +2735,10 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x04done\x18\x06 \x03(\tR\x04done\x126\n" +
 	"\areports\x18\a \x03(\v2\x1c.signet.admin.v1.ReportTakenR\areports\x12\x1a\n" +
 	"\bupstream\x18\b \x01(\bR\bupstream\x12\x1c\n" +
-	"\trequested\x18\t \x01(\rR\trequested\"\x83\x01\n" +
+	"\trequested\x18\t \x01(\rR\trequested\x12-\n" +
+	"\x04life\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\x04life\x123\n" +
+	"\astagger\x18\v \x01(\v2\x19.google.protobuf.DurationR\astagger\"\x83\x01\n" +
 	"\vReportTaken\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12.\n" +
@@ -2829,6 +2851,7 @@ var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*ListBannedIdentitiesResponse)(nil), // 36: signet.admin.v1.ListBannedIdentitiesResponse
 	(*BannedIdentity)(nil),               // 37: signet.admin.v1.BannedIdentity
 	(*timestamppb.Timestamp)(nil),        // 38: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 39: google.protobuf.Duration
 }
 var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
@@ -2864,46 +2887,48 @@ var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	5,  // 30: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
 	26, // 31: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
 	25, // 32: signet.admin.v1.RotationChangeResponse.reports:type_name -> signet.admin.v1.ReportTaken
-	38, // 33: signet.admin.v1.ReportTaken.at:type_name -> google.protobuf.Timestamp
-	38, // 34: signet.admin.v1.ReportTaken.held:type_name -> google.protobuf.Timestamp
-	38, // 35: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
-	37, // 36: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
-	38, // 37: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
-	0,  // 38: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
-	3,  // 39: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
-	13, // 40: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
-	15, // 41: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
-	16, // 42: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
-	17, // 43: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
-	18, // 44: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
-	19, // 45: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
-	22, // 46: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
-	23, // 47: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
-	27, // 48: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
-	29, // 49: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
-	31, // 50: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
-	33, // 51: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
-	35, // 52: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
-	1,  // 53: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
-	4,  // 54: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
-	14, // 55: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
-	24, // 56: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 57: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 58: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 59: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 60: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 61: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 62: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	28, // 63: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
-	30, // 64: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
-	32, // 65: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
-	34, // 66: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
-	36, // 67: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
-	53, // [53:68] is the sub-list for method output_type
-	38, // [38:53] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	39, // 33: signet.admin.v1.RotationChangeResponse.life:type_name -> google.protobuf.Duration
+	39, // 34: signet.admin.v1.RotationChangeResponse.stagger:type_name -> google.protobuf.Duration
+	38, // 35: signet.admin.v1.ReportTaken.at:type_name -> google.protobuf.Timestamp
+	38, // 36: signet.admin.v1.ReportTaken.held:type_name -> google.protobuf.Timestamp
+	38, // 37: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
+	37, // 38: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
+	38, // 39: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
+	0,  // 40: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
+	3,  // 41: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
+	13, // 42: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
+	15, // 43: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
+	16, // 44: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
+	17, // 45: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
+	18, // 46: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
+	19, // 47: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
+	22, // 48: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
+	23, // 49: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
+	27, // 50: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
+	29, // 51: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
+	31, // 52: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
+	33, // 53: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
+	35, // 54: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
+	1,  // 55: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	4,  // 56: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
+	14, // 57: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
+	24, // 58: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 59: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 60: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 61: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 62: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 63: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	24, // 64: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	28, // 65: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
+	30, // 66: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
+	32, // 67: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
+	34, // 68: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
+	36, // 69: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
+	55, // [55:70] is the sub-list for method output_type
+	40, // [40:55] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_rotation_proto_init() }
