@@ -58,6 +58,7 @@ lint: $(BIN)/staticcheck ## Format, vet, staticcheck
 .PHONY: test
 test: lint $(ENVOY) $(ENVOYS) $(BIN)/vault ## Every test, the real parts included
 	@$(if $(RACE),,echo "no C compiler found: the tests run without the race detector")
+	$(GO) test -tags real ./rotation # with its model, which is one goroutine that computes: the race detector would only slow it down
 	$(GO) test $(RACE) -tags real -timeout 18m ./test/e2e ./... # the longest first, beside all others
 
 .PHONY: soak

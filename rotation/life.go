@@ -584,7 +584,7 @@ func (d decision) due(x Authority) (because string, at time.Time) {
 		return "no issuer is active", time.Time{}
 	case !now.Tainted.IsZero():
 		return "the key of " + now.ID + " is tainted", time.Time{}
-	case !above.Leaving.IsZero() && now.Root != x.Root:
+	case !above.Leaving.IsZero() && now.Root != x.Root && !d.spent(x, now):
 		return "the root above " + now.ID + " is being replaced", time.Time{}
 	case x.Wanted:
 		return "it was asked for", time.Time{}
@@ -692,13 +692,14 @@ func (d decision) before(x, y Authority) bool {
 	return x.NotBefore.Before(y.NotBefore)
 }
 
-// late: the active issuer is due to go, and validators don't all believe the root that its successor is under. How long that
-// takes is for others to say, so that the cluster needs one more issuer under the root that it has. A tainted one bears none.
+// late: the active issuer is due to go, and nothing may be signed under the root that its successor is under: validators don't all
+// believe it, or it is not known any more that they do. How long that takes is for others to say, so that the cluster needs one
+// more issuer under the root that it has. A tainted one bears none.
 func (d decision) late(root string) bool {
 	r, _ := d.authority(root)
 	now, ok := d.active()
 	above, _ := d.authority(now.Root)
-	return ok && r.State != ca.Active && above.Tainted.IsZero() && !d.now.Before(d.at(now, d.SwitchAt))
+	return ok && (r.State != ca.Active || len(d.mayBegin(root)) > 0) && above.Tainted.IsZero() && !d.now.Before(d.at(now, d.SwitchAt))
 }
 
 // mostWorn is how many certificates that end with their root, too soon, may wait before no further one is asked for.
@@ -706,6 +707,12 @@ const mostWorn = 2
 
 // worn: it would take over only to end sooner than the one before it.
 func worn(x, now Authority) bool { return !x.NotAfter.After(now.NotAfter) }
+
+// spent: it would end sooner than the one before it, and would have to be replaced as soon as it had taken over. That is of use only
+// where the one before it must not sign at all.
+func (d decision) spent(x, now Authority) bool {
+	return worn(x, now) && now.Tainted.IsZero() && !d.now.Before(d.at(x, d.SwitchAt))
+}
 
 // waiting reports whether an intermediate may yet become an issuer.
 func waiting(a Authority) bool {
@@ -744,7 +751,7 @@ func (d decision) successor() (Step, bool) {
 		if waiting(a) && a.signed() && d.stays(a.Root) && d.late(a.Root) {
 			bridge = fmt.Sprintf("%s ends at %s, and not all validators trust %s yet", now.ID, stamp(now.NotAfter), a.Root)
 		}
-		if waiting(a) && (!a.signed() || d.stays(a.Root) && !d.tooShort(a) && !a.NotBefore.After(needed) && !d.late(a.Root) && (urgent || !worn(a, now))) {
+		if waiting(a) && (!a.signed() || d.stays(a.Root) && !d.tooShort(a) && !a.NotBefore.After(needed) && !d.late(a.Root) && (!worn(a, now) || urgent && !d.spent(a, now))) {
 			return Step{}, false
 		}
 		if root, _ := d.authority(a.Root); waiting(a) && worn(a, now) && !a.NotAfter.Before(root.NotAfter) {

@@ -11,6 +11,8 @@ import (
 	"github.com/signet-ca/signet/ca"
 )
 
+const day = 24 * time.Hour
+
 var testPolicy = Policy{
 	LongestLeaf: day, Skew: 5 * time.Minute, Quorum: 1, PrepareAt: 0.5, SwitchAt: 0.67, ReportLife: day,
 }
@@ -740,6 +742,53 @@ func TestASlowRootRotationIsBridged(t *testing.T) {
 	w.Authorities = all
 	if w = settle(t, w, now); active(w) != "y" {
 		t.Fatalf("active is %q", active(w))
+	}
+}
+
+// The root was believed by all when it became active; by the time its intermediate is signed, reports have lapsed.
+func TestARootOfWhichNothingIsKnownAnyMoreIsBridged(t *testing.T) {
+	a := rootA(ca.Active)
+	a.Leaving = noon
+	w := worldOf(a, named("b", rootA(ca.Active)), under("a", "i", ca.Active), under("b", "x", ca.Published))
+	w.Peers = []Report{{Cluster: "west"}}
+	now := epoch.Add(21 * day)
+	if s := stepOf(t, Next(testPolicy, w, now), ""); !s.Ready(false) || !strings.Contains(s.Because, "not all validators trust b yet") {
+		t.Fatalf("%+v", s)
+	}
+	w.Authorities = append(w.Authorities, Authority{ID: "y", Kind: ca.KindIntermediate, State: ca.Prepared})
+	if _, err := Signed(testPolicy, w, "y", "b", now, now.Add(30*day), now); err == nil || !strings.Contains(err.Error(), "have y signed under a") {
+		t.Fatal(err)
+	}
+	all, err := Signed(testPolicy, w, "y", "a", now, now.Add(30*day), now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Authorities = all
+	if w = settle(t, w, now); active(w) != "y" {
+		t.Fatalf("active is %q", active(w))
+	}
+}
+
+// It would leave the cluster without an issuer before its own successor can be signed.
+func TestOneAtItsEndDoesNotTakeOverForANewRoot(t *testing.T) {
+	a := rootA(ca.Active)
+	a.Leaving = noon
+	i, x := under("a", "i", ca.Active), under("b", "x", ca.Published)
+	x.NotAfter = i.NotAfter.Add(-5 * day)
+	w := worldOf(a, named("b", rootA(ca.Active)), i, x)
+	if s := stepOf(t, Next(testPolicy, w, noon), "x"); s.To != ca.Active || !s.Ready(false) {
+		t.Fatalf("while most of its life is left: %+v", s)
+	}
+	now := x.NotAfter.Add(-2 * day)
+	if s := stepOf(t, Next(testPolicy, w, now), "x"); s.To != ca.Removed {
+		t.Fatalf("at its end: %+v", s)
+	}
+	if s := stepOf(t, Next(testPolicy, w, now), ""); !s.Ready(false) || !strings.Contains(s.Because, "the root above i is being replaced") {
+		t.Fatalf("%+v", s)
+	}
+	i.Tainted = noon
+	if s := stepOf(t, Next(testPolicy, worldOf(a, named("b", rootA(ca.Active)), i, x), now), "x"); s.To != ca.Active {
+		t.Fatalf("a lost key signs on: %+v", s)
 	}
 }
 

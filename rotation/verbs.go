@@ -178,7 +178,7 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 	case !ok || above.State == ca.Removed:
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is not trusted here: add it first with signet trust add", id, root)
 	// Until another root may be signed under, the one that leaves has to bear the cluster.
-	case above.State == ca.Retired || !above.Leaving.IsZero() && (signing.Root != root || signing.State == ca.Active && w.replaced(root)):
+	case above.State == ca.Retired || !above.Leaving.IsZero() && (signing.Root != root || signing.State == ca.Active && (decision{Policy: p, World: w, now: now}).replaced(root)):
 		return nil, fmt.Errorf("the chain of %s leads to root %s, which is being removed: have it signed by the root that replaces it", id, root)
 	case !above.Tainted.IsZero():
 		mend := "have it signed under a new root (signet root init, then signet rotation start root)"
@@ -213,10 +213,10 @@ func (w World) bridges(p Policy, id, root string, now time.Time) bool {
 	return held
 }
 
-// replaced reports whether another root is ready to be signed under.
-func (w World) replaced(root string) bool {
-	return slices.ContainsFunc(w.Authorities, func(a Authority) bool {
-		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero()
+// replaced reports whether another root is ready to be signed under, in time for the issuer's successor.
+func (d decision) replaced(root string) bool {
+	return slices.ContainsFunc(d.Authorities, func(a Authority) bool {
+		return a.ID != root && a.Kind == ca.KindRoot && a.State == ca.Active && a.Leaving.IsZero() && !d.late(a.ID)
 	})
 }
 

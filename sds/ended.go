@@ -14,7 +14,6 @@ const ReturnTime = 45 * time.Second
 // ended is what validators go on with whose streams have ended, each until when it counts. It holds as little as there are
 // kinds of it, however many streams end.
 type ended[K comparable] struct {
-	now   func() time.Time
 	after time.Duration
 	// ring is called when something counts no more.
 	ring func()
@@ -33,13 +32,13 @@ func (e *ended[K]) add(k K) {
 	if _, ok := e.until[k]; !ok {
 		time.AfterFunc(e.after, func() { e.expire(k) })
 	}
-	e.until[k] = e.now().Add(e.after)
+	e.until[k] = time.Now().Add(e.after) // which no jump of the clock makes longer
 }
 
 // expire takes k out, unless it was added once more.
 func (e *ended[K]) expire(k K) {
 	e.mu.Lock()
-	left := e.until[k].Sub(e.now())
+	left := time.Until(e.until[k])
 	if left > 0 {
 		time.AfterFunc(left, func() { e.expire(k) })
 	} else {

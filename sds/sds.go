@@ -3,7 +3,8 @@
 //
 // A stream reads in this order: stream.go is its life, sotw.go and delta.go the two ways to speak, subscription.go what it
 // wants and has been told, resource.go what a name stands for and whether it may leave, acks.go what all streams together
-// believe, leaves.go what they use, ended.go for how long that counts when a stream ends. fetch.go answers once without a stream, status.go shows the streams to people.
+// believe, leaves.go what they use, ended.go for how long that counts when a stream ends. fetch.go answers once without a stream,
+// status.go shows the streams to people.
 package sds
 
 import (

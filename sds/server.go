@@ -129,8 +129,8 @@ func New(c Config) (*Server, error) {
 		refusals:  rate.NewLimiter(10, 50),
 	}
 	s.callers.limit = c.Limits.StreamsPerCaller
-	s.beliefs.ended = ended[stated]{now: c.Now, after: c.ReturnTime, ring: s.beliefs.changed.Ring}
-	s.endedLeaves = ended[string]{now: c.Now, after: c.ReturnTime, ring: s.leaves.Ring}
+	s.beliefs.ended = ended[stated]{after: c.ReturnTime, ring: s.beliefs.changed.Ring}
+	s.endedLeaves = ended[string]{after: c.ReturnTime, ring: s.leaves.Ring}
 	return s, nil
 }
 
