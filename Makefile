@@ -64,7 +64,7 @@ test: lint $(ENVOY) $(ENVOYS) $(BIN)/vault ## Every test, the real parts include
 .PHONY: soak
 soak: ## What takes longer: faults at every call, ten thousand worlds of rotation, a greedy agent, then each fuzz target for FUZZTIME (default 2m)
 	$(GO) test -tags soak -timeout 150m -parallel 8 -v ./test/faults
-	$(GO) test -tags soak -timeout 60m -v -run TenThousand ./rotation
+	$(GO) test -tags soak -timeout 150m -v -run TenThousand ./rotation
 	$(GO) test -tags soak -timeout 10m -v -run GreedyAgent ./server
 	@set -e; for pkg in $$($(GO) list ./...); do \
 	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \

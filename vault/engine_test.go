@@ -255,3 +255,32 @@ func TestEnginesAreThereOnceTheyWereAsked(t *testing.T) {
 		t.Errorf("%d series, %v", n, err)
 	}
 }
+
+// Nobody may ask a failing engine for minutes; a refused login that has become good shows all the same.
+func TestALoginIsTriedAgainWhileAnEngineFails(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		f.on("PUT transit/sign/k", refuse(503, "overloaded"))
+		cl := connect(t, appRole(t), f)
+		keepFor(t, cl, time.Hour, func() {
+			time.Sleep(2 * time.Minute) // a new token may have other permissions
+			denied := refuse(403, "permission denied")
+			f.on("GET secret/data/x", denied)
+			f.on("PUT auth/approle/login", denied)
+			_, err := cl.Engine("transit/sign").Write(t.Context(), "transit/sign/k", nil)
+			if err == nil {
+				t.Fatal("signed")
+			}
+			if _, err := cl.Read(t.Context(), "secret/data/x"); err == nil || !cl.Status().Refused {
+				t.Fatalf("%v, %+v", err, cl.Status())
+			}
+			f.mu.Lock()
+			delete(f.paths, "PUT auth/approle/login")
+			f.mu.Unlock()
+			time.Sleep(40 * time.Second)
+			if st := cl.Status(); st.Refused || !st.LoggedIn {
+				t.Fatalf("40 s after it would be accepted again: %+v", st)
+			}
+		})
+	})
+}

@@ -231,9 +231,10 @@ func (c *Client) watch(ctx context.Context) {
 				// There is none to be had now. That it turns us away shows that it works.
 				_, _ = c.send(ctx, c.calls, request{op: opRead, path: lookupPath})
 			}
-			continue
+		} else {
+			c.feel(ctx)
 		}
-		c.feel(ctx)
+		c.enterAnew()
 	}
 }
 
@@ -254,11 +255,15 @@ func (c *Client) feel(ctx context.Context) {
 	if err.dead() {
 		c.bury(s)
 	}
+}
+
+// enterAnew logs in while there is a token yet, if that was refused, or somebody wants another token to be used: so it shows before
+// it is needed, and also while an engine fails.
+func (c *Client) enterAnew() {
 	another := c.another()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.refused.why() != nil || another {
-		// Another secret shows whether it is accepted while there is a token yet.
+	if c.living() != nil && (c.refused.why() != nil || another) {
 		c.join()
 	}
 }
