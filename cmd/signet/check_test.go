@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/test/lab"
 )
 
 // levels runs signet check and returns the worst level of each code, by its name.
@@ -35,6 +36,7 @@ func (h here) levels(args ...string) map[string]string {
 }
 
 func TestCheckAndBansOnARunningCluster(t *testing.T) {
+	lab.DevPorts(t)
 	h := shortFolder(t)
 	dir := h.path("dev")
 	ready := await("Type next")

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/signet-ca/signet/test/lab"
 )
 
 // here runs commands in one process, as a person would type them in one folder.
@@ -271,6 +273,7 @@ logging: { format: json }
 }
 
 func TestAFiveMinuteStartCanBeRepeated(t *testing.T) {
+	lab.DevPorts(t)
 	h := shortFolder(t)
 	dir := h.path("dev")
 	var before string

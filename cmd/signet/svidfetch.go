@@ -443,7 +443,7 @@ func (w *watcher) follow(ctx context.Context, socket agentSocket, id string) err
 	if err != nil {
 		return err
 	}
-	defer cl.close()
+	defer cl.conn.Close()
 	type event struct {
 		svid *x509.Certificate
 		err  error

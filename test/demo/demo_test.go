@@ -26,7 +26,6 @@ func TestTheRootIsReplacedThreeTimesOverWithEveryEnvoyOnDelta(t *testing.T) { pa
 
 func passes(t *testing.T, tell teller) {
 	t.Helper()
-	t.Parallel()
 	runtime.LockOSThread() // which the processes die with
 	defer runtime.UnlockOSThread()
 	dir := t.TempDir()

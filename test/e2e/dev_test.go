@@ -71,6 +71,7 @@ func startDev(t *testing.T, cwd string, args ...string) *dev {
 }
 
 func TestTheFiveMinuteStart(t *testing.T) {
+	lab.DevPorts(t)
 	cwd := filepath.Join(scratch, "dev")
 	if err := os.Mkdir(cwd, 0o700); err != nil {
 		t.Fatal(err)
