@@ -699,7 +699,7 @@ func (d decision) late(root string) bool {
 	r, _ := d.authority(root)
 	now, ok := d.active()
 	above, _ := d.authority(now.Root)
-	return ok && (r.State != ca.Active || len(d.mayBegin(root)) > 0) && above.Tainted.IsZero() && !d.now.Before(d.at(now, d.SwitchAt))
+	return ok && above.Tainted.IsZero() && !d.now.Before(d.at(now, d.SwitchAt)) && (r.State != ca.Active || len(d.mayBegin(root)) > 0)
 }
 
 // mostWorn is how many certificates that end with their root, too soon, may wait before no further one is asked for.

@@ -378,7 +378,7 @@ func (e *exchange) tell(ctx context.Context) (string, error) {
 		if since := now.Sub(e.reported); since >= 0 && since < time.Duration(validators(e.told))*perValidator {
 			return name, nil
 		}
-		r := k.report(k.current.Load(), now)
+		r := k.report(k.current.Load(), k.heard(), now)
 		e.reported = now
 		if !due(e.told, r, e.relied()) {
 			return name, nil

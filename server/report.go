@@ -46,12 +46,12 @@ func waitedFor(agents []validator) []validator {
 // maxMissing bounds how many agents are named.
 const maxMissing = 100
 
-// report is what this cluster knows of its validators and issuers; newer are reports of peers that are newer than those taken.
-func (k *keeper) report(set *authorities, now time.Time, newer ...rotation.Report) rotation.Report {
+// report is what this cluster knows of its validators and issuers, having heard that of its peers.
+func (k *keeper) report(set *authorities, heard []rotation.Report, now time.Time) rotation.Report {
 	lives := set.lives()
 	r := rotation.Report{
 		Cluster: k.folder.Cluster, At: now.UTC(), Until: now.UTC().Add(k.policy.ReportLife),
-		Roots: rotation.ReportRoots(k.policy.Policy, lives, now), Tainted: rotation.ReportTaints(k.policy.Policy, lives, k.heard(newer...), now),
+		Roots: rotation.ReportRoots(k.policy.Policy, lives, now), Tainted: rotation.ReportTaints(k.policy.Policy, lives, heard, now),
 	}
 	agents := k.agents(now)
 	validators := waitedFor(agents)
@@ -182,7 +182,7 @@ const (
 
 // signReport makes the report that peers get.
 func (k *keeper) signReport(ctx context.Context) ([]byte, error) {
-	return k.signed(ctx, k.report(k.current.Load(), k.folder.Now()))
+	return k.signed(ctx, k.report(k.current.Load(), k.heard(), k.folder.Now()))
 }
 
 // signed is a report as peers get it.

@@ -297,7 +297,8 @@ func (k *keeper) destroyKeys(ctx context.Context) error {
 
 // world is all that decides what comes next, with reports that are newer than those taken.
 func (k *keeper) world(set *authorities, now time.Time, newer ...rotation.Report) rotation.World {
-	return rotation.World{Authorities: set.lives(), Own: k.report(set, now, newer...), Peers: k.heard(newer...)}
+	heard := k.heard(newer...)
+	return rotation.World{Authorities: set.lives(), Own: k.report(set, heard, now), Peers: heard}
 }
 
 // heard are the newest reports of the peers, those that have never reported included.

@@ -112,7 +112,7 @@ func TestATaintIsNotOverForASilentAgentWhoseLeavesHaveEnded(t *testing.T) {
 				t.Errorf("it was last heard %s ago", ago)
 			}
 			// The root that they signed under is told of, to the other clusters too.
-			own := s.keeper.report(s.keeper.current.Load(), c.now())
+			own := s.keeper.report(s.keeper.current.Load(), s.keeper.heard(), c.now())
 			if x, known := s.keeper.policy.Accepts(own, c.root.id(), c.now()); !known || x != (rotation.Acceptance{Root: c.root.id(), Agents: 1}) {
 				t.Errorf("peers are told %+v", own.Accepting)
 			}
