@@ -15,7 +15,7 @@ ENVOYS := $(TOOLS)/envoy/1.36/bin/envoy $(TOOLS)/envoy/1.38/bin/envoy
 # The race detector needs a C compiler. It leaves out what only computes: SQLite, which is C made into Go without goroutines, and the
 # derivation of keys from passphrases. Watching each of their memory accesses took most of the tests' time.
 RACE := $(shell command -v $$($(GO) env CC) >/dev/null 2>&1 && echo "-race '-gcflags=modernc.org/...=-race=false -d=checkptr=0' \
-  -gcflags=crypto/internal/fips140/...=-race=false -gcflags=crypto/pbkdf2=-race=false")
+  -gcflags=crypto/internal/fips140/...=-race=false -gcflags=golang.org/x/crypto/pbkdf2=-race=false")
 
 .PHONY: help
 help: ## Show this list
@@ -59,7 +59,11 @@ lint: $(BIN)/staticcheck ## Format, vet, staticcheck
 test: lint $(ENVOY) $(ENVOYS) $(BIN)/vault ## Every test, the real parts included
 	@$(if $(RACE),,echo "no C compiler found: the tests run without the race detector")
 	$(GO) test -tags real ./rotation # with its model, which is one goroutine that computes: the race detector would only slow it down
-	$(GO) test $(RACE) -tags real -timeout 18m ./test/e2e ./... # the longest first, beside all others
+	@# Then the parts, and after them the whole: real processes mostly wait, but for each other in time. What failed is said once more
+	@# at the end, below all that those have logged.
+	@set -o pipefail; { $(GO) test $(RACE) -tags real -timeout 18m $$($(GO) list ./... | grep -v /test/); parts=$$?; \
+	  $(GO) test $(RACE) -tags real -timeout 18m -parallel 4 ./test/e2e ./test/... && exit $$parts; } 2>&1 | tee $(TOOLS)/test.log || { \
+	  echo "what failed:"; grep -aE '^ *--- FAIL|^ +[a-z0-9_]+_test\.go:[0-9]+:|DATA RACE|^panic:|^FAIL.' $(TOOLS)/test.log | cut -c1-500 | tail -60; exit 1; }
 
 .PHONY: soak
 soak: ## What takes longer: faults at every call, ten thousand worlds of rotation, a greedy agent, then each fuzz target for FUZZTIME (default 2m)

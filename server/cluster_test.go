@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/audit"
 	"github.com/signet-ca/signet/ca"
@@ -220,6 +221,31 @@ func TestInstallTakesOnlyWhatWasAskedFor(t *testing.T) {
 	c.start(t, nil)
 	if _, err := Show(t.Context(), c.dir); err != nil {
 		t.Errorf("a running server's folder can't be shown: %v", err)
+	}
+}
+
+func TestAChainThatIsInstalledAgainIsUnchangedWhateverElseIsDue(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	started, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate"})
+	must(t, err)
+	must(t, s.stop())
+	conf := InstallConfig{
+		Folder: c.folder(), Rotation: testRotation(), RootFingerprint: c.root.fingerprint(), Chain: c.root.intermediate(t, started.Requests[0].Csr, nil),
+	}
+	install := func(ahead time.Duration) InstallResult {
+		t.Helper()
+		c.ahead.Store(int64(ahead))
+		r, err := Install(t.Context(), conf)
+		must(t, err)
+		return r
+	}
+	if r := install(0); !r.Changed || r.State != ca.Active {
+		t.Errorf("installed: %+v", r)
+	}
+	if r := install(48 * time.Hour); r.Changed || len(r.Taken) == 0 {
+		t.Errorf("installed again when the old one is due to be removed: %+v", r)
 	}
 }
 

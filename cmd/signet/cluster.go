@@ -226,7 +226,7 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			for _, a := range shown.Authorities {
 				stands[a.KeyFingerprint] = a.ID + ", " + string(a.State)
 			}
-			return c.printInstalled(chain, stands, installed{r.Changed, r.Done, describeNext(r.Taken), describeNext(r.Next)}, dryRun)
+			return c.printInstalled(chain, stands, installed{r.Done, describeNext(r.Taken), describeNext(r.Next)}, dryRun)
 		},
 	}
 	serverConfigFlag(cmd, &file)
@@ -272,12 +272,12 @@ func (c *cli) installAtServer(ctx context.Context, cfg *config.Server, inUse err
 	for _, a := range list {
 		stands[a.KeyFingerprint] = a.ID + ", " + a.State
 	}
-	return c.printInstalled(request.Chains, stands, installed{r.Changed, r.Done, describeSteps(r.Taken), describeSteps(r.Next)}, request.DryRun)
+	return c.printInstalled(request.Chains, stands, installed{r.Done, describeSteps(r.Taken), describeSteps(r.Next)}, request.DryRun)
 }
 
 // installed is what an installation has done.
 type installed struct {
-	changed     bool
+	// done is what the chains have changed; taken are steps that were due then, for whatever reason.
 	done        []string
 	taken, next []stepShown
 }
@@ -309,7 +309,7 @@ func (c *cli) printInstalled(text []byte, stands map[string]string, r installed,
 	}
 	state := "installed"
 	switch {
-	case !r.changed:
+	case len(r.done) == 0:
 		state = "unchanged"
 	case dryRun:
 		state = "would be installed"

@@ -7,7 +7,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"syscall"
 	"testing"
+	"time"
 )
 
 func TestMain(m *testing.M) {
@@ -18,22 +20,30 @@ func TestMain(m *testing.M) {
 }
 
 // The demo is what a visitor sees first: it has to hold at every change.
-func TestTheDemoPasses(t *testing.T) { passes(t, story) }
+func TestTheDemoPasses(t *testing.T) { passes(t) }
 
-func TestTheRotationDemoPasses(t *testing.T) { passes(t, rotationStory) }
+func TestTheRotationDemoPasses(t *testing.T) { passes(t, "rotation") }
 
-func TestTheRootIsReplacedThreeTimesOverWithEveryEnvoyOnDelta(t *testing.T) { passes(t, rootsStory) }
+func TestTheRootIsReplacedThreeTimesOverWithEveryEnvoyOnDelta(t *testing.T) { passes(t, "roots") }
 
-func passes(t *testing.T, tell teller) {
+func TestTheVaultDemoPasses(t *testing.T) { passes(t, "vault") }
+
+// passes runs a demo as a visitor does.
+func passes(t *testing.T, story ...string) {
 	t.Helper()
-	runtime.LockOSThread() // which the processes die with
+	runtime.LockOSThread() // which the process dies with
 	defer runtime.UnlockOSThread()
 	dir := t.TempDir()
-	signet := filepath.Join(dir, "signet")
-	if out, err := exec.Command("go", "build", "-o", signet, "./cmd/signet").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-o", dir+"/", "./cmd/signet", "./test/demo").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v: %s", err, out)
 	}
-	if err := run(t.Context(), tell, filepath.Join(dir, "demo"), signet, false); err != nil {
+	args := append([]string{"-dir", filepath.Join(dir, "made"), "-signet", filepath.Join(dir, "signet")}, story...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "demo"), args...)
+	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	// It stops what it has started, by itself.
+	cmd.Cancel, cmd.WaitDelay = func() error { return cmd.Process.Signal(syscall.SIGTERM) }, time.Minute
+	if err := cmd.Run(); err != nil {
 		t.Fatal(err)
 	}
 }

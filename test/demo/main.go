@@ -2,7 +2,8 @@
 //
 // By itself it is the main job from end to end: certificates are renewed, what must be refused is refused, and all that was
 // issued is proven. `demo rotation` replaces an intermediate and the root, twice, the second time because a key was stolen,
-// without losing a request. `demo vault` has the root and the keys of the CAs in HashiCorp Vault, which goes away for a while.
+// without losing a request; `demo roots` replaces the root three times, with every Envoy on delta. `demo vault` has the root and
+// the keys of the CAs in HashiCorp Vault, which goes away for a while.
 //
 // It exits with 1 and a reason as soon as one of these does not hold. Everything lies in .demo/.
 package main
@@ -35,10 +36,12 @@ func main() {
 	case "":
 	case "rotation":
 		tell = rotationStory
+	case "roots":
+		tell = rootsStory
 	case "vault":
 		tell = vaultStory
 	default:
-		fmt.Fprintf(os.Stderr, "demo: there is no demo %q: give rotation, vault, or nothing\n", flag.Arg(0))
+		fmt.Fprintf(os.Stderr, "demo: there is no demo %q: give rotation, roots, vault, or nothing\n", flag.Arg(0))
 		os.Exit(2)
 	}
 

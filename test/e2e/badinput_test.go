@@ -232,7 +232,7 @@ func TestAnIntermediateThatHasExpiredIssuesNothingAndSaysSo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := lab.Until(t.Context(), "the end of the intermediate", time.Minute, func() error {
+	if err := lab.Until(t.Context(), "the end of the intermediate", 2*time.Minute, func() error {
 		status, text := get(t, w.west.HTTP, "/readyz")
 		if status != http.StatusServiceUnavailable || !strings.Contains(text, "[-]issuer-mesh failed") || !strings.Contains(text, "expired") {
 			return fmt.Errorf("readyz answers %d %s", status, text)

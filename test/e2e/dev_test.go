@@ -148,7 +148,7 @@ func TestTheFiveMinuteStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
-		err = lab.Until(t.Context(), "a request through Envoy", 20*time.Second, func() error {
+		err = lab.Until(t.Context(), "a request through Envoy", time.Minute, func() error {
 			resp, err := http.Get(d.url)
 			if err != nil {
 				return err

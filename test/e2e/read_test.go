@@ -156,7 +156,7 @@ func TestWhatIsReadCanBeReadByPeopleAndPrograms(t *testing.T) {
 		if err := w.JSON(t.Context(), &log, "log", "show", "--config", "east/server.yaml"); err != nil {
 			t.Fatal(err)
 		}
-		if err := lab.Until(t.Context(), "the agent knows all of the log", time.Minute, func() error {
+		if err := lab.Until(t.Context(), "the agent knows all of the log", 2*time.Minute, func() error {
 			raw, err := os.ReadFile(w.path("east/node-1/checkpoint"))
 			if err == nil && strings.Split(string(raw), "\n")[1] != strconv.Itoa(log.Size) {
 				err = fmt.Errorf("the agent has %q, the log %d entries", raw, log.Size)

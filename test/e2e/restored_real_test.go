@@ -41,7 +41,7 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 			w := newWorld(t, quick)
 			a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
 			server, agent := w.start(t, w.east)
-			until(t, "the workload is under A", 15*time.Second, func() error { return w.under(agent.Socket, a) })
+			until(t, "the workload is under A", time.Minute, func() error { return w.under(agent.Socket, a) })
 			state := w.east.Path("state")
 			server.Stop()
 			if out, err := exec.Command("cp", "-a", state, state+".older").CombinedOutput(); err != nil {
@@ -57,7 +57,7 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 				gone = "retired" // with the folder's keys of today, the server of then must have its own still
 			}
 			w.untilAre(t, w.east, "intermediate-2", "active", a.id, gone)
-			until(t, "the workload is under B", 15*time.Second, func() error { return w.under(agent.Socket, b) })
+			until(t, "the workload is under B", time.Minute, func() error { return w.under(agent.Socket, b) })
 			server.Stop()
 
 			if whole {
@@ -79,7 +79,7 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 			if _, err := w.east.Serve(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			until(t, "it is found that the agent is ahead", 15*time.Second, func() error {
+			until(t, "it is found that the agent is ahead", time.Minute, func() error {
 				for _, f := range w.restoredFindings(t) {
 					if strings.Contains(f.Message, "agent node-1 holds") && strings.HasPrefix(f.Mend, "signet trust republish --config "+w.east.Config()) {
 						return nil
@@ -95,7 +95,7 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 				t.Error("the workload believes the old root before anything was published")
 			}
 			w.must(t, "trust", "republish", "--config", w.east.Config())
-			until(t, "the workload is under A again, and believes nothing else", 15*time.Second, func() error {
+			until(t, "the workload is under A again, and believes nothing else", time.Minute, func() error {
 				if err := w.under(agent.Socket, a); err != nil {
 					return err
 				}
@@ -105,7 +105,7 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 				}
 				return err
 			})
-			until(t, "nothing is found any more", 15*time.Second, func() error {
+			until(t, "nothing is found any more", time.Minute, func() error {
 				if found := w.restoredFindings(t); len(found) > 0 {
 					return fmt.Errorf("%+v", found)
 				}

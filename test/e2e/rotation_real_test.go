@@ -107,7 +107,7 @@ func (w *world) are(ctx context.Context, c *lab.Cluster, want ...string) error {
 
 func (w *world) untilAre(t *testing.T, c *lab.Cluster, want ...string) {
 	t.Helper()
-	until(t, strings.Join(want, " "), 90*time.Second, func() error { return w.are(t.Context(), c, want...) })
+	until(t, strings.Join(want, " "), 4*time.Minute, func() error { return w.are(t.Context(), c, want...) })
 }
 
 // ask asks for a request, and returns its file and the fingerprints of its keys.
@@ -320,14 +320,14 @@ func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
 	one, two := w.agent(t, "node-1"), w.agent(t, "node-2")
 	a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
 	for _, x := range []*lab.Agent{one, two} {
-		until(t, "certificates under the first root", 10*time.Second, func() error { return w.under(x.Socket, a) })
+		until(t, "certificates under the first root", 30*time.Second, func() error { return w.under(x.Socket, a) })
 	}
 	if err := syscall.Kill(two.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = syscall.Kill(two.PID(), syscall.SIGCONT) }()
 	w.rotate(t, w.east, b, w.startRoot(b)...)
-	until(t, "node-1 has the new root", 10*time.Second, func() error {
+	until(t, "node-1 has the new root", 30*time.Second, func() error {
 		if n, of := w.status(t, w.east).trusting(b.id); n != 1 || of != 2 {
 			return fmt.Errorf("%d of %d have it", n, of)
 		}
@@ -350,19 +350,19 @@ func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
 		t.Errorf("force does not say what it breaks: %v", forced)
 	}
 	// What is signed next would be refused by node-2 as well: that is a wait of its own.
-	until(t, "the switch", 10*time.Second, func() error {
+	until(t, "the switch", 30*time.Second, func() error {
 		w.run(t, "rotation", "advance", "--config", w.east.Config(), "intermediate-2", "--force")
 		return w.are(t.Context(), w.east, "intermediate-2", "active", "intermediate-1", "retired")
 	})
-	until(t, "certificates under the new root", 10*time.Second, func() error { return w.under(one.Socket, b) })
+	until(t, "certificates under the new root", 30*time.Second, func() error { return w.under(one.Socket, b) })
 	if said := w.moves(t, w.east); !strings.Contains(said, breaks) {
 		t.Errorf("the log does not say what was overridden:\n%s", said)
 	}
 	if err := syscall.Kill(two.PID(), syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "node-2 is as the others right after it is back", 10*time.Second, func() error { return w.under(two.Socket, b) })
-	until(t, "both believe the new root", 10*time.Second, func() error {
+	until(t, "node-2 is as the others right after it is back", 30*time.Second, func() error { return w.under(two.Socket, b) })
+	until(t, "both believe the new root", 30*time.Second, func() error {
 		if n, of := w.status(t, w.east).trusting(b.id); n != 2 || of != 2 {
 			return fmt.Errorf("%d of %d have it", n, of)
 		}
@@ -452,7 +452,7 @@ func TestARotationIsTurnedBackFromEveryState(t *testing.T) {
 	w.apply(t, web("node-1"))
 	agent := w.agent(t, "node-1")
 	a := w.firstRoot(t)
-	until(t, "a certificate", 10*time.Second, func() error { return w.under(agent.Socket, a) })
+	until(t, "a certificate", 30*time.Second, func() error { return w.under(agent.Socket, a) })
 	abort := func(id string, more ...string) {
 		t.Helper()
 		args := append([]string{"rotation", "abort", "--config", w.east.Config(), id}, more...)
@@ -462,7 +462,7 @@ func TestARotationIsTurnedBackFromEveryState(t *testing.T) {
 	stands := func(t *testing.T, want ...string) {
 		t.Helper()
 		w.untilAre(t, w.east, want...)
-		until(t, "certificates under the first root", 10*time.Second, func() error { return w.under(agent.Socket, a) })
+		until(t, "certificates under the first root", 30*time.Second, func() error { return w.under(agent.Socket, a) })
 	}
 	t.Run("intermediate, prepared", func(t *testing.T) {
 		w.ask(t, w.east, "intermediate")

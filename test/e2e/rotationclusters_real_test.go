@@ -203,17 +203,17 @@ func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
 	w.joinWest(t, a, "--first") // they are made together
 	_, east := w.start(t, w.east)
 	_, west := w.start(t, w.west)
-	until(t, "workloads meet", 10*time.Second, func() error { return w.meet(east, west) })
+	until(t, "workloads meet", 30*time.Second, func() error { return w.meet(east, west) })
 	ask := w.sidecar(t, west)
 	old := w.forged(t, w.east, readCerts(t, w.path("east/chain.pem"))[0])
-	until(t, "a certificate under the old root is accepted", 10*time.Second, func() error { return ask(old) })
+	until(t, "a certificate under the old root is accepted", 30*time.Second, func() error { return ask(old) })
 
 	// East is ready, and west does not know of it yet.
 	b := w.makeRoot(t, "root-b")
 	w.rotate(t, w.east, b, w.startRoot(b)...)
 	waiting := func(word string) {
 		t.Helper()
-		until(t, "east waits since west "+word, 10*time.Second, func() error {
+		until(t, "east waits since west "+word, 30*time.Second, func() error {
 			if err := w.tell(t.Context(), w.west, w.east); err != nil {
 				return err
 			}
@@ -230,10 +230,10 @@ func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
 	}
 	// West trusts the new root and signs under the old one; east is told, west is not: it stays a step behind.
 	csr, keys := w.ask(t, w.west, w.startRoot(b)...)
-	until(t, "east switches as soon as west's agents have the root", 20*time.Second, func() error {
+	until(t, "east switches as soon as west's agents have the root", time.Minute, func() error {
 		return errors.Join(w.tell(t.Context(), w.west, w.east), w.are(t.Context(), w.east, "intermediate-2", "active"))
 	})
-	until(t, "east shows the new root", 10*time.Second, func() error { return w.under(east.Socket, b) })
+	until(t, "east shows the new root", 30*time.Second, func() error { return w.under(east.Socket, b) })
 	if err := errors.Join(w.are(t.Context(), w.west, "intermediate-1", "active"), w.meet(east, west)); err != nil {
 		t.Errorf("a step apart: %v", err)
 	}
@@ -246,10 +246,10 @@ func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
 	w.exchange(t, "the old root is removed in both", func() error {
 		return errors.Join(w.are(t.Context(), w.east, a.id, "removed"), w.are(t.Context(), w.west, a.id, "removed"))
 	})
-	until(t, "both show the new root", 10*time.Second, func() error {
+	until(t, "both show the new root", 30*time.Second, func() error {
 		return errors.Join(w.under(east.Socket, b), w.under(west.Socket, b), w.meet(east, west))
 	})
-	until(t, "a certificate under the removed root is refused", 10*time.Second, func() error {
+	until(t, "a certificate under the removed root is refused", 30*time.Second, func() error {
 		honest, err := w.fetch(east.Socket)
 		if err != nil {
 			return err
@@ -271,7 +271,7 @@ func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
 	w := newWorld(t, "leaf: { ttl: 20s, max_ttl: 20s, backdate: 1s }\nrotation: { skew: 1s, report_life: 4s }\n")
 	a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
 	server, east := w.start(t, w.east)
-	until(t, "east shows the old root", 10*time.Second, func() error { return w.under(east.Socket, a) })
+	until(t, "east shows the old root", 30*time.Second, func() error { return w.under(east.Socket, a) })
 	before, err := w.fetch(east.Socket)
 	if err != nil {
 		t.Fatal(err)
@@ -334,7 +334,7 @@ func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
 		}
 	}
 	_, west := w.start(t, w.west)
-	until(t, "west shows the new root", 10*time.Second, func() error { return w.under(west.Socket, b) })
+	until(t, "west shows the new root", 30*time.Second, func() error { return w.under(west.Socket, b) })
 	x, err := w.fetch(west.Socket)
 	if err != nil {
 		t.Fatal(err)
@@ -342,14 +342,14 @@ func TestAClusterJoinsInTheMiddleOfARotation(t *testing.T) {
 	if err := x.believes(before); err != nil {
 		t.Errorf("west does not believe what was signed under the old root: %v", err)
 	}
-	until(t, "workloads meet", 10*time.Second, func() error { return w.meet(east, west) })
+	until(t, "workloads meet", 30*time.Second, func() error { return w.meet(east, west) })
 	w.exchange(t, "the old root is removed in both", func() error {
 		return errors.Join(w.are(t.Context(), w.east, a.id, "removed"), w.are(t.Context(), w.west, a.id, "removed", "intermediate-1", "active"))
 	})
 	if out := w.must(t, w.installing(w.west, b, underB, with(file, digest)...)...); out != "unchanged\n" {
 		t.Errorf("the old set says %q to the running server", out)
 	}
-	until(t, "workloads meet in the end", 10*time.Second, func() error { return w.meet(east, west) })
+	until(t, "workloads meet in the end", 30*time.Second, func() error { return w.meet(east, west) })
 }
 
 func TestAServerThatWasAwayThroughAWholeRotationComesBackRight(t *testing.T) {
@@ -360,7 +360,7 @@ func TestAServerThatWasAwayThroughAWholeRotationComesBackRight(t *testing.T) {
 	w.joinWest(t, a, "--first") // they are made together
 	_, east := w.start(t, w.east)
 	server, west := w.start(t, w.west)
-	until(t, "workloads meet", 10*time.Second, func() error { return w.meet(east, west) })
+	until(t, "workloads meet", 30*time.Second, func() error { return w.meet(east, west) })
 	server.Kill()
 
 	// East goes through all of it by force: nobody answers there.
@@ -391,7 +391,7 @@ func TestAServerThatWasAwayThroughAWholeRotationComesBackRight(t *testing.T) {
 	w.exchange(t, "west has replaced its root", func() error {
 		return w.are(t.Context(), w.west, "intermediate-2", "active", "intermediate-1", "removed", a.id, "removed")
 	})
-	until(t, "workloads meet under the new root", 15*time.Second, func() error {
+	until(t, "workloads meet under the new root", time.Minute, func() error {
 		return errors.Join(w.under(east.Socket, b), w.under(west.Socket, b), w.meet(east, west))
 	})
 	for _, x := range []*lab.Agent{east, west} {

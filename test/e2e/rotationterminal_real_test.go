@@ -108,7 +108,7 @@ func TestATaintIsConfirmedAndWatchedAtATerminal(t *testing.T) {
 	w := newWorld(t, quick)
 	_, agent := w.start(t, w.east)
 	a := w.firstRoot(t)
-	until(t, "a certificate", 10*time.Second, func() error { return w.under(agent.Socket, a) })
+	until(t, "a certificate", 30*time.Second, func() error { return w.under(agent.Socket, a) })
 	taint := []string{"ca", "taint", "--config", w.east.Config(), "intermediate-1", "--reason", "stolen"}
 
 	x := w.atTerminal(t, taint...)

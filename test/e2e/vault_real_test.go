@@ -129,7 +129,7 @@ func (w *vaulted) begin(t *testing.T) ran {
 func (w *vaulted) finds(t *testing.T, what string, is func(check.Finding) bool) {
 	t.Helper()
 	var last []check.Finding
-	err := lab.Until(t.Context(), what, 15*time.Second, func() error {
+	err := lab.Until(t.Context(), what, time.Minute, func() error {
 		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+w.east.HTTP+"/readyz", nil)
 		if err != nil {
 			return err
@@ -185,7 +185,7 @@ func TestTheSmallestPolicyIsEnoughForAllThatAServerDoes(t *testing.T) {
 	if r := execute(t, w.Dir, nil, "rotation", "start", "--config", w.east.Config(), "intermediate"); r.code != 0 || strings.Contains(r.out+r.err, "root sign") || strings.Contains(r.out, "BEGIN") {
 		t.Fatal("nobody has to carry anything", r)
 	}
-	if err := lab.Until(t.Context(), "the next intermediate", 15*time.Second, func() error {
+	if err := lab.Until(t.Context(), "the next intermediate", time.Minute, func() error {
 		var all []struct{ ID, State, Key string }
 		if err := w.JSON(t.Context(), &all, "ca", "list", "--config", w.east.Config()); err != nil {
 			return err
@@ -200,7 +200,7 @@ func TestTheSmallestPolicyIsEnoughForAllThatAServerDoes(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, document := range []string{"trust", "reports/east"} {
-		if err := lab.Until(t.Context(), document+" in KV", 15*time.Second, func() error {
+		if err := lab.Until(t.Context(), document+" in KV", time.Minute, func() error {
 			_, err := w.vault.Root().Read(t.Context(), "kv-"+w.name+"/data/signet/example.org/"+document)
 			return err
 		}); err != nil {
@@ -298,7 +298,7 @@ func TestAServerThatStartsWhileItsVaultIsSealedWaits(t *testing.T) {
 		return says(check.CodeVault, "control-ca", "Vault is sealed")(f) && f.Blocks()
 	})
 	// Between two tries nobody is at the door for a moment.
-	if err := lab.Until(t.Context(), "it lives", 5*time.Second, func() error {
+	if err := lab.Until(t.Context(), "it lives", 20*time.Second, func() error {
 		answer, err := http.Get("http://" + w.east.HTTP + "/livez")
 		if err != nil {
 			return err
@@ -313,7 +313,7 @@ func TestAServerThatStartsWhileItsVaultIsSealedWaits(t *testing.T) {
 	}
 	unseal()
 	sealed = false
-	if err := lab.Until(t.Context(), "ready", 45*time.Second, func() error {
+	if err := lab.Until(t.Context(), "ready", 2*time.Minute, func() error {
 		select {
 		case <-p.Done():
 			return errors.New("it has ended")
@@ -335,7 +335,7 @@ func TestAServerThatStartsWhileItsVaultIsSealedWaits(t *testing.T) {
 	if _, err := w.Start("east-node-1", "agent", "--config", node.Config()); err != nil {
 		t.Fatal(err)
 	}
-	if err := lab.Until(t.Context(), "an enrolment that waits", 10*time.Second, func() error {
+	if err := lab.Until(t.Context(), "an enrolment that waits", 30*time.Second, func() error {
 		text, err := os.ReadFile(w.path("east-node-1.log"))
 		if err == nil && !strings.Contains(string(text), "Unavailable") {
 			err = fmt.Errorf("the agent says only %s", text)
@@ -346,7 +346,7 @@ func TestAServerThatStartsWhileItsVaultIsSealedWaits(t *testing.T) {
 	}
 	unseal()
 	sealed = false
-	if err := lab.Until(t.Context(), "the node enrolled", 45*time.Second, func() error {
+	if err := lab.Until(t.Context(), "the node enrolled", 2*time.Minute, func() error {
 		return lab.Ready(t.Context(), "node-1", node.HTTP)
 	}); err != nil {
 		t.Error(err)
@@ -454,7 +454,7 @@ func TestEachLineOfThePolicyIsMissed(t *testing.T) {
 			}
 		}
 		w.policy(t, without(whole, "auth/token/renew-self"))
-		if err := lab.Until(t.Context(), "the renewal that is denied", 15*time.Second, func() error {
+		if err := lab.Until(t.Context(), "the renewal that is denied", time.Minute, func() error {
 			text, err := os.ReadFile(w.path("east-server.log"))
 			if err == nil && !strings.Contains(string(text), "Vault denies the renewal of our token: it is revoked, or its policy lacks auth/token/renew-self") {
 				err = errors.New("nothing is said")

@@ -199,7 +199,7 @@ func (x *holding) serve(t *testing.T) {
 
 func (x *holding) ready(t *testing.T) {
 	t.Helper()
-	until(t, x.Name+" is ready", 20*time.Second, func() error {
+	until(t, x.Name+" is ready", time.Minute, func() error {
 		s, err := x.health(t.Context())
 		if err == nil && !s.Ready {
 			err = fmt.Errorf("%+v", s.Findings)
@@ -262,7 +262,7 @@ var aboutVault = []string{check.CodeVault, check.CodePolicy, check.CodeUpstream,
 func (x *holding) impaired(t *testing.T, what string, is func(check.Finding) bool) check.Finding {
 	t.Helper()
 	var found check.Finding
-	until(t, x.Name+" says what is wrong: "+what, 10*time.Second, func() error {
+	until(t, x.Name+" says what is wrong: "+what, 30*time.Second, func() error {
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
@@ -281,7 +281,7 @@ func (x *holding) impaired(t *testing.T, what string, is func(check.Finding) boo
 // mended waits until nothing of Vault is found any more.
 func (x *holding) mended(t *testing.T) {
 	t.Helper()
-	until(t, x.Name+" misses nothing", 45*time.Second, func() error {
+	until(t, x.Name+" misses nothing", 2*time.Minute, func() error {
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
@@ -316,7 +316,7 @@ func (x *holding) signer(ctx context.Context) (mover, error) {
 func (x *holding) followed(t *testing.T, before string) mover {
 	t.Helper()
 	var next mover
-	until(t, "another intermediate follows "+before+" in "+x.Name, 20*time.Second, func() (err error) {
+	until(t, "another intermediate follows "+before+" in "+x.Name, time.Minute, func() (err error) {
 		if next, err = x.signer(t.Context()); err == nil && next.ID == before {
 			err = errors.New(before + " still signs")
 		}
@@ -413,7 +413,7 @@ func (s *stream) since() (took []time.Duration, failed []error) {
 // unharmed checks that the stream went on without a failure, and that nothing of it waited for Vault.
 func (s *stream) unharmed(t *testing.T, when string) {
 	t.Helper()
-	until(t, "certificates "+when, 10*time.Second, func() error {
+	until(t, "certificates "+when, 30*time.Second, func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if len(s.took) < 20 {
@@ -692,7 +692,7 @@ func (x *holding) stopped(t *testing.T, s *stream, when string, known bool) {
 		s.since()
 		var took []time.Duration
 		var failed []error
-		until(t, what, 30*time.Second, func() error {
+		until(t, what, 90*time.Second, func() error {
 			more, why := s.since()
 			took, failed = append(took, more...), append(failed, why...)
 			if len(failed) < atLeast {
@@ -713,7 +713,7 @@ func (x *holding) stopped(t *testing.T, s *stream, when string, known bool) {
 	if !known {
 		return
 	}
-	until(t, "Vault is left alone "+when, 30*time.Second, func() error {
+	until(t, "Vault is left alone "+when, 90*time.Second, func() error {
 		if text := readFile(t, x.of.path(x.Name+"-server.log")); strings.Count(text, "it is left alone") <= strings.Count(text, ` is back"`) {
 			return errors.New("not yet")
 		}
@@ -735,7 +735,7 @@ func (x *holding) stopped(t *testing.T, s *stream, when string, known bool) {
 func (x *holding) issuesAgain(t *testing.T, s *stream) {
 	t.Helper()
 	n := len(s.given.all())
-	until(t, x.Name+" issues again", 40*time.Second, func() error {
+	until(t, x.Name+" issues again", 2*time.Minute, func() error {
 		if len(s.given.all()) < n+5 {
 			_, failed := s.since()
 			return fmt.Errorf("%v", failed)

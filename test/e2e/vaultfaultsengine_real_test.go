@@ -95,7 +95,7 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 			log := func(what string) int { return strings.Count(readFile(t, e.path("west-server.log")), what) }
 			ills, backs, aways := log("an engine of Vault does not do its work"), log("the engine of Vault is back"), log(`"Vault is away`)
 			n := good()
-			until(t, "certificates are made", 20*time.Second, func() error {
+			until(t, "certificates are made", time.Minute, func() error {
 				if good() < n+size {
 					return fmt.Errorf("%d", good()-n)
 				}
@@ -103,7 +103,7 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 			})
 			west.proxy.Set(sign, day.Fault)
 			var first check.Finding
-			until(t, "it is said", 10*time.Second, func() error {
+			until(t, "it is said", 30*time.Second, func() error {
 				if first = west.stoppedBy(t); first.Code == "" {
 					return errors.New("not yet")
 				}
@@ -141,7 +141,7 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 				t.Errorf("%v certificates were logged that nobody got", more)
 			}
 			west.proxy.Clear()
-			until(t, "certificates are made again", 20*time.Second, func() error {
+			until(t, "certificates are made again", time.Minute, func() error {
 				if good() < n+size {
 					return fmt.Errorf("%d", good()-n)
 				}
@@ -201,7 +201,7 @@ func TestAKeyThatIsGoneFromTransitIsFoundWhileNobodyAsks(t *testing.T) {
 	said("that the key is gone", "there is no "+key)
 	x.server.Stop()
 	x.begin(t)
-	until(t, "after a restart", 30*time.Second, func() error {
+	until(t, "after a restart", 90*time.Second, func() error {
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
@@ -214,7 +214,7 @@ func TestAKeyThatIsGoneFromTransitIsFoundWhileNobodyAsks(t *testing.T) {
 		return fmt.Errorf("ready: %v, %+v", s.Ready, s.worse())
 	})
 	set("", map[string]any{"type": "ecdsa-p256"})
-	until(t, "made anew", 30*time.Second, func() error {
+	until(t, "made anew", 90*time.Second, func() error {
 		s, err := x.health(t.Context())
 		if err == nil && s.Ready {
 			err = errors.New("another key is taken for it")

@@ -52,13 +52,13 @@ func killedWhileVaultSigns(t *testing.T, keys string) {
 		asked := x.proxy.Seen(asks)
 		// What was in memory is gone with the one that was killed, and is replaced without a word.
 		if keys != "memory" || round == 0 {
-			until(t, "a rotation begins", 20*time.Second, func() error {
+			until(t, "a rotation begins", time.Minute, func() error {
 				_, err := e.Run(t.Context(), "rotation", "start", "--config", x.Config(), "intermediate")
 				return err
 			})
 		}
 		if late {
-			until(t, "Vault is asked to sign", 15*time.Second, func() error {
+			until(t, "Vault is asked to sign", time.Minute, func() error {
 				if x.proxy.Seen(asks) == asked {
 					return errors.New("not yet")
 				}
@@ -82,7 +82,7 @@ func killedWhileVaultSigns(t *testing.T, keys string) {
 
 	// What was not needed goes by itself, as soon as the last leaf under it has ended.
 	var all map[string]mover
-	until(t, "what was left behind is removed", 20*time.Second, func() (err error) {
+	until(t, "what was left behind is removed", time.Minute, func() (err error) {
 		if all, err = e.authorities(t.Context(), x.Cluster); err != nil {
 			return err
 		}

@@ -133,7 +133,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 	}
 	a, b := e.root, e.newRoot(t, "root-2")
 	ids := []string{rootIDOf(a), rootIDOf(b)}
-	until(t, "the first document", 10*time.Second, func() error {
+	until(t, "the first document", 30*time.Second, func() error {
 		if e.shared(t, "trust") == "" || e.shared(t, "reports/east") == "" || e.shared(t, "reports/west") == "" {
 			return errors.New("not yet")
 		}
@@ -151,7 +151,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 			}
 		}
 	}
-	until(t, "the decision is followed", 15*time.Second, func() error { return west.trusts(t, slices.Clone(ids)...) })
+	until(t, "the decision is followed", time.Minute, func() error { return west.trusts(t, slices.Clone(ids)...) })
 	holds("at first")
 	second := e.shared(t, "trust")
 	whole := func() error {
@@ -165,7 +165,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 	foreign := newEstate(t, "foreign")
 	north := foreign.cluster(t, "north", how{})
 	north.serve(t)
-	until(t, "a foreign document", 10*time.Second, func() error {
+	until(t, "a foreign document", 30*time.Second, func() error {
 		if foreign.shared(t, "trust") == "" {
 			return errors.New("not yet")
 		}
@@ -183,7 +183,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 			"a report of noise": func() { e.put(t, "reports/west", note("noise")) },
 		} {
 			harm()
-			until(t, what+", and then whole", 15*time.Second, func() error {
+			until(t, what+", and then whole", time.Minute, func() error {
 				if err := whole(); err != nil {
 					return err
 				}

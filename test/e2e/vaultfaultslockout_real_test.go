@@ -105,7 +105,7 @@ func TestARefusedSecretID(t *testing.T) {
 		s.since()
 		s.unharmed(t, "after")
 		log := readFile(t, x.of.path("east-server.log"))
-		if in, out := strings.Count(log, `"logged in to Vault"`), strings.Count(log, `"no login to Vault, trying on"`); in != 2 || out != 1 {
+		if in, out := strings.Count(log, `"logged in to Vault"`), strings.Count(log, `"no login to Vault, trying on"`); in != 2 || out < 1 || out > 3 { // on a busy machine also a call that took too long
 			t.Errorf("the log has %d logins and %d lines that there is none", in, out)
 		}
 	})

@@ -143,7 +143,7 @@ var bothTimes = regexp.MustCompile(`is valid from (\S+Z) only, and now is (\S+Z)
 // saysBothTimes waits for a sentence with two times that are about an hour apart, counting the backdating.
 func saysBothTimes(t *testing.T, who string, text func() string) {
 	t.Helper()
-	err := lab.Until(t.Context(), who+" says it", 20*time.Second, func() error {
+	err := lab.Until(t.Context(), who+" says it", time.Minute, func() error {
 		m := bothTimes.FindStringSubmatch(text())
 		if m == nil {
 			return errors.New("no sentence with both times")
@@ -169,7 +169,7 @@ func saysBothTimes(t *testing.T, who string, text func() string) {
 
 func (n *node) fetches(t *testing.T) {
 	t.Helper()
-	if err := lab.Until(t.Context(), "the agent serves", 20*time.Second, func() error {
+	if err := lab.Until(t.Context(), "the agent serves", time.Minute, func() error {
 		_, err := n.Run(t.Context(), "svid", "fetch", "--socket", n.socket, "--timeout", "10s")
 		return err
 	}); err != nil {
@@ -221,7 +221,7 @@ func TestAnHourBetweenAgentAndServerIsSaidWithBothTimes(t *testing.T) {
 				saysBothTimes(t, "the agent", n.log)
 			}
 			n.set(t, 0)
-			if err := lab.Until(t.Context(), "the agent is connected again", 30*time.Second, func() error {
+			if err := lab.Until(t.Context(), "the agent is connected again", 90*time.Second, func() error {
 				if _, text := get(n.http, "/readyz?verbose"); !strings.Contains(text, "[+]server ok") {
 					return errors.New(text)
 				}

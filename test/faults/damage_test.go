@@ -371,7 +371,7 @@ func TestAFolderRestoredFromAnOlderCopyIsReported(t *testing.T) {
 			}
 			s.fetch(t, a)
 			want := had + 6
-			if err := lab.Until(t.Context(), "the agent has seen a checkpoint", 15*time.Second, func() error {
+			if err := lab.Until(t.Context(), "the agent has seen a checkpoint", time.Minute, func() error {
 				if n := s.seen("node-1"); n < want {
 					return fmt.Errorf("it has seen %d entries, want %d", n, want)
 				}
@@ -400,7 +400,7 @@ func TestAFolderRestoredFromAnOlderCopyIsReported(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := lab.Until(t.Context(), "the agent reports it", 20*time.Second, func() error {
+			if err := lab.Until(t.Context(), "the agent reports it", time.Minute, func() error {
 				if n := metric(a.HTTP, "signet_log_inconsistencies_total"); n != "1" {
 					return fmt.Errorf("signet_log_inconsistencies_total is %s", n)
 				}

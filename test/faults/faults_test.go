@@ -224,7 +224,7 @@ func (s *site) judge(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A checkpoint that covers the last entries is due within a second.
-	err = lab.Until(t.Context(), "what clients hold is proven by the log", 10*time.Second, func() error {
+	err = lab.Until(t.Context(), "what clients hold is proven by the log", 30*time.Second, func() error {
 		var entries []struct {
 			Serial string `json:"serial"`
 			Proven bool   `json:"proven"`
@@ -310,7 +310,7 @@ func red(t *testing.T, addr string) {
 func (s *site) heals(t *testing.T) {
 	t.Helper()
 	start := time.Now()
-	err := lab.Until(t.Context(), "the server issues again", 10*time.Second, func() error { return s.issue(t.Context(), s.member) })
+	err := lab.Until(t.Context(), "the server issues again", 30*time.Second, func() error { return s.issue(t.Context(), s.member) })
 	if err == nil {
 		err = lab.Ready(t.Context(), "the server", s.east.HTTP)
 	}

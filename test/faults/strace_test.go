@@ -63,7 +63,7 @@ func (s *site) attach(t *testing.T, calls, inject string) *tracer {
 	t.Helper()
 	pid := s.server.PID()
 	tr := s.trace(t, "east-server", calls, inject, "-p", fmt.Sprint(pid))
-	err := lab.Until(t.Context(), "strace attached", 5*time.Second, func() error {
+	err := lab.Until(t.Context(), "strace attached", 20*time.Second, func() error {
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 		if err != nil {
 			return err

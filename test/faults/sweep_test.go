@@ -164,7 +164,7 @@ func (s *site) failedDuring(t *testing.T, call, inject string, do func(context.C
 	over := died(s.server, 50*time.Millisecond)
 	if !over {
 		began := time.Now()
-		err := lab.Until(t.Context(), inject+": the server issues again", 10*time.Second, func() error {
+		err := lab.Until(t.Context(), inject+": the server issues again", 30*time.Second, func() error {
 			if over = !alive(s.server); over { // it took its time to end
 				return nil
 			}

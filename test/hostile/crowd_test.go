@@ -139,7 +139,7 @@ func TestMistake11TwoHundredWorkloadsAndNeverAForeignSecret(t *testing.T) {
 		}
 	})
 	work.Wait()
-	if err := lab.Until(t.Context(), "what is gone is nobody's default", 10*time.Second, func() error {
+	if err := lab.Until(t.Context(), "what is gone is nobody's default", 30*time.Second, func() error {
 		for i := range crowd {
 			if ids, err := visit(t.Context(), crowdUser+i, path(i)); err != nil || !slices.Equal(ids, []string{idOf(member(i))}) {
 				return fmt.Errorf("workload %d got %v (%v)", i, ids, err)

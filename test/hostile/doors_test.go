@@ -22,6 +22,7 @@ import (
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/test/doors"
+	"github.com/signet-ca/signet/test/lab"
 )
 
 func issued(t *testing.T) float64 {
@@ -123,12 +124,17 @@ func good(t *testing.T) []byte {
 	return message(uint32(len(body)), 0, body)
 }
 
-// ask makes one call by frames and returns how it ended.
+// ask makes one call by frames and returns how it ended. A door that has as many of this peer's connections as it takes, since
+// it has not heard of the end of the last ones yet, is knocked at again.
 func (d target) ask(t *testing.T, body []byte, fields ...[2]string) string {
 	t.Helper()
-	r, err := d.raw(source(0))
-	if err != nil {
-		t.Fatal(err)
+	var r *raw
+	if err := lab.Until(t.Context(), "the "+d.name+" door", 30*time.Second, func() (err error) {
+		r, err = d.raw(source(0))
+		return err
+	}); err != nil {
+		t.Error(err)
+		return "closed: " + err.Error()
 	}
 	defer r.Close()
 	id, err := r.begin(fields...)
@@ -264,7 +270,8 @@ func TestMistake26TheLargestAndOneByteMore(t *testing.T) {
 }
 
 func TestMistake20NoiseStopsNobody(t *testing.T) {
-	under(t, 64, func(context.Context) {
+	// Nothing of it stays: it is garbage of connections that have ended, which the collector lets grow to as much as lives.
+	under(t, 160, func(context.Context) {
 		var work sync.WaitGroup
 		for _, d := range targets {
 			work.Go(func() {

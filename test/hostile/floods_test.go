@@ -317,7 +317,7 @@ func TestMistake37DescriptorsRunOutForNobodyElse(t *testing.T) {
 		}
 	}
 	greedy.release()
-	if err := lab.Until(t.Context(), "back to where it was", 10*time.Second, func() error {
+	if err := lab.Until(t.Context(), "back to where it was", 30*time.Second, func() error {
 		u, err := measure(http)
 		if err == nil && (u.descriptors > before.descriptors+5 || u.goroutines > before.goroutines+10) {
 			err = fmt.Errorf("%.0f descriptors and %.0f goroutines, had %.0f and %.0f", u.descriptors, u.goroutines, before.descriptors, before.goroutines)

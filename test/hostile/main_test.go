@@ -427,7 +427,7 @@ func under(t *testing.T, growth float64, attack func(ctx context.Context)) {
 		} else {
 			t.Logf("the %s grew by %.0f MiB", name, grown)
 		}
-		err := lab.Until(t.Context(), name+" back to where it was", 20*time.Second, func() error {
+		err := lab.Until(t.Context(), name+" back to where it was", time.Minute, func() error {
 			u, err := measure(addr)
 			if err != nil {
 				return err

@@ -195,7 +195,7 @@ func TestSwappedSocketsGiveNobodyAForeignSecret(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer second.Stop()
-	if err := lab.Until(t.Context(), "the second agent serves", 10*time.Second, func() error {
+	if err := lab.Until(t.Context(), "the second agent serves", 30*time.Second, func() error {
 		_, err := visit(t.Context(), crowdUser, second.Socket)
 		return err
 	}); err != nil {

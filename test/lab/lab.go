@@ -231,11 +231,12 @@ func (l *Lab) Close() {
 	}
 }
 
-// Until polls a condition that another process brings about.
+// Until polls a condition that another process brings about. It asks less and less often: most askers start a process, and what
+// is waited for needs the machine too.
 func Until(ctx context.Context, what string, limit time.Duration, ok func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	for {
+	for pause := 20 * time.Millisecond; ; pause = min(pause*5/4, 200*time.Millisecond) {
 		err := ok()
 		if err == nil {
 			return nil
@@ -243,14 +244,14 @@ func Until(ctx context.Context, what string, limit time.Duration, ok func() erro
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%s: not within %s: %w", what, limit, err)
-		case <-time.After(50 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }
 
 // Ready waits until /readyz says so.
 func Ready(ctx context.Context, who, addr string) error {
-	return Until(ctx, who+" ready", 20*time.Second, func() error {
+	return Until(ctx, who+" ready", time.Minute, func() error {
 		resp, err := http.Get("http://" + addr + "/readyz")
 		if err != nil {
 			return err

@@ -158,7 +158,7 @@ func TestAProxyEndsWithRequestsThatHang(t *testing.T) {
 		_, err := askThrough(t, p).Read(context.Background(), "a")
 		ended <- err
 	}()
-	if err := Until(t.Context(), "the request has come", 5*time.Second, func() error {
+	if err := Until(t.Context(), "the request has come", 20*time.Second, func() error {
 		if p.Seen("a") == 0 {
 			return errors.New("not yet")
 		}

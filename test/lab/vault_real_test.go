@@ -261,7 +261,7 @@ func TestTheVaultOfAPackageDiesWithItsTests(t *testing.T) {
 	must(t, err)
 	defer unix.Close(vault)
 	must(t, child.Process.Kill())
-	if err := Until(ctx, "Vault ended", 10*time.Second, func() error {
+	if err := Until(ctx, "Vault ended", 30*time.Second, func() error {
 		// A pidfd can be read once its process has ended.
 		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(vault), Events: unix.POLLIN}}, 0); n != 1 {
 			return fmt.Errorf("it runs: %v", err)

@@ -794,7 +794,7 @@ func halt(t *testing.T, pid int) {
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	if err := lab.Until(t.Context(), "halted", 5*time.Second, func() error {
+	if err := lab.Until(t.Context(), "halted", 20*time.Second, func() error {
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 		if err != nil || len(tasks) == 0 {
 			return fmt.Errorf("no tasks: %w", err)
