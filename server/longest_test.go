@@ -109,7 +109,10 @@ func TestLeavesCountFromWhenASwitchTookEffect(t *testing.T) {
 					works := s.outbox.log
 					s.outbox.log = func(ctx context.Context, e ...*auditv1.Entry) error {
 						if stops(e) {
-							killed = c.image(t, s)
+							var err error
+							if killed, err = c.imageIn(ctx, shortDir(t), s); err != nil {
+								return err
+							}
 						}
 						return works(ctx, e...)
 					}

@@ -27,36 +27,48 @@ import (
 // image copies a cluster's folder as a kill at this moment would leave it. Nobody may be writing but the log's checkpoints.
 func (c *cluster) image(t testing.TB, s *Server) *cluster {
 	t.Helper()
+	to, err := c.imageIn(t.Context(), shortDir(t), s)
+	must(t, err)
+	return to
+}
+
+func (c *cluster) imageIn(ctx context.Context, dir string, s *Server) (*cluster, error) {
 	quiet := 0
 	for last := ""; quiet < 4; time.Sleep(50 * time.Millisecond) {
-		cp, err := s.audit.Checkpoint(context.Background())
-		must(t, err)
+		cp, err := s.audit.Checkpoint(ctx)
+		if err != nil {
+			return nil, err
+		}
 		if quiet++; string(cp) != last {
 			quiet, last = 0, string(cp)
 		}
 	}
-	to := &cluster{name: c.name, dir: shortDir(t), root: c.root, keys: c.keys}
-	must(t, filepath.WalkDir(c.dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
+	to := &cluster{name: c.name, dir: dir, root: c.root, keys: c.keys}
+	return to, filepath.WalkDir(c.dir, func(path string, e fs.DirEntry, err error) error {
+		var info fs.FileInfo
+		if err == nil {
+			info, err = e.Info()
 		}
-		rel, _ := filepath.Rel(c.dir, path)
-		info, err := e.Info()
-		switch {
+		switch rel, _ := filepath.Rel(c.dir, path); {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil // what is written beside a file and then renamed may be gone
 		case err != nil:
 			return err
 		case e.IsDir():
 			return os.MkdirAll(filepath.Join(to.dir, rel), info.Mode().Perm())
 		case !info.Mode().IsRegular():
 			return nil
+		default:
+			raw, err := os.ReadFile(path)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(to.dir, rel), raw, info.Mode().Perm())
 		}
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		return os.WriteFile(filepath.Join(to.dir, rel), raw, info.Mode().Perm())
-	}))
-	return to
+	})
 }
 
 // steps takes an image of the folder before and after each step of a change.
@@ -68,11 +80,20 @@ func (c *cluster) steps(t testing.TB, s *Server) map[string]*cluster {
 func (c *cluster) named(t testing.TB, s *Server, name func(step string, n int) string) map[string]*cluster {
 	images := map[string]*cluster{}
 	n := 0
+	// It runs in the server's goroutines, which must go on whatever becomes of the copy: somebody waits for their answer.
+	take := func(as string) {
+		to, err := c.imageIn(context.WithoutCancel(t.Context()), shortDir(t), s)
+		if err != nil {
+			t.Errorf("an image %s: %v", as, err)
+			return
+		}
+		images[as] = to
+	}
 	around := func(step string, f func() error) error {
 		n++
-		images[name("before "+step, n)] = c.image(t, s)
+		take(name("before "+step, n))
 		err := f()
-		images[name("after "+step, n)] = c.image(t, s)
+		take(name("after "+step, n))
 		return err
 	}
 	log, told := s.outbox.log, s.outbox.told

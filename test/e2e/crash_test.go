@@ -72,7 +72,7 @@ func TestNothingIsLostWhenServerAndAgentAreKilledUnderLoad(t *testing.T) {
 	fetch := func() {
 		t.Helper()
 		dir := w.path(fmt.Sprintf("fetched%d", len(given.all())))
-		w.must(t, "svid", "fetch", "--socket", a.Socket, "--write", dir, "--timeout", "20s")
+		w.must(t, "svid", "fetch", "--socket", a.Socket, "--write", dir, "--timeout", "60s")
 		given.add(t, readCerts(t, dir+"/svid.pem")[0].Raw)
 	}
 	fetch()

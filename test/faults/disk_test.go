@@ -95,7 +95,7 @@ func fill(t *testing.T, dir string, inodes bool) (free func()) {
 // fetch asks an agent for the identity of this process.
 func (s *site) fetch(t *testing.T, a *lab.Agent) {
 	t.Helper()
-	if _, err := s.Run(t.Context(), "svid", "fetch", "--socket", a.Socket, "--timeout", "10s"); err != nil {
+	if _, err := s.Run(t.Context(), "svid", "fetch", "--socket", a.Socket, "--timeout", "60s"); err != nil {
 		t.Error(err)
 	}
 }
