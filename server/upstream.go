@@ -86,14 +86,14 @@ func LookUpstream(ctx context.Context, u ca.Upstream, under *x509.Certificate, l
 	return o, true
 }
 
-// lookUpstream looks whether the next intermediate would be signed. While that can't be told, what was seen before stands.
-func (k *keeper) lookUpstream(ctx context.Context) {
+// lookUpstream looks whether the next intermediate would be signed. While that can't be told now, what was seen before stands.
+func (k *keeper) lookUpstream(ctx context.Context) (told bool) {
 	set, now := k.current.Load(), k.folder.Now()
 	var o check.Outlook
 	if under := rotation.Under(k.policy.Policy, k.world(set, now), "", now); under != "" {
-		var told bool
 		if o, told = LookUpstream(ctx, k.upstream, set.chains[under][0], k.life, now); !told {
-			return
+			_, able := k.upstream.(looker)
+			return !able
 		}
 	}
 	switch before, unfit := k.upstreamState.see(o); {
@@ -102,6 +102,7 @@ func (k *keeper) lookUpstream(ctx context.Context) {
 	case before && !unfit:
 		k.log.Info("the upstream authority would sign the next intermediate again")
 	}
+	return true
 }
 
 // see takes in a look; it tells whether nothing would have been signed before, and would be now.

@@ -63,6 +63,17 @@ func TestAnUpstreamThatWouldNotSignIsSeenWithinAMinute(t *testing.T) {
 		if f := said(); f.Level != check.OK || !strings.HasPrefix(f.Message, "the one issuer leads to the root, as seen at ") {
 			t.Errorf("while it would sign: %+v", f)
 		}
+		// Vault was away when it was looked at, and counts as missed until somebody has asked again: that must not take a minute.
+		u.set(func() { l.why = errPassing{errors.New("Vault is sealed")} })
+		time.Sleep(keysEvery + time.Second)
+		if f := said(); f.Level != check.OK {
+			t.Errorf("while it can't be told, and it was well before: %+v", f)
+		}
+		u.set(func() { l.why = nil })
+		time.Sleep(keysAgain + time.Second)
+		if seen := s.keeper.upstreamState.seen().Looked; now().Sub(seen) > keysAgain+time.Second {
+			t.Errorf("since Vault is back it was looked at %s ago", now().Sub(seen))
+		}
 		u.set(func() { l.why = errors.New("the issuer is gone") })
 		since := now()
 		time.Sleep(keysEvery + time.Second)

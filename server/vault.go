@@ -30,7 +30,7 @@ func (s *Server) vaultTells(h identity.Hierarchy) bool {
 
 const (
 	// keysEvery spaces the looks at keys that are not in this process, and at the upstream authority; keysAgain those while one of
-	// them does not sign.
+	// them does not sign, or it can't be told whether it would: what keeps it from that is missed until somebody has asked again.
 	keysEvery, keysAgain = time.Minute, 10 * time.Second
 	// keysTimeout bounds one.
 	keysTimeout = 15 * time.Second
@@ -40,10 +40,12 @@ const (
 // lives.
 func (s *Server) lookAtKeys(ctx context.Context) {
 	var last time.Time
+	told := true
 	for ; ctx.Err() == nil; bell.Wait(ctx, keysAgain, nil) {
 		_, mesh := s.authority.Unsigned(identity.Mesh)
 		_, control := s.authority.Unsigned(identity.ControlPlane)
-		if mesh == nil && control == nil && s.keeper.upstreamState.seen().Unfit.Since.IsZero() && time.Since(last) < keysEvery-keysAgain/2 {
+		well := mesh == nil && control == nil && told && s.keeper.upstreamState.seen().Unfit.Since.IsZero()
+		if well && time.Since(last) < keysEvery-keysAgain/2 {
 			continue
 		}
 		last = time.Now()
@@ -51,7 +53,7 @@ func (s *Server) lookAtKeys(ctx context.Context) {
 		s.authority.Look(within)
 		cancel()
 		if s.config.Upstream != nil {
-			s.keeper.lookUpstream(ctx)
+			told = s.keeper.lookUpstream(ctx)
 		}
 	}
 }
