@@ -13,7 +13,8 @@ ENVOY := $(TOOLS)/venv/bin/envoy
 ENVOYS := $(TOOLS)/envoy/1.36/bin/envoy $(TOOLS)/envoy/1.38/bin/envoy
 
 # The race detector needs a C compiler. It leaves out what only computes: SQLite, which is C made into Go without goroutines, and the
-# derivation of keys from passphrases. Watching each of their memory accesses took most of the tests' time.
+# derivation of keys from passphrases (its generic code belongs to the package that calls it). Watching each of their memory accesses
+# took most of the tests' time.
 RACE := $(shell command -v $$($(GO) env CC) >/dev/null 2>&1 && echo "-race '-gcflags=modernc.org/...=-race=false -d=checkptr=0' \
   -gcflags=crypto/internal/fips140/...=-race=false -gcflags=golang.org/x/crypto/pbkdf2=-race=false")
 

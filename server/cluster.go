@@ -464,9 +464,7 @@ type InstallResult struct {
 	// Root is the root's fingerprint; NotAfter is the end of the intermediate.
 	Root     string
 	NotAfter time.Time
-	// Changed is false when the same chain was installed already, whatever steps were due besides.
-	Changed bool
-	// Done is what was changed, in words, but for the steps that follow, Taken.
+	// Done is what was changed, in words; nothing when the same chain was installed already. Taken are steps that were due besides.
 	Done  []string
 	Taken []rotation.Step
 }
@@ -531,7 +529,7 @@ func Install(ctx context.Context, c InstallConfig) (_ InstallResult, err error) 
 	}
 	now := c.Now()
 	return InstallResult{
-		Issuer: row.ID, State: row.State, Root: ca.CertificateFingerprint(first[len(first)-1].Raw), NotAfter: row.NotAfter, Changed: len(done.done) > 0,
+		Issuer: row.ID, State: row.State, Root: ca.CertificateFingerprint(first[len(first)-1].Raw), NotAfter: row.NotAfter,
 		Done: done.done, Taken: done.taken, Next: rotation.Next(k.policy.Policy, k.world(done.set, now), now),
 	}, nil
 }

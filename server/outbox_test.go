@@ -49,7 +49,8 @@ func (c *cluster) imageIn(ctx context.Context, dir string, s *Server) (*cluster,
 		if err == nil {
 			info, err = e.Info()
 		}
-		switch rel, _ := filepath.Rel(c.dir, path); {
+		rel, _ := filepath.Rel(c.dir, path)
+		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			return nil // what is written beside a file and then renamed may be gone
 		case err != nil:
@@ -58,16 +59,15 @@ func (c *cluster) imageIn(ctx context.Context, dir string, s *Server) (*cluster,
 			return os.MkdirAll(filepath.Join(to.dir, rel), info.Mode().Perm())
 		case !info.Mode().IsRegular():
 			return nil
-		default:
-			raw, err := os.ReadFile(path)
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			return os.WriteFile(filepath.Join(to.dir, rel), raw, info.Mode().Perm())
 		}
+		raw, err := os.ReadFile(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil
+		case err != nil:
+			return err
+		}
+		return os.WriteFile(filepath.Join(to.dir, rel), raw, info.Mode().Perm())
 	})
 }
 

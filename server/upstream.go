@@ -88,12 +88,14 @@ func LookUpstream(ctx context.Context, u ca.Upstream, under *x509.Certificate, l
 
 // lookUpstream looks whether the next intermediate would be signed. While that can't be told now, what was seen before stands.
 func (k *keeper) lookUpstream(ctx context.Context) (told bool) {
+	if _, able := k.upstream.(looker); !able {
+		return true // there is nothing to be told, now or later
+	}
 	set, now := k.current.Load(), k.folder.Now()
 	var o check.Outlook
 	if under := rotation.Under(k.policy.Policy, k.world(set, now), "", now); under != "" {
 		if o, told = LookUpstream(ctx, k.upstream, set.chains[under][0], k.life, now); !told {
-			_, able := k.upstream.(looker)
-			return !able
+			return false
 		}
 	}
 	switch before, unfit := k.upstreamState.see(o); {

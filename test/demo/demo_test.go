@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,11 +13,30 @@ import (
 	"time"
 )
 
+// built is the folder of what the demos are: signet and demo.
+var built string
+
 func TestMain(m *testing.M) {
-	if err := os.Chdir("../.."); err != nil { // where the demos are started, see the Makefile
-		panic(err)
+	code, err := build(m.Run)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
 	}
-	os.Exit(m.Run())
+	os.Exit(code)
+}
+
+func build(run func() int) (code int, err error) {
+	if err := os.Chdir("../.."); err != nil { // where the demos are started, see the Makefile
+		return 0, err
+	}
+	if built, err = os.MkdirTemp("", "demo"); err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(built)
+	if out, err := exec.Command("go", "build", "-o", built+"/", "./cmd/signet", "./test/demo").CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("build signet and demo: %w\n%s", err, out)
+	}
+	return run(), nil
 }
 
 // The demo is what a visitor sees first: it has to hold at every change.
@@ -33,12 +53,8 @@ func passes(t *testing.T, story ...string) {
 	t.Helper()
 	runtime.LockOSThread() // which the process dies with
 	defer runtime.UnlockOSThread()
-	dir := t.TempDir()
-	if out, err := exec.Command("go", "build", "-o", dir+"/", "./cmd/signet", "./test/demo").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
-	}
-	args := append([]string{"-dir", filepath.Join(dir, "made"), "-signet", filepath.Join(dir, "signet")}, story...)
-	cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "demo"), args...)
+	args := append([]string{"-dir", filepath.Join(t.TempDir(), "made"), "-signet", filepath.Join(built, "signet")}, story...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(built, "demo"), args...)
 	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	// It stops what it has started, by itself.
