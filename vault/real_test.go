@@ -11,7 +11,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -500,7 +499,7 @@ func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 		t.Error("the token lives in the storage, and yet there was a login")
 	}
 
-	if err := syscall.Kill(v.PID(), syscall.SIGSTOP); err != nil {
+	if err := v.Halt(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	within(t, 3*config.Timeout, func() {
@@ -519,7 +518,7 @@ func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 			t.Errorf("hung for long: %v", err)
 		}
 	})
-	if err := syscall.Kill(v.PID(), syscall.SIGCONT); err != nil {
+	if err := v.Resume(); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("back %s after it hung", readUntil(t, cl, path, 10*time.Second))

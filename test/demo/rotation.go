@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/signet-ca/signet/ca"
@@ -413,11 +412,11 @@ func (r *rotating) addRootB(ctx context.Context) (_ string, err error) {
 		return "", err
 	}
 	// West believes B too, but its agent, which is stopped meanwhile, has not heard of it.
-	if err := syscall.Kill(r.west.agent.PID(), syscall.SIGSTOP); err != nil {
+	if err := r.west.agent.Halt(ctx); err != nil {
 		return "", err
 	}
 	refusal, err := r.refusedWithoutWest(ctx)
-	if err := errors.Join(err, syscall.Kill(r.west.agent.PID(), syscall.SIGCONT)); err != nil {
+	if err := errors.Join(err, r.west.agent.Resume()); err != nil {
 		return "", err
 	}
 	if err := r.is(ctx, r.east, next.id, "prepared"); err != nil {

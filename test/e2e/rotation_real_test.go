@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -322,10 +321,10 @@ func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
 	for _, x := range []*lab.Agent{one, two} {
 		until(t, "certificates under the first root", 30*time.Second, func() error { return w.under(x.Socket, a) })
 	}
-	if err := syscall.Kill(two.PID(), syscall.SIGSTOP); err != nil {
+	if err := two.Halt(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = syscall.Kill(two.PID(), syscall.SIGCONT) }()
+	defer func() { _ = two.Resume() }()
 	w.rotate(t, w.east, b, w.startRoot(b)...)
 	until(t, "node-1 has the new root", 30*time.Second, func() error {
 		if n, of := w.status(t, w.east).trusting(b.id); n != 1 || of != 2 {
@@ -358,7 +357,7 @@ func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
 	if said := w.moves(t, w.east); !strings.Contains(said, breaks) {
 		t.Errorf("the log does not say what was overridden:\n%s", said)
 	}
-	if err := syscall.Kill(two.PID(), syscall.SIGCONT); err != nil {
+	if err := two.Resume(); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "node-2 is as the others right after it is back", 30*time.Second, func() error { return w.under(two.Socket, b) })
@@ -482,10 +481,10 @@ func TestARotationIsTurnedBackFromEveryState(t *testing.T) {
 	})
 	b := w.makeRoot(t, "root-b")
 	t.Run("root, published", func(t *testing.T) {
-		if err := syscall.Kill(agent.PID(), syscall.SIGSTOP); err != nil {
+		if err := agent.Halt(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		defer func() { _ = syscall.Kill(agent.PID(), syscall.SIGCONT) }()
+		defer func() { _ = agent.Resume() }()
 		w.ask(t, w.east, w.startRoot(b)...)
 		if err := w.are(t.Context(), w.east, a.id, "active", b.id, "published", "intermediate-5", "prepared"); err != nil {
 			t.Error(err)

@@ -140,13 +140,13 @@ func TestATaintIsConfirmedAndWatchedAtATerminal(t *testing.T) {
 	seen = watch.shows(seen, "TAINTED", "FORGED CERTIFICATES ARE ACCEPTED", "intermediate-2 prepared")
 
 	// Its agent is cut off: the bar stands until it has replaced what it holds.
-	if err := syscall.Kill(agent.PID(), syscall.SIGSTOP); err != nil {
+	if err := agent.Halt(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = syscall.Kill(agent.PID(), syscall.SIGCONT) }()
+	defer func() { _ = agent.Resume() }()
 	w.rotate(t, w.east, a, "intermediate")
 	seen = watch.shows(seen, "[........................................] 1 of 1 agent still")
-	if err := syscall.Kill(agent.PID(), syscall.SIGCONT); err != nil {
+	if err := agent.Resume(); err != nil {
 		t.Fatal(err)
 	}
 	watch.shows(seen, "\x1b[K", "no agent uses")

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -25,7 +24,6 @@ import (
 const skewed = `package time
 
 import (
-	"syscall"
 	"unsafe"
 )
 
@@ -266,12 +264,12 @@ func TestASuspendedProcessRecovers(t *testing.T) {
 	if err := held(); err != nil {
 		t.Fatal(err)
 	}
-	for name, pid := range map[string]int{"agent": a.PID(), "server": s.server.PID()} {
-		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+	for name, p := range map[string]*lab.Process{"agent": a.Process, "server": s.server} {
+		if err := p.Halt(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(20 * time.Second)
-		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+		if err := p.Resume(); err != nil {
 			t.Fatal(err)
 		}
 		woke := time.Now()

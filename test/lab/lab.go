@@ -173,6 +173,29 @@ func (p *Process) Stop() {
 	}
 }
 
+// Halt stops the process where it is, until Resume. It returns when each thread has stopped: the signal alone reaches them one after
+// the other, and meanwhile the rest go on.
+func (p *Process) Halt(ctx context.Context) error {
+	if err := p.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		return fmt.Errorf("halt %s: %w", p.Name, err)
+	}
+	return Until(ctx, p.Name+" halted", 20*time.Second, func() error {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.PID()))
+		if err != nil || len(threads) == 0 {
+			return errors.Join(errors.New("it has no threads"), err)
+		}
+		for _, thread := range threads {
+			if b, err := os.ReadFile(thread); err != nil || !bytes.Contains(b, []byte("State:\tT")) {
+				return errors.Join(fmt.Errorf("%s has not stopped", thread), err)
+			}
+		}
+		return nil
+	})
+}
+
+// Resume lets a process that was halted go on.
+func (p *Process) Resume() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
+
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 

@@ -256,8 +256,14 @@ func (v *Vault) Restart(ctx context.Context) error {
 	return v.Unseal(ctx)
 }
 
-// PID of the process, for signals such as SIGSTOP.
+// PID of the process.
 func (v *Vault) PID() int { return v.proc.PID() }
+
+// Halt stops it where it is: it hangs, until Resume.
+func (v *Vault) Halt(ctx context.Context) error { return v.proc.Halt(ctx) }
+
+// Resume lets it go on after Halt.
+func (v *Vault) Resume() error { return v.proc.Resume() }
 
 // LogPath is the file with what Vault says.
 func (v *Vault) LogPath() string { return filepath.Join(v.Dir, "vault.log") }

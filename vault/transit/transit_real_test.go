@@ -25,7 +25,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -788,28 +787,6 @@ func recovers(t *testing.T, do func() error) {
 	}
 }
 
-// halt stops a process where it is, and waits until each of its threads has stopped.
-func halt(t *testing.T, pid int) {
-	t.Helper()
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	if err := lab.Until(t.Context(), "halted", 20*time.Second, func() error {
-		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
-		if err != nil || len(tasks) == 0 {
-			return fmt.Errorf("no tasks: %w", err)
-		}
-		for _, task := range tasks {
-			if b, err := os.ReadFile(task); err != nil || !bytes.Contains(b, []byte("State:\tT")) {
-				return fmt.Errorf("%s runs: %w", task, err)
-			}
-		}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestRealAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 	r := realTransit(t)
 	s := r.store(t, func(vc *vault.Config, c *Config) { vc.Timeout, c.Timeout = time.Second, time.Second })
@@ -851,9 +828,11 @@ func TestRealAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 	}
 	back()
 
-	halt(t, r.PID())
+	if err := r.Halt(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	check("halted")
-	if err := syscall.Kill(r.PID(), syscall.SIGCONT); err != nil {
+	if err := r.Resume(); err != nil {
 		t.Fatal(err)
 	}
 	back()
