@@ -87,43 +87,15 @@ func newFile(c FileConfig, least int) (*File, error) {
 // Create returns the first version of the named key above after. Keys that are here already must open with the same
 // passphrase: a folder whose keys need different ones could not be opened by any process.
 func (s *File) Create(ctx context.Context, name string, alg Algorithm, after int) (Key, error) {
-	if err := validName(name); err != nil {
-		return nil, err
-	}
-	if _, err := ParseAlgorithm(string(alg)); err != nil {
-		return nil, err
-	}
 	s.creating.Lock()
 	defer s.creating.Unlock()
-	if err := durable.Dir(s.dir); err != nil {
-		return nil, err
+	left, ref, err := s.next(ctx, name, alg, after, durable.Dir)
+	if left != nil || err != nil {
+		return left, err
 	}
-	refs, err := s.List(ctx)
+	pass, _, err := s.secret(ctx)
 	if err != nil {
 		return nil, err
-	}
-	pass, proven, err := s.secret(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if len(refs) > 0 && !proven {
-		if _, err := s.Open(ctx, refs[len(refs)-1]); err != nil {
-			return nil, fmt.Errorf("create key %s: the new key must have the same passphrase as those beside it: %w", name, err)
-		}
-	}
-	ref := Ref{Backend: BackendFile, Name: name, Version: max(after, 0) + 1}
-	for _, r := range refs {
-		if r.Name != name || r.Version < ref.Version {
-			continue
-		}
-		left, err := s.Open(ctx, r)
-		if err != nil {
-			return nil, fmt.Errorf("create key %s: an earlier try has left one: %w", name, err)
-		}
-		if AlgorithmOf(left.Public()) == alg {
-			return left, nil
-		}
-		ref.Version = r.Version + 1
 	}
 	signer, err := generate(alg)
 	if err != nil {
@@ -149,6 +121,58 @@ func (s *File) Create(ctx context.Context, name string, alg Algorithm, after int
 		s.prove(pass)
 		return newLocalKey(ref, signer), nil
 	}
+}
+
+// Find says which key Create would return, and whether it is there already. For a first key nobody is asked at the terminal.
+func (s *File) Find(ctx context.Context, name string, alg Algorithm, after int) (Ref, bool, error) {
+	left, ref, err := s.next(ctx, name, alg, after, durable.MayDir)
+	if _, asks := s.source.(passphraseTerminal); err == nil && !asks {
+		_, _, err = s.secret(ctx)
+	}
+	return ref, left != nil, err
+}
+
+// next is the key that Create returns: one that is there, else nil and the first reference that is free. dir sees to the folder.
+func (s *File) next(ctx context.Context, name string, alg Algorithm, after int, dir func(string) error) (left Key, ref Ref, err error) {
+	if err := validName(name); err != nil {
+		return nil, ref, err
+	}
+	if _, err := ParseAlgorithm(string(alg)); err != nil {
+		return nil, ref, err
+	}
+	if err := dir(s.dir); err != nil {
+		return nil, ref, err
+	}
+	refs, err := s.List(ctx)
+	if err != nil {
+		return nil, ref, err
+	}
+	if len(refs) > 0 {
+		_, proven, err := s.secret(ctx)
+		if err != nil {
+			return nil, ref, err
+		}
+		if !proven {
+			if _, err := s.Open(ctx, refs[len(refs)-1]); err != nil {
+				return nil, ref, fmt.Errorf("create key %s: the new key must have the same passphrase as those beside it: %w", name, err)
+			}
+		}
+	}
+	ref = Ref{Backend: BackendFile, Name: name, Version: max(after, 0) + 1}
+	for _, r := range refs {
+		if r.Name != name || r.Version < ref.Version {
+			continue
+		}
+		left, err := s.Open(ctx, r)
+		if err != nil {
+			return nil, ref, fmt.Errorf("create key %s: an earlier try has left one: %w", name, err)
+		}
+		if AlgorithmOf(left.Public()) == alg {
+			return left, r, nil
+		}
+		ref.Version = r.Version + 1
+	}
+	return nil, ref, nil
 }
 
 // Open decrypts a key. ErrNotFound; ErrWrongPassphrase; other errors for files that are damaged or not as we make them.

@@ -12,10 +12,12 @@ import (
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
+	"io/fs"
 	"math/big"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -180,9 +182,20 @@ func TestAKeyThatAnEarlierTryHasLeftIsTaken(t *testing.T) {
 	for _, s := range []Store{file, NewMemory(), Join{Backends: map[string]Store{"file": file}, Default: "file", Homes: map[string]string{}}} {
 		made := func(alg Algorithm, after int) Ref {
 			t.Helper()
+			before, _ := s.List(t.Context())
+			found, there, err := s.Find(t.Context(), "ca", alg, after)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if after, _ := s.List(t.Context()); !slices.Equal(before, after) {
+				t.Errorf("looking for a key changes %v to %v", before, after)
+			}
 			k, err := s.Create(t.Context(), "ca", alg, after)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if found != k.Ref() || there != slices.Contains(before, found) {
+				t.Errorf("found was %v (there: %v), made is %v beside %v", found, there, k.Ref(), before)
 			}
 			return k.Ref()
 		}
@@ -280,6 +293,42 @@ func TestAFolderHasOnePassphrase(t *testing.T) {
 	}
 	if refs, err := list(dir); err != nil || len(refs) != 1 {
 		t.Errorf("%v, %v", refs, err)
+	}
+}
+
+func TestLookingForAKeyMakesNothingAndRefusesWhatCreateRefuses(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "none", "yet")
+	good := quick(t, dir, fixed("hunter2"))
+	if ref, there, err := good.Find(t.Context(), "ca", ECDSAP256, 0); err != nil || there || ref != (Ref{BackendFile, "ca", 1}) {
+		t.Errorf("%v %v %v", ref, there, err)
+	}
+	for what, c := range map[string]struct {
+		store Store
+		name  string
+		alg   Algorithm
+	}{
+		"no passphrase":        {quick(t, dir, fixed("")), "ca", ECDSAP256},
+		"no such algorithm":    {good, "ca", "dsa"},
+		"no name":              {good, "../ca", ECDSAP256},
+		"no name, in memory":   {NewMemory(), "../ca", ECDSAP256},
+		"no place":             {quick(t, "/dev/null/keys", fixed("hunter2")), "ca", ECDSAP256},
+		"no backend":           {Join{Default: "vault-transit"}, "ca", ECDSAP256},
+		"a passphrase is gone": {quick(t, dir, PassphraseFile(dir)), "ca", ECDSAP256},
+	} {
+		if ref, there, err := c.store.Find(t.Context(), c.name, c.alg, 0); err == nil {
+			t.Errorf("%s: %v %v", what, ref, there)
+		}
+	}
+	// Nobody is asked for a passphrase that is good for nothing yet.
+	if _, _, err := quick(t, dir, PassphraseTerminal("New passphrase", true)).Find(t.Context(), "ca", ECDSAP256, 0); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Dir(dir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a folder was made: %v", err)
+	}
+	create(t, good, "ca", ECDSAP256)
+	if _, _, err := quick(t, dir, fixed("hunter3")).Find(t.Context(), "other", ECDSAP256, 0); !errors.Is(err, ErrWrongPassphrase) {
+		t.Errorf("beside a key of another passphrase: %v", err)
 	}
 }
 

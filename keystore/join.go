@@ -26,15 +26,28 @@ func (j Join) of(backend string, doing string) (Store, error) {
 
 // Create asks the store where keys of that name belong, see Store.
 func (j Join) Create(ctx context.Context, name string, alg Algorithm, after int) (Key, error) {
-	home, ok := j.Homes[name]
-	if !ok {
-		home = j.Default
-	}
-	s, err := j.of(home, "create key "+name)
+	s, err := j.home(name)
 	if err != nil {
 		return nil, err
 	}
 	return s.Create(ctx, name, alg, after)
+}
+
+// Find asks the store where keys of that name belong, see Store.
+func (j Join) Find(ctx context.Context, name string, alg Algorithm, after int) (Ref, bool, error) {
+	s, err := j.home(name)
+	if err != nil {
+		return Ref{}, false, err
+	}
+	return s.Find(ctx, name, alg, after)
+}
+
+func (j Join) home(name string) (Store, error) {
+	home, ok := j.Homes[name]
+	if !ok {
+		home = j.Default
+	}
+	return j.of(home, "create key "+name)
 }
 
 // Open opens a key.

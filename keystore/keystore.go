@@ -73,6 +73,9 @@ type Store interface {
 	// algorithm, else one that is made now and is durable when Create returns. With the newest number that was ever used as
 	// after, no number comes again although its key is gone.
 	Create(ctx context.Context, name string, alg Algorithm, after int) (Key, error)
+	// Find says which key Create would return, and whether it is there already. It makes nothing, and refuses what Create
+	// would refuse, as far as that shows before.
+	Find(ctx context.Context, name string, alg Algorithm, after int) (ref Ref, there bool, err error)
 	// Open opens a key. ErrNotFound, ErrWrongPassphrase.
 	Open(ctx context.Context, ref Ref) (Key, error)
 	// List returns the references of all keys, by name and version.

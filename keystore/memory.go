@@ -2,6 +2,7 @@ package keystore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -35,14 +36,32 @@ func (m *Memory) Create(_ context.Context, name string, alg Algorithm, after int
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	ref := Ref{Backend: BackendMemory, Name: name, Version: max(after, 0) + 1}
-	for ; m.keys[ref] != nil; ref.Version++ {
-		if AlgorithmOf(m.keys[ref].Public()) == alg {
-			return m.keys[ref], nil
-		}
+	ref := m.next(name, alg, after)
+	if m.keys[ref] == nil {
+		m.keys[ref] = newLocalKey(ref, signer)
 	}
-	m.keys[ref] = newLocalKey(ref, signer)
 	return m.keys[ref], nil
+}
+
+// Find says which key Create would return, and whether it is there already.
+func (m *Memory) Find(_ context.Context, name string, alg Algorithm, after int) (Ref, bool, error) {
+	_, err := ParseAlgorithm(string(alg))
+	if err := errors.Join(validName(name), err); err != nil {
+		return Ref{}, false, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	ref := m.next(name, alg, after)
+	return ref, m.keys[ref] != nil, nil
+}
+
+// next is the key that Create returns: one that is there, or the first that is not. m.mu is held.
+func (m *Memory) next(name string, alg Algorithm, after int) Ref {
+	ref := Ref{Backend: BackendMemory, Name: name, Version: max(after, 0) + 1}
+	for m.keys[ref] != nil && AlgorithmOf(m.keys[ref].Public()) != alg {
+		ref.Version++
+	}
+	return ref
 }
 
 // Open returns a key made by Create of the same store.

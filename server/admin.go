@@ -73,6 +73,13 @@ func (s adminService) CreateJoinToken(ctx context.Context, req *adminv1.CreateJo
 			return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("join token for agent %s: want a life between 1s and %s", req.Agent, identity.MaxTokenTTL))
 		}
 	}
+	if req.DryRun {
+		if err := s.usable(); err != nil {
+			return nil, plainly(codes.Unavailable, s.whyNot(err), err)
+		}
+		now := s.now()
+		return &adminv1.CreateJoinTokenResponse{Info: tokenInfo(identity.Token{Agent: req.Agent, Created: now, Expires: now.Add(ttl)})}, nil
+	}
 	tokens := identity.NewJoinTokens(loggedTokens{s.store, s.Server, by}, s.now)
 	token, secret, err := tokens.Create(ctx, req.Agent, ttl)
 	if err != nil {
@@ -141,6 +148,11 @@ func (s adminService) RevokeJoinToken(ctx context.Context, req *adminv1.RevokeJo
 		return nil, plainly(codes.FailedPrecondition, "invalid", fmt.Errorf("join token %s was used at %s: there is nothing left to revoke", req.Id, stamp(all[i].Used)))
 	case !all[i].Revoked.IsZero():
 		return &adminv1.RevokeJoinTokenResponse{}, nil
+	case req.DryRun:
+		if err := s.usable(); err != nil {
+			return nil, plainly(codes.Unavailable, s.whyNot(err), err)
+		}
+		return &adminv1.RevokeJoinTokenResponse{Changed: true}, nil
 	}
 	entries, err := s.stamped(&auditv1.Entry{Event: &auditv1.Entry_JoinTokenRevoked{JoinTokenRevoked: &auditv1.JoinTokenRevoked{TokenId: req.Id, Evidence: by}}})
 	if err != nil {
@@ -160,7 +172,7 @@ func (s adminService) RevokeJoinToken(ctx context.Context, req *adminv1.RevokeJo
 		return nil, plainly(code, s.whyNot(err), err)
 	}
 	s.log.Info("join token revoked", "token", req.Id, "by", by.Caller)
-	return &adminv1.RevokeJoinTokenResponse{}, nil
+	return &adminv1.RevokeJoinTokenResponse{Changed: true}, nil
 }
 
 func tokenInfo(t identity.Token) *adminv1.JoinTokenInfo {

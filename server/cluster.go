@@ -121,13 +121,17 @@ func (f *Folder) open(ctx context.Context, init bool) (*opened, error) {
 	if o.store, err = store.Open(ctx, store.Config{Path: databasePath(f.Dir), Logger: f.Logger}); err != nil {
 		return nil, errors.Join(err, o.close())
 	}
-	// A folder belongs to one instance of one cluster for ever; the store refuses another value.
-	for _, fact := range [][2]string{{trustDomainFact, f.TrustDomain.Name()}, {clusterFact, f.Cluster}, {instanceFact, f.Instance}} {
+	for _, fact := range f.facts() {
 		if err := o.store.SetMeta(ctx, fact[0], fact[1]); err != nil {
 			return nil, errors.Join(err, o.close())
 		}
 	}
 	return o, nil
+}
+
+// facts are what the folder is of. It belongs to one instance of one cluster for ever; the store refuses another value.
+func (f *Folder) facts() [][2]string {
+	return [][2]string{{trustDomainFact, f.TrustDomain.Name()}, {clusterFact, f.Cluster}, {instanceFact, f.Instance}}
 }
 
 // openLog opens the log with its key.
@@ -194,6 +198,8 @@ type InitConfig struct {
 	RootFingerprint string
 	// Exchange is where other clusters may have said what they believe; nil = nowhere.
 	Exchange Exchange
+	// DryRun only says what would be made.
+	DryRun bool
 }
 
 // InitResult is what a person carries to the root, and what they compare there.
@@ -210,6 +216,8 @@ type InitResult struct {
 	LogVerifierKey string
 	// Created is false when everything was there already.
 	Created bool
+	// Would is what would be made, in words, and all that a dry run says.
+	Would []string
 }
 
 // Init makes what a cluster consists of before its root has said yes: the log and its key, the control CA, the first
@@ -222,6 +230,10 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	if c.Algorithm == "" {
 		c.Algorithm = keystore.ECDSAP256
 	}
+	if c.DryRun {
+		would, err := c.rehearse(ctx)
+		return InitResult{Would: would}, err
+	}
 	o, err := c.open(ctx, true)
 	if err != nil {
 		return InitResult{}, err
@@ -229,7 +241,9 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	defer func() { err = errors.Join(err, o.close()) }()
 
 	// The log first: everything after this is in it. A crash before the fact is written leaves a key that the next run finds.
-	if err := c.notOrphaned(ctx, o); err != nil {
+	if _, known, err := o.store.Meta(ctx, logKeyFact); err != nil {
+		return InitResult{}, err
+	} else if err := c.notOrphaned(known); err != nil {
 		return InitResult{}, err
 	}
 	key, err := c.Keys.Create(ctx, logKey, keystore.Ed25519, 0)
@@ -251,15 +265,7 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	if err != nil {
 		return InitResult{}, err
 	}
-	// The oldest of each kind is the one that Init makes.
-	find := func(kind string) (store.Authority, bool) {
-		i := slices.IndexFunc(rows, func(a store.Authority) bool { return a.Kind == kind })
-		if i < 0 {
-			return store.Authority{}, false
-		}
-		return rows[i], true
-	}
-	control, ok := find(ca.KindControl)
+	control, ok := oldest(rows, ca.KindControl)
 	if !ok {
 		r.Created = true
 		if control, err = c.makeControlCA(ctx, o); err != nil {
@@ -277,12 +283,13 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 		return r, err
 	}
 
-	intermediate, ok := find(ca.KindIntermediate)
-	if ok {
-		// What waits for a signature is asked for again; where nothing can sign any more, something new is asked for.
-		if intermediate, ok, err = c.awaited(ctx, o, rows, intermediate); err != nil {
-			return InitResult{}, err
-		}
+	bundle, _, err := o.store.Bundle(ctx, c.TrustDomain)
+	if err != nil {
+		return InitResult{}, err
+	}
+	intermediate, ok, err := c.awaited(rows, bundle)
+	if err != nil {
+		return InitResult{}, err
 	}
 	if !ok {
 		r.Created = true
@@ -302,6 +309,15 @@ func Init(ctx context.Context, c InitConfig) (_ InitResult, err error) {
 	return r, nil
 }
 
+// oldest of a kind is the one that Init makes.
+func oldest(rows []store.Authority, kind string) (store.Authority, bool) {
+	i := slices.IndexFunc(rows, func(a store.Authority) bool { return a.Kind == kind })
+	if i < 0 {
+		return store.Authority{}, false
+	}
+	return rows[i], true
+}
+
 // begin gives the cluster the root that its upstream signs under, if it has none yet, and what the other clusters believe.
 func (c *InitConfig) begin(ctx context.Context, o *opened, r *InitResult) (begun bool, err error) {
 	k, err := c.Folder.keeper(ctx, o, c.Rotation)
@@ -312,14 +328,8 @@ func (c *InitConfig) begin(ctx context.Context, o *opened, r *InitResult) (begun
 		if begun, err = true, c.takeRoot(ctx, k); err != nil {
 			return false, fmt.Errorf("give cluster %s its root: %w", c.Cluster, err)
 		}
-	} else if c.RootFingerprint != "" {
-		pinned, err := ca.ParseFingerprint(c.RootFingerprint)
-		if err != nil {
-			return false, fmt.Errorf("root fingerprint: %w", err)
-		}
-		if !slices.ContainsFunc(set.bundle.Roots(), func(root *x509.Certificate) bool { return pinned.Of(root.Raw) }) {
-			return false, fmt.Errorf("cluster %s has begun, and the fingerprint given is of %w that it trusts: see signet trust list", c.Cluster, ErrOtherRoot)
-		}
+	} else if err := c.trusted(set.bundle); err != nil {
+		return false, err
 	}
 	for _, root := range k.current.Load().bundle.Roots() {
 		r.Roots = append(r.Roots, ca.CertificateFingerprint(root.Raw))
@@ -327,33 +337,28 @@ func (c *InitConfig) begin(ctx context.Context, o *opened, r *InitResult) (begun
 	return begun, nil
 }
 
-// ErrOtherRoot: what was compared is not the same.
-var ErrOtherRoot = errors.New("another root than the one")
-
-func (c *InitConfig) takeRoot(ctx context.Context, k *keeper) error {
+// trusted refuses a fingerprint that is of no root that the cluster trusts.
+func (c *InitConfig) trusted(bundle trust.Bundle) error {
 	if c.RootFingerprint == "" {
-		return errors.New("say which root the cluster is to trust: its holder tells you the fingerprint, give it with --root-fingerprint")
+		return nil
 	}
 	pinned, err := ca.ParseFingerprint(c.RootFingerprint)
 	if err != nil {
 		return fmt.Errorf("root fingerprint: %w", err)
 	}
-	root, err := c.Upstream.Root(ctx)
+	if !slices.ContainsFunc(bundle.Roots(), func(root *x509.Certificate) bool { return pinned.Of(root.Raw) }) {
+		return fmt.Errorf("cluster %s has begun, and the fingerprint given is of %w that it trusts: see signet trust list", c.Cluster, ErrOtherRoot)
+	}
+	return nil
+}
+
+// ErrOtherRoot: what was compared is not the same.
+var ErrOtherRoot = errors.New("another root than the one")
+
+func (c *InitConfig) takeRoot(ctx context.Context, k *keeper) error {
+	root, err := c.firstRoot(ctx)
 	if err != nil {
 		return err
-	}
-	if !pinned.Of(root.Raw) {
-		return fmt.Errorf("the fingerprint given is of %w that the upstream signs under, %s: ask the root's holder which one is right", ErrOtherRoot, ca.CertificateFingerprint(root.Raw))
-	}
-	if c.Exchange != nil {
-		shared, found, err := Shared(ctx, c.Exchange, c.TrustDomain, c.Rotation.Peers, pinned)
-		if err != nil {
-			return err
-		}
-		// Nobody asks the others whether they believe what a cluster begins under: it has to be what they all stand under.
-		if found && (len(shared.Roots) != 1 || shared.Roots[0].Leaving || shared.Roots[0].State != ca.Active) {
-			return fmt.Errorf("the clusters that share this trust domain are replacing a root (cluster %s believes %d): wait until that is over (signet rotation status there), then run signet cluster init again", shared.Cluster, len(shared.Roots))
-		}
 	}
 	_, err = k.do(ctx, decision{verb: "install", reason: "the cluster begins under it", by: byHand("ceremony")},
 		func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
@@ -363,12 +368,40 @@ func (c *InitConfig) takeRoot(ctx context.Context, k *keeper) error {
 	return err
 }
 
+// firstRoot asks the upstream for the root that the cluster begins under.
+func (c *InitConfig) firstRoot(ctx context.Context) (*x509.Certificate, error) {
+	if c.RootFingerprint == "" {
+		return nil, errors.New("say which root the cluster is to trust: its holder tells you the fingerprint, give it with --root-fingerprint")
+	}
+	pinned, err := ca.ParseFingerprint(c.RootFingerprint)
+	if err != nil {
+		return nil, fmt.Errorf("root fingerprint: %w", err)
+	}
+	root, err := c.Upstream.Root(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !pinned.Of(root.Raw) {
+		return nil, fmt.Errorf("the fingerprint given is of %w that the upstream signs under, %s: ask the root's holder which one is right", ErrOtherRoot, ca.CertificateFingerprint(root.Raw))
+	}
+	if c.Exchange != nil {
+		shared, found, err := Shared(ctx, c.Exchange, c.TrustDomain, c.Rotation.Peers, pinned)
+		if err != nil {
+			return nil, err
+		}
+		// Nobody asks the others whether they believe what a cluster begins under: it has to be what they all stand under.
+		if found && (len(shared.Roots) != 1 || shared.Roots[0].Leaving || shared.Roots[0].State != ca.Active) {
+			return nil, fmt.Errorf("the clusters that share this trust domain are replacing a root (cluster %s believes %d): wait until that is over (signet rotation status there), then run signet cluster init again", shared.Cluster, len(shared.Roots))
+		}
+	}
+	return root, nil
+}
+
 // notOrphaned refuses a folder whose database is gone: the log is begun only after the database knows its key, so a log that
 // the database doesn't know means that agents, registrations and the control CA's certificate are lost with it.
-func (c *InitConfig) notOrphaned(ctx context.Context, o *opened) error {
-	_, known, err := o.store.Meta(ctx, logKeyFact)
-	if err != nil || known {
-		return err
+func (c *InitConfig) notOrphaned(known bool) error {
+	if known {
+		return nil
 	}
 	if _, err := os.Stat(filepath.Join(LogDir(c.Dir), "checkpoint")); err == nil {
 		return fmt.Errorf("folder %s has the log of a cluster whose state database is gone: put the database back from its newest backup; a new one would shut every agent out", c.Dir)
@@ -377,11 +410,11 @@ func (c *InitConfig) notOrphaned(ctx context.Context, o *opened) error {
 }
 
 // awaited returns the intermediate that is asked for: one that waits for a signature, else the first. It reports false when
-// all that were signed have ended.
-func (c *InitConfig) awaited(ctx context.Context, o *opened, rows []store.Authority, first store.Authority) (store.Authority, bool, error) {
-	bundle, _, err := o.store.Bundle(ctx, c.TrustDomain)
-	if err != nil {
-		return first, false, err
+// there is none, and when all that were signed have ended: then something new is asked for.
+func (c *InitConfig) awaited(rows []store.Authority, bundle trust.Bundle) (store.Authority, bool, error) {
+	first, ok := oldest(rows, ca.KindIntermediate)
+	if !ok {
+		return first, false, nil
 	}
 	set, err := newAuthorities(c.TrustDomain, rows, 0, bundle)
 	if err != nil {

@@ -602,8 +602,10 @@ func TestWithoutALogNothingIsIssuedAndReadyzIsRed(t *testing.T) {
 	if _, err := s.admin().ApplyRegistrations(t.Context(), &adminv1.ApplyRegistrationsRequest{Registrations: []*signetv1.Registration{registration("x", "node-1")}}); status.Code(err) != codes.Unavailable {
 		t.Errorf("ApplyRegistrations: %v", err)
 	}
-	if _, err := s.admin().CreateJoinToken(t.Context(), &adminv1.CreateJoinTokenRequest{Agent: "node-3"}); status.Code(err) != codes.Unavailable {
-		t.Errorf("CreateJoinToken: %v", err)
+	for _, dry := range []bool{true, false} {
+		if _, err := s.admin().CreateJoinToken(t.Context(), &adminv1.CreateJoinTokenRequest{Agent: "node-3", DryRun: dry}); status.Code(err) != codes.Unavailable {
+			t.Errorf("CreateJoinToken (dry run %v): %v", dry, err)
+		}
 	}
 	if code, text := get(t, s, "/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(text, "[-]log failed") {
 		t.Errorf("readyz: %d\n%s", code, text)

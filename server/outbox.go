@@ -57,8 +57,8 @@ func (s *Server) stamped(entries ...*auditv1.Entry) ([][]byte, error) {
 // change makes a change by the steps of outbox. commit writes through the store that it is given. After an error the change
 // was refused, or it waits for the log and takes effect when that can be written; the error says which.
 func (s *Server) change(ctx context.Context, note *store.Note, commit func(*store.Store) error, effect func()) error {
-	if err := s.audit.Usable(); err != nil {
-		return fmt.Errorf("%w, so nothing was changed: %w", errNotLogged, err)
+	if err := s.usable(); err != nil {
+		return err
 	}
 	done, err := s.directory.toWrite(ctx)
 	if err != nil {
@@ -91,6 +91,14 @@ func (s *Server) change(ctx context.Context, note *store.Note, commit func(*stor
 		return nil
 	}
 	s.forgetNote(ctx, note.Change)
+	return nil
+}
+
+// usable refuses a change that the log could not be told. A dry run asks it too.
+func (s *Server) usable() error {
+	if err := s.audit.Usable(); err != nil {
+		return fmt.Errorf("%w, so nothing was changed: %w", errNotLogged, err)
+	}
 	return nil
 }
 

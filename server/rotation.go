@@ -630,13 +630,7 @@ func (k *keeper) successor(ctx context.Context, d decision, set *authorities, al
 // request makes the key of the next intermediate and the request for its certificate. A key that an earlier try has made
 // and nothing points to is taken, so that tries don't pile up keys.
 func (k *keeper) request(ctx context.Context, set *authorities, also []store.Authority) (store.Authority, error) {
-	newest := 0
-	for _, a := range slices.Concat(set.rows, also) {
-		if a.Key.Name == IntermediateKey {
-			newest = max(newest, a.Key.Version)
-		}
-	}
-	key, err := k.folder.Keys.Create(ctx, IntermediateKey, k.algorithm, newest)
+	key, err := k.folder.Keys.Create(ctx, IntermediateKey, k.algorithm, newestKey(slices.Concat(set.rows, also)))
 	if err != nil {
 		return store.Authority{}, err
 	}
@@ -658,6 +652,16 @@ func (k *keeper) request(ctx context.Context, set *authorities, also []store.Aut
 		Authority: rotation.Authority{ID: authorityID(key.Ref()), Kind: ca.KindIntermediate, State: ca.Prepared, Since: now},
 		Key:       key.Ref(), CSR: block.Bytes, Created: now,
 	}, nil
+}
+
+// newestKey is the newest version that an intermediate's key has had.
+func newestKey(rows []store.Authority) (newest int) {
+	for _, a := range rows {
+		if a.Key.Name == IntermediateKey {
+			newest = max(newest, a.Key.Version)
+		}
+	}
+	return newest
 }
 
 // keep takes the steps that come by themselves, for as long as ctx lives: when something changed, when a time has come, and

@@ -385,6 +385,12 @@ func (d plainKeys) Create(ctx context.Context, name string, alg keystore.Algorit
 	return plainKey{key, ref}, durable.CreateFile(filepath.Join(string(d), name), der, 0o600)
 }
 
+func (d plainKeys) Find(ctx context.Context, name string, _ keystore.Algorithm, _ int) (keystore.Ref, bool, error) {
+	ref := keystore.Ref{Backend: "plain", Name: name, Version: 1}
+	_, err := d.Open(ctx, ref)
+	return ref, err == nil, nil
+}
+
 func (d plainKeys) Open(_ context.Context, ref keystore.Ref) (keystore.Key, error) {
 	der, err := os.ReadFile(filepath.Join(string(d), ref.Name))
 	if err != nil {

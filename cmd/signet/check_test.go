@@ -81,6 +81,35 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 	contains(t, errs, "not enrolled")
 	_, errs = h.must(exitNo, "agent", "ban", "--config", server, "nobody")
 	contains(t, errs, "not enrolled")
+	create := []string{"join-token", "create", "--config", server, "--agent", "node-9", "--ttl", "1h"}
+	for _, more := range [][]string{nil, {"--out", filepath.Join(dir, "node-9.token")}} {
+		out, errs = h.must(exitYes, append(append(create[:len(create):len(create)], "--dry-run"), more...)...)
+		contains(t, errs, "a join token for agent node-9 would be made, good until ", "; this was a dry run: nothing is changed")
+		if _, err := os.Stat(filepath.Join(dir, "node-9.token")); out != "" || err == nil {
+			t.Errorf("a token that is none: %q, %v", out, err)
+		}
+	}
+	_, errs = h.must(exitCouldNotSay, "join-token", "create", "--config", server, "--agent", "Node 9", "--dry-run")
+	contains(t, errs, "Node 9")
+	if out, _ = h.must(exitYes, "join-token", "list", "--config", server); strings.Contains(out, "node-9") {
+		t.Errorf("a dry run made a token:\n%s", out)
+	}
+	h.must(exitYes, create...)
+	out, _ = h.must(exitYes, "join-token", "list", "--config", server, "-o", "name")
+	token, _, _ := strings.Cut(strings.TrimPrefix(out, "join-token/"), "\n")
+	for _, step := range []struct{ flag, says, state string }{
+		{"--dry-run=true", "would be revoked; this was a dry run: nothing is changed", "usable"},
+		{"--dry-run=false", "is revoked", "revoked"},
+		{"--dry-run=true", "was revoked already", "revoked"},
+		{"--dry-run=false", "was revoked already", "revoked"},
+	} {
+		_, errs = h.must(exitYes, "join-token", "revoke", "--config", server, token, step.flag)
+		contains(t, errs, "join token "+token+" "+step.says)
+		out, _ = h.must(exitYes, "join-token", "list", "--config", server)
+		contains(t, out, step.state)
+	}
+	_, errs = h.must(exitNo, "join-token", "revoke", "--config", server, "0123456789abcdef", "--dry-run")
+	contains(t, errs, "no join token")
 	out, _ = h.must(exitYes, "__complete", "agent", "ban", "--config", server, "")
 	contains(t, out, name+"\n")
 
@@ -208,11 +237,7 @@ func TestCheckAsksTheProcessForWhatOnlyItKnows(t *testing.T) {
 func TestCheckFindsWhatARotationWaitsForInAFolder(t *testing.T) {
 	h := shortFolder(t)
 	h.write("pass", "correct horse battery staple\n")
-	free, err := freePort("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	east := h.write("east.yaml", fmt.Sprintf("trust_domain: example.org\ncluster: east\nkeystore: { passphrase_file: ./pass }\nlisten: { http: %q }\n", free))
+	east := h.write("east.yaml", fmt.Sprintf("trust_domain: example.org\ncluster: east\nkeystore: { passphrase_file: ./pass }\nlisten: { http: %q }\n", freeAddress(t)))
 	h.must(exitYes, "cluster", "init", "--config", east)
 	if got := h.levels("--config", east); got["SGN1019"] != "warning" || got["SGN1017"] != "error" {
 		t.Errorf("a request that is not signed: %v", got)

@@ -59,6 +59,7 @@ func folderOf(cfg *config.Server, keys keystore.Store, logger *slog.Logger) serv
 
 func (c *cli) clusterInitCommand() *cobra.Command {
 	var file, out, fingerprint string
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "init --config FILE",
 		Short: "Make a cluster's keys, control CA and certificate request",
@@ -71,9 +72,12 @@ Where the configuration has an upstream that signs by itself (upstream.vault_pki
 says which root the cluster trusts, as its holder told you by another way, and stdout gets it back. The server has its
 intermediates signed as soon as it runs.
 
-It is safe to run again: what is missing is completed, and the same request and fingerprints are printed.`,
+It is safe to run again: what is missing is completed, and the same request and fingerprints are printed.
+
+--dry-run says which files and keys would be made; Vault is asked whether it would make those that belong there.`,
 		Example: `  signet cluster init --config east.yaml --csr-out east.csr.pem
   signet cluster init --config east.yaml > east.csr.pem
+  signet cluster init --config east.yaml --dry-run
   signet cluster init --config east.yaml --root-fingerprint SHA256:AB:CD:…`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -96,12 +100,19 @@ It is safe to run again: what is missing is completed, and the same request and 
 			r, err := server.Init(cmd.Context(), server.InitConfig{
 				Folder: folderOf(cfg, b.keys, logger), Algorithm: cfg.Keystore.Algorithm, Ceremony: atHand{},
 				Upstream: b.upstream, Exchange: b.exchange, Rotation: rotationOf(cfg), RootFingerprint: fingerprint,
+				DryRun: dryRun,
 			})
 			if errors.Is(err, server.ErrOtherRoot) {
 				return no("%w", err)
 			}
 			if err != nil {
 				return err
+			}
+			if dryRun {
+				if out != "" {
+					r.Would = append(r.Would, "request written to "+out)
+				}
+				return c.printInit(r)
 			}
 			state := "made"
 			if !r.Created {
@@ -143,7 +154,24 @@ It is safe to run again: what is missing is completed, and the same request and 
 	serverConfigFlag(cmd, &file)
 	cmd.Flags().StringVar(&out, "csr-out", "", "write the certificate request to this file")
 	cmd.Flags().StringVar(&fingerprint, "root-fingerprint", "", "with an upstream: fingerprint of the root, from the root's holder")
+	dryRunFlag(cmd, &dryRun)
 	return cmd
+}
+
+// printInit says what a dry run of init would make.
+func (c *cli) printInit(r server.InitResult) error {
+	lines := []string{"unchanged"}
+	if len(r.Would) > 0 {
+		lines = nil
+	}
+	for _, line := range r.Would {
+		lines = append(lines, would(true)+line)
+	}
+	if _, err := fmt.Fprintln(c.out, strings.Join(lines, "\n")); err != nil {
+		return err
+	}
+	fmt.Fprintln(c.err, "this was a dry run: nothing is changed")
+	return nil
 }
 
 // hintSign says what the root's holder types next. An empty file stands for the one that stdout went to; turns are flags that

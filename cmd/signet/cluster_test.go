@@ -91,7 +91,7 @@ func (h here) serve(ready *awaited, args ...string) (stop func() int) {
 	case status := <-done:
 		done <- status
 		h.t.Fatalf("signet serve ended with %d:\n%s", status, ready)
-	case <-time.After(time.Minute):
+	case <-time.After(3 * time.Minute):
 		h.t.Fatalf("signet serve is not ready:\n%s", ready)
 	}
 	return stop
@@ -107,6 +107,16 @@ func shortFolder(t *testing.T) here {
 	return here{t, dir}
 }
 
+// freeAddress is one on loopback that nobody else takes until it is used.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	ports, err := lab.FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", ports[0])
+}
+
 func contains(t *testing.T, text string, words ...string) {
 	t.Helper()
 	for _, w := range words {
@@ -119,20 +129,12 @@ func contains(t *testing.T, text string, words ...string) {
 func TestAClusterIsMadeAndServedByItsCommands(t *testing.T) {
 	h := shortFolder(t)
 	h.write("pass", "correct horse battery staple\n")
-	var ports [3]any
-	for i := range ports {
-		free, err := freePort("127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		ports[i] = free
-	}
 	east := h.write("east.yaml", fmt.Sprintf(`trust_domain: example.org
 cluster: east
 keystore: { passphrase_file: ./pass }
-listen: { enrol: "%s", agents: "%s", http: "%s" }
+listen: { enrol: %q, agents: %q, http: %q }
 logging: { format: json }
-`, ports[:]...))
+`, freeAddress(t), freeAddress(t), freeAddress(t)))
 	with := func(args ...string) []string { return append(args, "--config", east) }
 
 	_, errs := h.must(exitCouldNotSay, with("serve")...)
@@ -143,9 +145,30 @@ logging: { format: json }
 	contains(t, errs, "no server answers on "+h.path("state/admin.sock"), "start it with: signet serve --config "+east)
 
 	rootPrint, _ := h.must(exitYes, "root", "init", "--trust-domain", "example.org", "--dir", h.path("root"), "--passphrase-file", h.path("pass"))
+	for _, dry := range []struct {
+		args []string
+		more string
+	}{{nil, ""}, {[]string{"--csr-out", h.path("east.csr")}, "would be: request written to " + h.path("east.csr") + "\n"}} {
+		out, errs := h.must(exitYes, append(with("cluster", "init", "--dry-run"), dry.args...)...)
+		if want := strings.ReplaceAll(`would be: state database DIR/signet.db made
+would be: audit log DIR/log begun with a new key, file:log@1 (ed25519)
+would be: control CA made with a new key, file:control-ca@1 (ecdsa-p256)
+would be: intermediate requested with a new key, file:intermediate@1 (ecdsa-p256)
+`, "DIR", h.path("state")) + dry.more; out != want || errs != "this was a dry run: nothing is changed\n" {
+			t.Errorf("a dry run of init says\n%s%swant\n%s", out, errs, want)
+		}
+		for _, made := range []string{"state", "east.csr"} {
+			if _, err := os.Lstat(h.path(made)); err == nil {
+				t.Errorf("a dry run makes %s", made)
+			}
+		}
+	}
 	keyPrint, errs := h.must(exitYes, with("cluster", "init", "--csr-out", h.path("east.csr"))...)
 	contains(t, errs, "control CA:", "key of the request:", "log verifier key:",
 		"signet root sign --cluster east --out east.chain.pem --csr "+h.path("east.csr")+" \\\n  --fingerprint "+keyPrint)
+	if out, _ := h.must(exitYes, with("cluster", "init", "--dry-run")...); out != "unchanged\n" {
+		t.Errorf("a dry run of what was made says %q", out)
+	}
 	csr, errs := h.must(exitYes, with("cluster", "init")...)
 	contains(t, errs, "unchanged", strings.TrimSpace(keyPrint))
 	if file, err := os.ReadFile(h.path("east.csr")); err != nil || string(file) != csr {
@@ -202,14 +225,13 @@ logging: { format: json }
 		t.Errorf("install at the server says %q", out)
 	}
 	contains(t, errs, "intermediate-2, ", "expires:", strings.TrimSpace(rootPrint))
-	for range 100 {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		if out, _ = h.must(exitYes, with("ca", "list", "-o", "name")...); strings.Contains(out, "ca/intermediate-2\n") {
 			out, _ = h.must(exitYes, with("ca", "show", "intermediate-2", "-o", "json")...)
 			if strings.Contains(out, `"state": "active"`) {
 				break
 			}
 		}
-		time.Sleep(50 * time.Millisecond)
 	}
 	contains(t, out, `"state": "active"`, `"signing": true`)
 	out, _ = h.must(exitYes, with("rotation", "status")...)

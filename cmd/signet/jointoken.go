@@ -29,19 +29,26 @@ fingerprint of the control CA. These commands talk to the running server over it
 func (c *cli) joinTokenCreateCommand() *cobra.Command {
 	var file, agent, out string
 	var ttl time.Duration
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "create --config FILE --agent NAME",
 		Short: "Make a join token",
 		Long: `Makes a join token and writes it to a file that only you can read, or alone to stdout; what is to be known about it goes
 to stderr. The token is a secret until it is used. If an agent spends it and gets no answer, make another.`,
 		Example: `  signet join-token create --config east.yaml --agent node-1 --out node-1.token
-  signet join-token create --config east.yaml --agent node-1 --ttl 1h | ssh node-1 'umask 077; cat > /etc/signet/join.token'`,
+  signet join-token create --config east.yaml --agent node-1 --ttl 1h | ssh node-1 'umask 077; cat > /etc/signet/join.token'
+  signet join-token create --config east.yaml --agent node-1 --ttl 1h --dry-run`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.admin(cmd.Context(), file, func(ctx context.Context, a adminv1.AdminClient) error {
-				r, err := a.CreateJoinToken(ctx, &adminv1.CreateJoinTokenRequest{Agent: agent, Ttl: durationpb.New(ttl)})
+				r, err := a.CreateJoinToken(ctx, &adminv1.CreateJoinTokenRequest{Agent: agent, Ttl: durationpb.New(ttl), DryRun: dryRun})
 				if err != nil {
 					return err
+				}
+				if dryRun {
+					fmt.Fprintf(c.err, "a join token for agent %s would be made, good until %s; this was a dry run: nothing is changed\n",
+						r.Info.GetAgent(), clock(r.Info.GetExpires().AsTime()))
+					return nil
 				}
 				if err := (facts{
 					{"token", r.Info.GetId()},
@@ -63,6 +70,7 @@ to stderr. The token is a secret until it is used. If an agent spends it and get
 	cmd.Flags().StringVar(&out, "out", "", "write the token to this file, 0600, in place of stdout")
 	cmd.Flags().DurationVar(&ttl, "ttl", identity.DefaultTokenTTL, "how long it is good for, at most 24h")
 	_ = cmd.MarkFlagRequired("agent")
+	dryRunFlag(cmd, &dryRun)
 	return cmd
 }
 
@@ -154,13 +162,15 @@ are in the log (signet log find --kind join-token-created). Their secrets are no
 
 func (c *cli) joinTokenRevokeCommand() *cobra.Command {
 	var file string
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "revoke --config FILE ID",
 		Short: "Make a join token useless",
 		Long: `Makes a join token that is not used yet useless. Revoking it again changes nothing.
 Exit status 1 when there is no such token or it was used.`,
-		Example: `  signet join-token revoke --config east.yaml 3f9a0c51d2e4b687`,
-		Args:    cobra.ExactArgs(1),
+		Example: `  signet join-token revoke --config east.yaml 3f9a0c51d2e4b687
+  signet join-token revoke --config east.yaml 3f9a0c51d2e4b687 --dry-run`,
+		Args: cobra.ExactArgs(1),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 			if len(args) > 0 {
 				return nil, cobra.ShellCompDirectiveNoFileComp
@@ -178,14 +188,22 @@ Exit status 1 when there is no such token or it was used.`,
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.admin(cmd.Context(), file, func(ctx context.Context, a adminv1.AdminClient) error {
-				if _, err := a.RevokeJoinToken(ctx, &adminv1.RevokeJoinTokenRequest{Id: args[0]}); err != nil {
+				r, err := a.RevokeJoinToken(ctx, &adminv1.RevokeJoinTokenRequest{Id: args[0], DryRun: dryRun})
+				switch {
+				case err != nil:
 					return err
+				case !r.Changed:
+					fmt.Fprintf(c.err, "join token %s was revoked already\n", args[0])
+				case dryRun:
+					fmt.Fprintf(c.err, "join token %s would be revoked; this was a dry run: nothing is changed\n", args[0])
+				default:
+					fmt.Fprintf(c.err, "join token %s is revoked\n", args[0])
 				}
-				fmt.Fprintf(c.err, "join token %s is revoked\n", args[0])
 				return nil
 			})
 		},
 	}
 	serverConfigFlag(cmd, &file)
+	dryRunFlag(cmd, &dryRun)
 	return cmd
 }

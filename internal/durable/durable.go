@@ -141,6 +141,11 @@ func Dir(path string) error {
 	case err != nil:
 		return explain("look at folder", path, err)
 	}
+	return ours(path, info)
+}
+
+// ours refuses a folder that is not this process's own.
+func ours(path string, info fs.FileInfo) error {
 	if !info.IsDir() {
 		return fmt.Errorf("%s is not a folder: move the file away or choose another path", path)
 	}
@@ -149,6 +154,28 @@ func Dir(path string) error {
 	}
 	if owner := ownerOf(info); owner != 0 && owner != os.Geteuid() {
 		return fmt.Errorf("folder %s belongs to uid %d, but this process runs as uid %d: change its owner or choose another folder", path, owner, os.Geteuid())
+	}
+	return nil
+}
+
+// MayDir refuses what Dir would refuse, as far as that shows before, and a folder that nothing can be written to. It makes nothing.
+func MayDir(path string) error {
+	at := path
+	info, err := os.Stat(at)
+	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
+		at = filepath.Dir(at)
+		_, err = os.Stat(at)
+	}
+	if err == nil && at == path {
+		if err := ours(path, info); err != nil {
+			return err
+		}
+	}
+	if err == nil {
+		err = unix.Faccessat(unix.AT_FDCWD, at, unix.W_OK|unix.X_OK, unix.AT_EACCESS)
+	}
+	if err != nil {
+		return explain("write to folder", path, err)
 	}
 	return nil
 }

@@ -250,16 +250,31 @@ func TestDirRefusesWhatOthersMayWriteTo(t *testing.T) {
 		if err != nil && !strings.Contains(err.Error(), "chmod go-w "+dir) {
 			t.Errorf("mode %o: %v: names no remedy", mode, err)
 		}
+		if mode == 0o500 && os.Geteuid() != 0 {
+			continue // it is ours, and nothing can be written to it
+		}
+		if before := MayDir(dir); fmt.Sprint(before) != fmt.Sprint(err) {
+			t.Errorf("mode %o: foretold was %v, and then there is %v", mode, before, err)
+		}
 	}
 	path := filepath.Join(t.TempDir(), "f")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := Dir(path); err == nil || !strings.Contains(err.Error(), "not a folder") {
-		t.Errorf("a file: %v", err)
+	for _, dir := range []func(string) error{Dir, MayDir} {
+		if err := dir(path); err == nil || !strings.Contains(err.Error(), "not a folder") {
+			t.Errorf("a file: %v", err)
+		}
+		if err := dir(filepath.Join(path, "below")); err == nil {
+			t.Error("a folder below a file was made")
+		}
 	}
-	if err := Dir(filepath.Join(path, "below")); err == nil {
-		t.Error("a folder below a file was made")
+	missing := filepath.Join(t.TempDir(), "a", "b")
+	if err := MayDir(missing); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Dir(missing)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("to ask for a folder has made one: %v", err)
 	}
 }
 
@@ -375,6 +390,8 @@ func checkReadOnly(t *testing.T, dir string) {
 		"write":  WriteFile(path, []byte("new"), 0o600),
 		"create": CreateFile(filepath.Join(dir, "g"), nil, 0o600),
 		"dir":    Dir(filepath.Join(dir, "a", "b")),
+		"maydir": MayDir(filepath.Join(dir, "a", "b")),
+		"itself": MayDir(dir),
 		"lock":   lockErr,
 	} {
 		if err == nil || !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), dir) ||

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,9 +28,22 @@ type DirLock struct {
 
 // Lock takes an existing folder for this process alone, until Close or the end of the process, however it ends.
 // When another process has it, the error names the folder and that process.
-func Lock(dir string) (*DirLock, error) {
+func Lock(dir string) (*DirLock, error) { return lock(dir, os.O_CREATE) }
+
+// LockToLook takes a folder as Lock does and leaves no trace in it. One that was never locked is nobody's: then there is
+// nothing to hold.
+func LockToLook(dir string) (*DirLock, error) {
+	l, err := lock(dir, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &DirLock{close: func() error { return nil }}, nil
+	}
+	return l, err
+}
+
+// lock makes the file and writes into it with os.O_CREATE alone.
+func lock(dir string, create int) (*DirLock, error) {
 	path := filepath.Join(dir, lockName)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|create|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, explain("lock folder", dir, err)
 	}
@@ -38,6 +52,9 @@ func Lock(dir string) (*DirLock, error) {
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		defer f.Close()
 		return nil, heldBy(dir, f)
+	}
+	if err == nil && create == 0 {
+		return &DirLock{close: sync.OnceValue(f.Close)}, nil
 	}
 	if err == nil {
 		err = f.Truncate(0)

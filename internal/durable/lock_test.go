@@ -2,7 +2,9 @@ package durable
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -73,6 +75,48 @@ func TestAFolderHasOneProcessUntilThatIsKilled(t *testing.T) {
 		t.Fatalf("after Close: %v", err)
 	}
 	_ = l.Close()
+}
+
+func TestAFolderIsLookedAtByOneProcessAndLeftAsItIs(t *testing.T) {
+	dir := t.TempDir()
+	look := func() *DirLock {
+		t.Helper()
+		l, err := LockToLook(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	if err := look().Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, lockName)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a folder that was never locked has a lock file: %v", err)
+	}
+	held, err := Lock(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LockToLook(dir); !errors.Is(err, ErrInUse) {
+		t.Errorf("a folder that is in use: %v", err)
+	}
+	if err := held.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l := look()
+	if text, err := os.ReadFile(filepath.Join(dir, lockName)); err != nil || len(text) > 0 {
+		t.Errorf("the lock file says %q: %v", text, err)
+	}
+	if _, err := Lock(dir); !errors.Is(err, ErrInUse) {
+		t.Errorf("a folder that is looked at: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	if held, err = Lock(dir); err != nil {
+		t.Fatal(err)
+	}
+	held.Close()
 }
 
 func TestLockFollowsNoLinkAndWantsItsFolder(t *testing.T) {

@@ -521,11 +521,24 @@ func (s *Store) SetMeta(ctx context.Context, key, value string) error {
 		if err := tx.QueryRowContext(ctx, `SELECT value FROM meta WHERE key = $1`, key).Scan(&stands); err != nil {
 			return err
 		}
-		if stands != value {
-			return refuse("state database %s was made for %s %q, not %.256q: %w", s.path, strings.ReplaceAll(key, "_", " "), stands, value, ErrFixed)
-		}
-		return nil
+		return s.fixed(key, stands, value)
 	})
+}
+
+// MayMeta refuses what SetMeta would refuse, and writes nothing.
+func (s *Store) MayMeta(ctx context.Context, key, value string) error {
+	stands, ok, err := s.Meta(ctx, key)
+	if err != nil || !ok {
+		return err
+	}
+	return s.fixed(key, stands, value)
+}
+
+func (s *Store) fixed(key, stands, value string) error {
+	if stands == value {
+		return nil
+	}
+	return refuse("state database %s was made for %s %q, not %.256q: %w", s.path, strings.ReplaceAll(key, "_", " "), stands, value, ErrFixed)
 }
 
 // ReplaceMeta keeps a fact that changes, in place of what it was.

@@ -342,15 +342,23 @@ func TestANewerSchemaIsLeftAlone(t *testing.T) {
 
 func TestTheStateOfAFolderIsOfOneClusterForEver(t *testing.T) {
 	s := newStore(t)
+	if err := s.MayMeta(t.Context(), "cluster", "west"); err != nil {
+		t.Errorf("while it is nobody's: %v", err)
+	}
 	for range 2 {
 		if err := s.SetMeta(t.Context(), "cluster", "east"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	err := s.SetMeta(t.Context(), "cluster", "west")
-	oneSentence(t, err, `"east"`, `"west"`, s.path)
-	if !errors.Is(err, ErrFixed) {
+	if err := s.MayMeta(t.Context(), "cluster", "east"); err != nil {
 		t.Error(err)
+	}
+	for _, set := range []func(context.Context, string, string) error{s.SetMeta, s.MayMeta} {
+		err := set(t.Context(), "cluster", "west")
+		oneSentence(t, err, `"east"`, `"west"`, s.path)
+		if !errors.Is(err, ErrFixed) {
+			t.Error(err)
+		}
 	}
 	if v, _, _ := s.Meta(t.Context(), "cluster"); v != "east" {
 		t.Errorf("cluster is now %q", v)

@@ -31,6 +31,7 @@ func TestAWrongPassphraseOpensNothing(t *testing.T) {
 	w.refuses(t, 2, append(says, "wrong.pass"), "root", "sign", "--dir", "root", "--passphrase-file", "wrong.pass", "--cluster", "west", "--csr", csr,
 		"--fingerprint", keyFingerprint(t, readCSR(t, csr).Raw), "--out", "chain.pem")
 	w.refuses(t, 2, append(says, "server.pass"), "cluster", "init", "--config", w.east.Config())
+	w.refuses(t, 2, append(says, "server.pass"), "cluster", "init", "--config", w.east.Config(), "--dry-run")
 	w.refuses(t, 2, append(says, "server.pass"), "serve", "--config", w.east.Config())
 	w.refuses(t, 2, append(says, "seal.pass"), "agent", "--config", w.path("east/sealed.yaml"))
 
@@ -377,6 +378,7 @@ func TestASecondProcessOnTheSameFolderIsRefused(t *testing.T) {
 	state := w.east.Path("state")
 	w.refuses(t, 2, []string{state, pid, "stop"}, "serve", "--config", twin.Config())
 	w.refuses(t, 2, []string{state, pid}, "cluster", "init", "--config", twin.Config())
+	w.refuses(t, 2, []string{state, pid}, "cluster", "init", "--config", twin.Config(), "--dry-run")
 	// The server that holds it is asked instead.
 	if out := w.must(t, w.east.InstallArgs(w.RootFingerprint)...); out != "unchanged\n" {
 		t.Errorf("install beside a server says %q", out)

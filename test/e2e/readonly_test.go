@@ -48,6 +48,7 @@ func TestAReadOnlyFolderIsSaidToBeOneAndLeftWhole(t *testing.T) {
 		"root init":       {"empty", []string{"empty/root"}, []string{"root", "init", "--trust-domain", "example.org", "--dir", "empty/root", "--passphrase-file", "root.pass"}},
 		"root sign":       {"root", []string{"root"}, w.west.SignArgs(fp)},
 		"cluster init":    {"east", []string{"state"}, []string{"cluster", "init", "--config", w.east.Config()}},
+		"init --dry-run":  {"east", []string{"state"}, []string{"cluster", "init", "--config", w.east.Config(), "--dry-run"}},
 		"cluster install": {"east", []string{"state"}, w.east.InstallArgs(w.RootFingerprint)},
 		"serve":           {"east", []string{"state"}, []string{"serve", "--config", w.east.Config()}},
 		"agent":           {"east", []string{"node-1"}, []string{"agent", "--config", w.path("east/node-1.yaml")}},

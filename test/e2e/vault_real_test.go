@@ -171,7 +171,32 @@ func says(code string, words ...string) func(check.Finding) bool {
 // TestTheSmallestPolicyIsEnoughForAllThatAServerDoes logs in with what signet config vault-policy prints, and nothing else.
 func TestTheSmallestPolicyIsEnoughForAllThatAServerDoes(t *testing.T) {
 	w := newVaulted(t, "enough")
+	// A dry run makes nothing, here or there, and asks Vault whether it would.
+	dry := []string{"cluster", "init", "--config", w.east.Config(), "--root-fingerprint", w.RootFingerprint, "--dry-run"}
+	const controlKey = "transit-enough/keys/signet-east_example.org_control-ca"
+	readOnly := strings.NewReplacer(`["update"]`, `["read"]`, `["read", "update"]`, `["read"]`)
+	w.policy(t, ruleInPolicy.ReplaceAllStringFunc(w.printed(t), func(rule string) string {
+		if ruleInPolicy.FindStringSubmatch(rule)[1] == controlKey {
+			return readOnly.Replace(rule)
+		}
+		return rule
+	}))
+	changesNothing(t, w.Dir, func() ran {
+		r := execute(t, w.Dir, nil, dry...)
+		r.refused(t, 2, `the capability "update" on the path `+controlKey)
+		return r
+	})
 	w.policy(t, w.printed(t))
+	changesNothing(t, w.Dir, func() ran {
+		r := execute(t, w.Dir, nil, dry...)
+		if r.code != 0 || !strings.Contains(r.out, "control CA made with a new key, vault-transit:control-ca@1") || !strings.Contains(r.out, "root "+w.RootFingerprint+" trusted") {
+			t.Error(r)
+		}
+		return r
+	})
+	if _, err := w.vault.Root().Read(t.Context(), controlKey); lab.VaultStatus(err) != http.StatusNotFound {
+		t.Errorf("a dry run made the key in Vault: %v", err)
+	}
 	if r := w.begin(t); r.code != 0 {
 		t.Fatal(r)
 	}

@@ -125,8 +125,8 @@ func (i *keyInfo) imported() error {
 	return nil
 }
 
-// mayGrow refuses what a new version must not be part of.
-func (i *keyInfo) mayGrow(alg keystore.Algorithm) error {
+// mayGrow refuses what a new version above after must not be part of.
+func (i *keyInfo) mayGrow(alg keystore.Algorithm, after int) error {
 	if err := i.imported(); err != nil {
 		return err
 	}
@@ -137,6 +137,8 @@ func (i *keyInfo) mayGrow(alg keystore.Algorithm) error {
 		return fmt.Errorf("%s is derived, so that it has no public key of its own: delete it in Vault, or use another prefix", i.where)
 	case what != "":
 		return fmt.Errorf("%s: %s, which can't be taken back, so a new version would not be safe in Vault: use another prefix", i.where, what)
+	case i.signsFrom(after+1)-i.Latest > maxVersions+1:
+		return fmt.Errorf("%s has %d versions, and more than %d beyond %d would have to be skipped: use another prefix", i.where, i.Latest, maxVersions, after)
 	}
 	return nil
 }

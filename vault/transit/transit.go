@@ -157,6 +157,7 @@ func signPath(key string, alg keystore.Algorithm) string {
 // Store is a keystore.Store. It holds no key and no connection of its own.
 type Store struct {
 	// keys is the way to what Vault has of keys, signs to their signatures.
+	vault       *vault.Client
 	keys, signs *vault.Engine
 	mount       string
 	prefix      string
@@ -181,7 +182,7 @@ func New(c Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{keys: c.Vault.Engine(c.Mount + "/keys"), signs: c.Vault.Engine(SigningEngine(c)), mount: c.Mount, prefix: c.Prefix, timeout: c.Timeout, now: c.Now, logger: c.Logger, metrics: m}, nil
+	return &Store{vault: c.Vault, keys: c.Vault.Engine(c.Mount + "/keys"), signs: c.Vault.Engine(SigningEngine(c)), mount: c.Mount, prefix: c.Prefix, timeout: c.Timeout, now: c.Now, logger: c.Logger, metrics: m}, nil
 }
 
 // String says where the keys are.
@@ -204,13 +205,7 @@ func (s *Store) Create(ctx context.Context, name string, alg keystore.Algorithm,
 }
 
 func (s *Store) create(ctx context.Context, name string, alg keystore.Algorithm, after int) (*Key, error) {
-	if _, err := keystore.ParseAlgorithm(string(alg)); err != nil {
-		return nil, err
-	}
-	if !validRef(keystore.Ref{Backend: Backend, Name: name, Version: 1}) {
-		return nil, errors.New("use 1 to 63 of a-z, 0-9 and '-' for its name, beginning with a letter")
-	}
-	info, err := s.read(ctx, name)
+	info, err := s.look(ctx, name, alg)
 	if errors.Is(err, keystore.ErrNotFound) {
 		// Of a key that another has made meanwhile, Vault answers what that is.
 		info, err = s.change(ctx, name, "", map[string]any{"type": string(alg)})
@@ -218,11 +213,8 @@ func (s *Store) create(ctx context.Context, name string, alg keystore.Algorithm,
 	if err != nil {
 		return nil, err
 	}
-	if err := info.mayGrow(alg); err != nil {
+	if err := info.mayGrow(alg, after); err != nil {
 		return nil, err
-	}
-	if info.signsFrom(after+1)-info.Latest > maxVersions+1 {
-		return nil, fmt.Errorf("%s has %d versions, and more than %d beyond %d would have to be skipped: use another prefix", info.where, info.Latest, maxVersions, after)
 	}
 	for info.signsFrom(after+1) > info.Latest {
 		if info, err = s.rotate(ctx, name, info.Latest); err != nil {
@@ -230,6 +222,52 @@ func (s *Store) create(ctx context.Context, name string, alg keystore.Algorithm,
 		}
 	}
 	return s.key(keystore.Ref{Backend: Backend, Name: name, Version: info.signsFrom(after + 1)}, info)
+}
+
+// Find says which key Create would return, and whether it is there already. Where it is not, it asks Vault whether it may be
+// made.
+func (s *Store) Find(ctx context.Context, name string, alg keystore.Algorithm, after int) (keystore.Ref, bool, error) {
+	ref, there, err := s.find(ctx, name, alg, after)
+	if err != nil {
+		return keystore.Ref{}, false, fmt.Errorf("create key %.63q in Vault: %w", name, away(err))
+	}
+	return ref, there, nil
+}
+
+func (s *Store) find(ctx context.Context, name string, alg keystore.Algorithm, after int) (ref keystore.Ref, there bool, err error) {
+	info, err := s.look(ctx, name, alg)
+	path, body := s.path("keys", name), map[string]any{"type": string(alg)}
+	switch {
+	case errors.Is(err, keystore.ErrNotFound):
+		ref = keystore.Ref{Backend: Backend, Name: name, Version: max(after, 0) + 1}
+	case err != nil:
+		return ref, false, err
+	default:
+		if err := info.mayGrow(alg, after); err != nil {
+			return ref, false, err
+		}
+		ref = keystore.Ref{Backend: Backend, Name: name, Version: info.signsFrom(after + 1)}
+		if ref.Version <= info.Latest {
+			return ref, true, nil
+		}
+		path, body = path+"/rotate", nil
+	}
+	missing, err := s.vault.Missing(ctx, []vault.Need{{Path: path, Capabilities: []string{"update"}}})
+	if err == nil && len(missing) > 0 {
+		err = denied(vault.ErrDenied, path, "update", body)
+	}
+	return ref, false, err
+}
+
+// look reads the key that one of these is to be made of. keystore.ErrNotFound if there is none.
+func (s *Store) look(ctx context.Context, name string, alg keystore.Algorithm) (*keyInfo, error) {
+	if _, err := keystore.ParseAlgorithm(string(alg)); err != nil {
+		return nil, err
+	}
+	if !validRef(keystore.Ref{Backend: Backend, Name: name, Version: 1}) {
+		return nil, errors.New("use 1 to 63 of a-z, 0-9 and '-' for its name, beginning with a letter")
+	}
+	return s.read(ctx, name)
 }
 
 // rotate makes one version more.

@@ -779,9 +779,64 @@ func TestAMissingPermissionIsNamed(t *testing.T) {
 	}
 }
 
+func TestLookingForAKeyMakesNoneAndAsksWhetherItMayBeMade(t *testing.T) {
+	f := newFakeTransit(t)
+	s := f.store(t)
+	var denied string
+	f.set(func() {
+		f.before = func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != "/v1/sys/capabilities-self" {
+				return false
+			}
+			var asked struct{ Paths []string }
+			_ = json.NewDecoder(r.Body).Decode(&asked)
+			data := map[string]any{}
+			for _, p := range asked.Paths {
+				if data[p] = []string{"update"}; p == denied {
+					data[p] = []string{"read"}
+				}
+			}
+			reply(w, data)
+			return true
+		}
+	})
+	find := func(alg keystore.Algorithm, after, version int, there bool) {
+		t.Helper()
+		ref, is, err := s.Find(t.Context(), "ca", alg, after)
+		if want := (keystore.Ref{Backend: Backend, Name: "ca", Version: version}); err != nil || ref != want || is != there {
+			t.Errorf("found %v (there: %v), want %v (%v): %v", ref, is, want, there, err)
+		}
+	}
+	find(keystore.ECDSAP256, 0, 1, false)
+	f.set(func() { denied = "transit/keys/signet-east-ca" })
+	_, _, err := s.Find(t.Context(), "ca", keystore.ECDSAP256, 0)
+	if says(t, err, `the capability "update" on the path transit/keys/signet-east-ca`, "type=ecdsa-p256 pass"); !errors.Is(err, vault.ErrDenied) {
+		t.Error(err)
+	}
+	f.set(func() {
+		if len(f.keys) != 0 {
+			t.Errorf("made were %v", f.keys)
+		}
+	})
+
+	create(t, s, "ca", keystore.ECDSAP256, 0)
+	find(keystore.ECDSAP256, 0, 1, true) // what is there, nobody needs to be allowed to make
+	find(keystore.ECDSAP256, 1, 2, false)
+	f.set(func() { denied = "transit/keys/signet-east-ca/rotate" })
+	_, _, err = s.Find(t.Context(), "ca", keystore.ECDSAP256, 1)
+	says(t, err, "transit/keys/signet-east-ca/rotate")
+	_, _, err = s.Find(t.Context(), "ca", keystore.ECDSAP384, 0)
+	says(t, err, "ecdsa-p256", "wanted is ecdsa-p384")
+	f.set(func() {
+		if n := len(f.keys["signet-east-ca"].versions); n != 1 {
+			t.Errorf("%d versions, want the one that was made", n)
+		}
+	})
+}
+
 func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 	f := newFakeTransit(t)
-	f.timeout = 500 * time.Millisecond
+	f.timeout = time.Second
 	s := f.store(t)
 	k := create(t, s, "ca", keystore.ECDSAP256, 0)
 	check := func(name string, limit time.Duration) {
@@ -816,8 +871,8 @@ func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 			return true
 		}
 	})
-	check("sealed", 2*time.Second)
-	check("sealed for longer", 2*time.Second)
+	check("sealed", 4*time.Second)
+	check("sealed for longer", 4*time.Second)
 	for range 3 {
 		_ = signs(k)
 	}
@@ -845,7 +900,7 @@ func TestAVaultThatIsAwayIsSaidSoInTime(t *testing.T) {
 			return false
 		}
 	})
-	check("hung", 2*time.Second)
+	check("hung", 4*time.Second)
 	close(hang)
 }
 
@@ -978,6 +1033,6 @@ func FuzzKeyInfo(f *testing.F) {
 		if pub, err := info.public(1); err == nil && string(keystore.AlgorithmOf(pub)) != info.Type {
 			t.Fatalf("%s opened as %s", info.Type, keystore.AlgorithmOf(pub))
 		}
-		_ = info.mayGrow(keystore.ECDSAP256)
+		_ = info.mayGrow(keystore.ECDSAP256, 0)
 	})
 }

@@ -85,6 +85,7 @@ type CreateJoinTokenRequest struct {
 	Agent string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
 	// Default 10 minutes, at most 24 hours.
 	Ttl           *durationpb.Duration `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	DryRun        bool                 `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -133,10 +134,18 @@ func (x *CreateJoinTokenRequest) GetTtl() *durationpb.Duration {
 	return nil
 }
 
+func (x *CreateJoinTokenRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
 type CreateJoinTokenResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Info  *JoinTokenInfo         `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
-	// The one string to hand over: address, secret and the control CA's fingerprint. Shown once.
+	// Of a dry run it has no id.
+	Info *JoinTokenInfo `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
+	// The one string to hand over: address, secret and the control CA's fingerprint. Shown once; empty of a dry run.
 	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -355,6 +364,7 @@ func (x *JoinTokenInfo) GetRevoked() *timestamppb.Timestamp {
 type RevokeJoinTokenRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -396,8 +406,17 @@ func (x *RevokeJoinTokenRequest) GetId() string {
 	return ""
 }
 
+func (x *RevokeJoinTokenRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
 type RevokeJoinTokenResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False when it was revoked already.
+	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -430,6 +449,13 @@ func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use RevokeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenResponse) Descriptor() ([]byte, []int) {
 	return file_api_signet_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RevokeJoinTokenResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
 }
 
 type ApplyRegistrationsRequest struct {
@@ -1064,10 +1090,11 @@ var File_api_signet_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_api_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x1fapi/signet/admin/v1/admin.proto\x12\x0fsignet.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aapi/signet/v1/agents.proto\"[\n" +
+	"\x1fapi/signet/admin/v1/admin.proto\x12\x0fsignet.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aapi/signet/v1/agents.proto\"t\n" +
 	"\x16CreateJoinTokenRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12+\n" +
-	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"c\n" +
+	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"c\n" +
 	"\x17CreateJoinTokenResponse\x122\n" +
 	"\x04info\x18\x01 \x01(\v2\x1e.signet.admin.v1.JoinTokenInfoR\x04info\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\"\x17\n" +
@@ -1080,10 +1107,12 @@ const file_api_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\acreated\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
 	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12.\n" +
 	"\x04used\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x04used\x124\n" +
-	"\arevoked\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\arevoked\"(\n" +
+	"\arevoked\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\arevoked\"A\n" +
 	"\x16RevokeJoinTokenRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x19\n" +
-	"\x17RevokeJoinTokenResponse\"\x89\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"3\n" +
+	"\x17RevokeJoinTokenResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\"\x89\x01\n" +
 	"\x19ApplyRegistrationsRequest\x12=\n" +
 	"\rregistrations\x18\x01 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\x12\x14\n" +
