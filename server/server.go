@@ -64,6 +64,8 @@ type Config struct {
 	Folder
 	// Enrol and Agents are where to listen, host:port. HTTP may be empty: no such door.
 	Enrol, Agents, HTTP string
+	// Opening is called before the doors are opened, so that whatever stood in for them ends; nil = nothing does.
+	Opening func()
 	// AdvertiseEnrol and AdvertiseAgents are what agents are told to dial; "" or port 0 = where the server listens.
 	AdvertiseEnrol, AdvertiseAgents string
 	// AdminSocket is a path.
@@ -375,6 +377,9 @@ func (s *Server) openDoors() error {
 		return r, nil
 	}
 	c := s.config
+	if c.Opening != nil {
+		c.Opening()
+	}
 
 	l, err := listenTCP("enrol", c.Enrol, enrolDoor)
 	r, err := add(enrolDoor, l, err)

@@ -71,9 +71,9 @@ func (c *cli) serve(ctx context.Context, file string, clockIsRight bool) error {
 	defer work.Wait()
 	defer stop()
 	work.Go(func() { b.run(running) })
-	s, err := b.begin(ctx, cfg, func() (*server.Server, error) {
+	s, err := b.begin(ctx, cfg, func(opening func()) (*server.Server, error) {
 		full := serverConfig(cfg, folderOf(cfg, b.keys, logger))
-		full.ClockIsRight = clockIsRight
+		full.ClockIsRight, full.Opening = clockIsRight, opening
 		b.supply(&full, cfg)
 		return server.New(ctx, full)
 	})

@@ -8,9 +8,11 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -335,45 +337,72 @@ const (
 )
 
 // begin makes the server. While a key that is needed to begin is in a Vault that is away, or that refuses our login, it waits: to
-// end would help nobody, and a process that is started again and again with the same secret-id has Vault lock its role.
-func (b *backing) begin(ctx context.Context, cfg *config.Server, start func() (*server.Server, error)) (*server.Server, error) {
+// end would help nobody, and a process that is started again and again with the same secret-id has Vault lock its role. start calls
+// its argument before the server opens its own doors.
+func (b *backing) begin(ctx context.Context, cfg *config.Server, start func(opening func()) (*server.Server, error)) (*server.Server, error) {
+	var door *waitingDoor
+	shut := func() { door.close(); door = nil }
+	defer func() { shut() }()
 	for wait := firstWait; ; wait = min(2*wait, mostWait) {
-		s, err := start()
+		s, err := start(shut)
 		if err == nil || !errors.Is(err, keystore.ErrAway) && !errors.Is(err, vault.ErrLogin) || ctx.Err() != nil {
 			return s, err
 		}
 		if wait == firstWait {
 			b.log.Warn("a key that the server needs to begin can't be had; it waits and tries again", "err", err)
 		}
+		if door == nil {
+			door = b.openWaitingDoor(cfg.Listen.HTTP, err)
+		}
+		door.say(err)
 		wait := wait/2 + rand.N(wait/2+1)
 		notify(b.log, fmt.Sprintf("STATUS=waiting for Vault\nEXTEND_TIMEOUT_USEC=%d", (wait+time.Minute).Microseconds()))
-		b.hold(ctx, cfg.Listen.HTTP, err, wait)
+		bell.Wait(ctx, wait, nil)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 	}
 }
 
-// hold waits. Meanwhile the HTTP door says that the process lives and why it is not ready: whoever restarted it now would gain
-// nothing.
-func (b *backing) hold(ctx context.Context, address string, why error, wait time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	if l, err := net.Listen("tcp", address); err == nil { // a server that can't listen says so itself
-		h := health.NewServer(health.Config{
-			Checks: func() []check.Part {
-				return []check.Part{{Look: func(context.Context) check.Findings {
-					return check.State(check.CodeVault, "vault", "", why, "", check.Answering, check.Issuing)
-				}}}
-			},
-			Metrics: b.metrics, Logger: b.log,
-		})
-		var serving sync.WaitGroup
-		serving.Go(func() { _ = h.Serve(l) })
-		defer serving.Wait()
-		defer h.Close()
+// waitingDoor is the HTTP door while the server can't begin. It says that the process lives and why it is not ready: whoever
+// restarted it now would gain nothing. It stays open while the server tries again, which takes long where Vault hangs.
+type waitingDoor struct {
+	http    *http.Server
+	serving sync.WaitGroup
+	why     atomic.Pointer[error]
+}
+
+// openWaitingDoor returns nil where nothing can listen: a server that can't says so itself.
+func (b *backing) openWaitingDoor(address string, why error) *waitingDoor {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil
 	}
-	<-ctx.Done()
+	d := &waitingDoor{}
+	d.say(why)
+	d.http = health.NewServer(health.Config{
+		Checks: func() []check.Part {
+			return []check.Part{{Look: func(context.Context) check.Findings {
+				return check.State(check.CodeVault, "vault", "", *d.why.Load(), "", check.Answering, check.Issuing)
+			}}}
+		},
+		Metrics: b.metrics, Logger: b.log,
+	})
+	d.serving.Go(func() { _ = d.http.Serve(l) })
+	return d
+}
+
+func (d *waitingDoor) say(why error) {
+	if d != nil {
+		d.why.Store(&why)
+	}
+}
+
+func (d *waitingDoor) close() {
+	if d != nil {
+		d.http.Close()
+		d.serving.Wait()
+	}
 }
 
 func (c *cli) configVaultPolicyCommand() *cobra.Command {

@@ -309,7 +309,7 @@ func TestAServerWaitsForTheKeysThatItBeginsWith(t *testing.T) {
 		b := &backing{log: slog.New(slog.NewTextHandler(&log, nil)), metrics: prometheus.NewRegistry()}
 		cfg := &config.Server{Listen: config.Listen{HTTP: "127.0.0.1:-1"}} // nothing of the network in this bubble
 		begun, tries := time.Now(), 0
-		s, err := b.begin(t.Context(), cfg, func() (*server.Server, error) {
+		s, err := b.begin(t.Context(), cfg, func(func()) (*server.Server, error) {
 			if tries++; tries < 8 {
 				return nil, fmt.Errorf("open the control CA: %w", keystore.ErrAway)
 			}
@@ -326,7 +326,7 @@ func TestAServerWaitsForTheKeysThatItBeginsWith(t *testing.T) {
 		}
 		// Each start of a process would be one more login that is refused, until Vault locks the role.
 		tries = 0
-		if s, err := b.begin(t.Context(), cfg, func() (*server.Server, error) {
+		if s, err := b.begin(t.Context(), cfg, func(func()) (*server.Server, error) {
 			if tries++; tries < 8 {
 				return nil, fmt.Errorf("open the control CA: %w", vault.ErrLogin)
 			}
@@ -336,50 +336,58 @@ func TestAServerWaitsForTheKeysThatItBeginsWith(t *testing.T) {
 		}
 		// Whatever else keeps it from beginning will not pass by itself.
 		other := errors.New("wrong passphrase")
-		if _, err := b.begin(t.Context(), cfg, func() (*server.Server, error) { return nil, other }); !errors.Is(err, other) {
+		if _, err := b.begin(t.Context(), cfg, func(func()) (*server.Server, error) { return nil, other }); !errors.Is(err, other) {
 			t.Errorf("got %v", err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
 		begun = time.Now()
-		if _, err := b.begin(ctx, cfg, func() (*server.Server, error) { return nil, keystore.ErrAway }); err == nil || time.Since(begun) != 3*time.Second {
+		if _, err := b.begin(ctx, cfg, func(func()) (*server.Server, error) { return nil, keystore.ErrAway }); err == nil || time.Since(begun) != 3*time.Second {
 			t.Errorf("told to stop: %v after %s", err, time.Since(begun))
 		}
 	})
 }
 
 func TestAServerThatWaitsIsAliveAndNotReady(t *testing.T) {
-	address, err := freePort("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	address := freeAddress(t)
 	b := &backing{log: slog.New(slog.DiscardHandler), metrics: prometheus.NewRegistry()}
-	ctx, stop := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		b.hold(ctx, address, errors.New("Vault is sealed"), time.Hour)
-	}()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	for path, want := range map[string]int{"/livez": http.StatusOK, "/readyz": http.StatusServiceUnavailable, "/metrics": http.StatusOK} {
-		var answer *http.Response
-		for deadline := time.Now().Add(5 * time.Second); ; {
-			if answer, err = client.Get("http://" + address + path); err == nil || time.Now().After(deadline) {
-				break
+	answers := func(when, reason string) {
+		t.Helper()
+		for path, want := range map[string]int{"/livez": http.StatusOK, "/readyz": http.StatusServiceUnavailable, "/metrics": http.StatusOK} {
+			answer, err := client.Get("http://" + address + path)
+			if err != nil {
+				t.Fatalf("%s: %v", when, err)
+			}
+			text, _ := io.ReadAll(answer.Body)
+			answer.Body.Close()
+			if answer.StatusCode != want || path == "/readyz" && !strings.Contains(string(text), "SGN1026: "+reason) {
+				t.Errorf("%s: %s answers %d %s", when, path, answer.StatusCode, text)
 			}
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, _ := io.ReadAll(answer.Body)
-		answer.Body.Close()
-		if answer.StatusCode != want || path == "/readyz" && !strings.Contains(string(text), "SGN1026: Vault is sealed") {
-			t.Errorf("%s answers %d %s", path, answer.StatusCode, text)
+	}
+	isFree := func() {
+		t.Helper()
+		if again, err := freePort(address); err != nil || again != address {
+			t.Errorf("the door is still taken: %v", err)
 		}
 	}
-	stop()
-	<-ended
-	if again, err := freePort(address); err != nil || again != address {
-		t.Errorf("the door is still taken: %v", err)
+	tries := 0
+	_, err := b.begin(t.Context(), &config.Server{Listen: config.Listen{HTTP: address}}, func(opening func()) (*server.Server, error) {
+		switch tries++; tries {
+		case 1:
+			return nil, fmt.Errorf("Vault is sealed: %w", keystore.ErrAway)
+		case 2: // which takes as long as Vault hangs
+			answers("in a second try", "Vault is sealed")
+			opening()
+			isFree()
+			return nil, fmt.Errorf("Vault hangs: %w", keystore.ErrAway) // after its own doors were open
+		}
+		answers("in a third try", "Vault hangs")
+		return &server.Server{}, nil
+	})
+	if err != nil || tries != 3 {
+		t.Errorf("after %d tries: %v", tries, err)
 	}
+	isFree()
 }
