@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/signet-ca/signet/test/lab"
 )
@@ -36,7 +37,10 @@ func (d *demo) prove(ctx context.Context) (string, error) {
 // tamper changes one byte in a copy of east's log.
 func (d *demo) tamper(ctx context.Context) (string, error) {
 	copied := d.east.Path("log-copy")
-	if err := os.CopyFS(copied, os.DirFS(d.east.Path("state", "log"))); err != nil {
+	// The server goes on writing there, and what it writes beside a file and then renames may be gone when it is to be copied.
+	if err := lab.Until(ctx, "a copy of east's log", 20*time.Second, func() error {
+		return errors.Join(os.RemoveAll(copied), os.CopyFS(copied, os.DirFS(d.east.Path("state", "log"))))
+	}); err != nil {
 		return "", err
 	}
 	var show struct {

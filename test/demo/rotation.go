@@ -174,8 +174,8 @@ func (r *rotating) authorities(ctx context.Context, c *cluster) (all []authority
 	return all, r.JSON(ctx, &all, "ca", "list", "--config", c.Config())
 }
 
-// is waits for a CA of the cluster to be in a state.
-func (r *rotating) is(ctx context.Context, c *cluster, id, state string) error {
+// is reports whether a CA of the cluster is in a state, or in another that it may have come to since.
+func (r *rotating) is(ctx context.Context, c *cluster, id string, states ...string) error {
 	all, err := r.authorities(ctx, c)
 	if err != nil {
 		return err
@@ -184,8 +184,8 @@ func (r *rotating) is(ctx context.Context, c *cluster, id, state string) error {
 	if i < 0 {
 		return fmt.Errorf("%s has no %s", c.Name, id)
 	}
-	if all[i].State != state {
-		return fmt.Errorf("%s's %s is %s, not %s", c.Name, id, all[i].State, state)
+	if !slices.Contains(states, all[i].State) {
+		return fmt.Errorf("%s's %s is %s, not %s", c.Name, id, all[i].State, states[0])
 	}
 	return nil
 }
@@ -222,28 +222,44 @@ func (r *rotating) newest(c *cluster) *issuer {
 	return r.issuers[c][len(r.issuers[c])-1]
 }
 
+// signing is a request of a cluster for an intermediate, under the root that is to sign it.
+type signing struct {
+	cluster                 *cluster
+	under                   *root
+	csr, chain, fingerprint string
+}
+
 // startRotation starts one, has the request signed by the root, and installs the chain, while the server runs.
 func (r *rotating) startRotation(ctx context.Context, c *cluster, under *root, start ...string) (*issuer, error) {
-	n := len(r.issuers[c]) + 1
-	csr, chain := c.Path(fmt.Sprintf("intermediate-%d.csr", n)), c.Path(fmt.Sprintf("chain-%d.pem", n))
-	fp, err := r.Run(ctx, append([]string{"rotation", "start", "--config", c.Config(), "--csr-out", csr}, start...)...)
+	x, err := r.requestSigning(ctx, c, under, start...)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := r.Run(ctx, "root", "sign", "--dir", under.dir, "--passphrase-file", under.dir+".pass", "--cluster", c.Name,
-		"--csr", csr, "--fingerprint", strings.TrimSpace(fp), "--out", chain); err != nil {
-		return nil, err
-	}
-	if _, err := r.Run(ctx, "cluster", "install", "--config", c.Config(), "--chain", chain, "--root-fingerprint", under.fingerprint); err != nil {
-		return nil, err
-	}
-	return r.learn(ctx, c, under, chain)
+	return r.signAndInstall(ctx, x)
 }
 
-// startRoot replaces the root of a cluster, see startRotation.
-func (r *rotating) startRoot(ctx context.Context, c *cluster, next *root) error {
-	_, err := r.startRotation(ctx, c, next, "root", "--root", filepath.Join(next.dir, "root.pem"), "--fingerprint", next.fingerprint)
-	return err
+func (r *rotating) requestSigning(ctx context.Context, c *cluster, under *root, start ...string) (*signing, error) {
+	n := len(r.issuers[c]) + 1
+	x := &signing{cluster: c, under: under, csr: c.Path(fmt.Sprintf("intermediate-%d.csr", n)), chain: c.Path(fmt.Sprintf("chain-%d.pem", n))}
+	fp, err := r.Run(ctx, append([]string{"rotation", "start", "--config", c.Config(), "--csr-out", x.csr}, start...)...)
+	x.fingerprint = strings.TrimSpace(fp)
+	return x, err
+}
+
+func (r *rotating) signAndInstall(ctx context.Context, x *signing) (*issuer, error) {
+	if _, err := r.Run(ctx, "root", "sign", "--dir", x.under.dir, "--passphrase-file", x.under.dir+".pass", "--cluster", x.cluster.Name,
+		"--csr", x.csr, "--fingerprint", x.fingerprint, "--out", x.chain); err != nil {
+		return nil, err
+	}
+	if _, err := r.Run(ctx, "cluster", "install", "--config", x.cluster.Config(), "--chain", x.chain, "--root-fingerprint", x.under.fingerprint); err != nil {
+		return nil, err
+	}
+	return r.learn(ctx, x.cluster, x.under, x.chain)
+}
+
+// replaceRoot is what startRotation is told for the root of a cluster.
+func replaceRoot(next *root) []string {
+	return []string{"root", "--root", filepath.Join(next.dir, "root.pem"), "--fingerprint", next.fingerprint}
 }
 
 // report writes what a cluster tells the other.
@@ -392,7 +408,7 @@ func (r *rotating) replaceIntermediate(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if err := lab.Until(ctx, next.id+" signs", 10*time.Second, func() error {
-		return errors.Join(r.is(ctx, r.east, next.id, "active"), r.is(ctx, r.east, before.id, "retired"))
+		return errors.Join(r.is(ctx, r.east, next.id, "active"), r.is(ctx, r.east, before.id, "retired", "removed"))
 	}); err != nil {
 		return "", err
 	}
@@ -404,19 +420,23 @@ func (r *rotating) addRootB(ctx context.Context) (_ string, err error) {
 	if r.b, err = r.makeRoot(ctx, "B", "root-b"); err != nil {
 		return "", err
 	}
-	if err := r.startRoot(ctx, r.east, r.b); err != nil {
+	next, err := r.startRotation(ctx, r.east, r.b, replaceRoot(r.b)...)
+	if err != nil {
 		return "", err
 	}
-	next := r.newest(r.east)
 	if err := lab.Until(ctx, "east believes B", 10*time.Second, func() error { return r.is(ctx, r.east, r.b.id, "published") }); err != nil {
 		return "", err
 	}
-	// West believes B too, but its agent, which is stopped meanwhile, has not heard of it.
+	// West believes B too, but its agent, which is stopped meanwhile, has not heard of it. That is for no longer than needed: leaves
+	// live for seconds here, and a stopped agent renews none.
 	if err := r.west.agent.Halt(ctx); err != nil {
 		return "", err
 	}
-	refusal, err := r.refusedWithoutWest(ctx)
+	refusal, request, err := r.refusedWithoutWest(ctx)
 	if err := errors.Join(err, r.west.agent.Resume()); err != nil {
+		return "", err
+	}
+	if _, err := r.signAndInstall(ctx, request); err != nil {
 		return "", err
 	}
 	if err := r.is(ctx, r.east, next.id, "prepared"); err != nil {
@@ -426,24 +446,25 @@ func (r *rotating) addRootB(ctx context.Context) (_ string, err error) {
 	return fmt.Sprintf("%s stands ready; refused: %s", next, refusal), nil
 }
 
-// refusedWithoutWest starts the rotation in west, and shows that east knows who doesn't have the root.
-func (r *rotating) refusedWithoutWest(ctx context.Context) (string, error) {
-	if err := r.startRoot(ctx, r.west, r.b); err != nil {
-		return "", err
+// refusedWithoutWest starts the rotation in west, and shows that east knows who doesn't have the root. West's request is still to be
+// signed.
+func (r *rotating) refusedWithoutWest(ctx context.Context) (refusal string, request *signing, err error) {
+	if request, err = r.requestSigning(ctx, r.west, r.b, replaceRoot(r.b)...); err != nil {
+		return "", nil, err
 	}
 	file, err := r.report(ctx, r.west)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	why, err := r.Refuses(ctx, "rotation", "advance", "--config", r.east.Config(), "--report", file, r.b.id)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	const want = "0 of 1 agents of cluster west have it: node-1"
 	if why = strings.Join(strings.Fields(why), " "); !strings.Contains(why, want) {
-		return "", fmt.Errorf("the refusal does not say %q, but %q", want, why)
+		return "", nil, fmt.Errorf("the refusal does not say %q, but %q", want, why)
 	}
-	return want, nil
+	return want, request, nil
 }
 
 func (r *rotating) signUnderB(ctx context.Context) (_ string, err error) {
@@ -506,7 +527,8 @@ type standing struct {
 		AcceptedBy []acceptance `json:"accepted_by"`
 	} `json:"tainted"`
 	Reissue *struct {
-		Holding int `json:"holding"`
+		Holding int      `json:"holding"`
+		By      []string `json:"holding_agents"`
 	} `json:"reissue"`
 }
 
@@ -580,7 +602,7 @@ func (r *rotating) replaceB(ctx context.Context) (_ string, err error) {
 // replaceBy replaces the root in both clusters.
 func (r *rotating) replaceBy(ctx context.Context, next *root) (string, error) {
 	for _, c := range r.clusters() {
-		if err := r.startRoot(ctx, c, next); err != nil {
+		if _, err := r.startRotation(ctx, c, next, replaceRoot(next)...); err != nil {
 			return "", err
 		}
 	}

@@ -38,14 +38,7 @@ func (r *rotating) steal(ctx context.Context, from *issuer) (stolen, error) {
 // simply shut doesn't pass for one that refuses.
 func (r *rotating) everyEnvoy(ctx context.Context, x stolen, accepted bool) error {
 	for _, s := range r.sidecars() {
-		// What nobody holds a stream for is fetched with the life that it has left, which may be a moment.
-		if err := lab.Until(ctx, fmt.Sprintf("%s lets %s in", s, r.guest), 5*time.Second, func() error {
-			honest, err := r.east.fetchSVID(ctx, r.guest)
-			if err != nil {
-				return err
-			}
-			return ask(ctx, s.in, honest)
-		}); err != nil {
+		if _, err := r.guestIsIn(ctx, s); err != nil {
 			return err
 		}
 		err := ask(ctx, s.in, x.certs[s])
@@ -59,6 +52,19 @@ func (r *rotating) everyEnvoy(ctx context.Context, x stolen, accepted bool) erro
 		}
 	}
 	return nil
+}
+
+// guestIsIn waits until a sidecar lets the guest in, and returns the certificate that opened. What nobody holds a stream for is
+// fetched with the life that it has left, which may be a moment.
+func (r *rotating) guestIsIn(ctx context.Context, s *sidecar) (tls.Certificate, error) {
+	var cert tls.Certificate
+	err := lab.Until(ctx, fmt.Sprintf("%s lets %s in", s, r.guest), 20*time.Second, func() (err error) {
+		if cert, err = r.east.fetchSVID(ctx, r.guest); err != nil {
+			return err
+		}
+		return ask(ctx, s.in, cert)
+	})
+	return cert, err
 }
 
 func (r *rotating) taint(ctx context.Context) (_ string, err error) {
@@ -93,13 +99,15 @@ func (r *rotating) reissue(ctx context.Context) (string, error) {
 	if _, err := r.startRotation(ctx, r.east, r.b, "intermediate"); err != nil {
 		return "", err
 	}
-	if err := lab.Until(ctx, "no agent uses a leaf of "+r.thief.issuer.id, 20*time.Second, func() error {
+	if err := lab.Until(ctx, "no agent uses a leaf of "+r.thief.issuer.id, 30*time.Second, func() error {
 		s, err := r.status(ctx, r.east)
 		switch {
 		case err != nil:
 			return err
-		case s.Reissue == nil || s.Reissue.Holding > 0:
-			return errors.New("rotation status does not say so yet")
+		case s.Reissue == nil: // before the other issuer signs, and after the last leaf of this one
+			return r.is(ctx, r.east, r.thief.issuer.id, "removed")
+		case s.Reissue.Holding > 0:
+			return fmt.Errorf("rotation status says %+v", *s.Reissue)
 		}
 		return nil
 	}); err != nil {
@@ -145,15 +153,18 @@ func (r *rotating) thiefIsOut(ctx context.Context) (string, error) {
 
 // ban bans the guest in east: it gets nothing any more, and what it has copied ends with its short life.
 func (r *rotating) ban(ctx context.Context) (string, error) {
-	copied, err := r.east.fetchSVID(ctx, r.guest)
-	if err != nil {
+	var copied tls.Certificate
+	if err := lab.Until(ctx, "before the ban the agent holds a certificate of "+r.guest, 20*time.Second, func() (err error) {
+		if copied, err = r.guestIsIn(ctx, r.west.backend); err != nil {
+			return err
+		}
+		held, err := r.holds(ctx, r.east.agent, r.guestID)
+		if err == nil && !held {
+			err = errors.New("it does not")
+		}
+		return err
+	}); err != nil {
 		return "", err
-	}
-	if err := ask(ctx, r.west.backend.in, copied); err != nil {
-		return "", fmt.Errorf("%s, before it is banned: %w", r.guest, err)
-	}
-	if held, err := r.holds(ctx, r.east.agent, r.guestID); err != nil || !held {
-		return "", errors.Join(err, fmt.Errorf("before the ban the agent should hold a certificate of %s", r.guest))
 	}
 	if _, err := r.Run(ctx, "identity", "ban", "--config", r.east.Config(), r.guestID, "--reason", "was broken into"); err != nil {
 		return "", err

@@ -79,7 +79,7 @@ func (d *demo) startEnvoys(ctx context.Context) (string, error) {
 			}
 		}
 	}
-	ready, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ready, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for _, s := range d.sidecars() {
 		if err := s.envoy.Ready(ready); err != nil {
@@ -99,7 +99,8 @@ func startWorkload(ctx context.Context, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	server := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	// Without any timeout: an Envoy opens connections that it may not need at once, and one that is closed on it just then is a 503.
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("x-cluster", name)
 		fmt.Fprintf(w, "hello from %s's backend\n", name)
 	})}
@@ -308,11 +309,12 @@ func get(ctx context.Context, client *http.Client, url string) (answer http.Head
 		return nil, err
 	}
 	defer resp.Body.Close()
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<16))
+	if err != nil {
 		return nil, err
 	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("answered %s", resp.Status)
+		return nil, fmt.Errorf("answered %s: %s", resp.Status, body) // where an Envoy says why
 	}
 	return resp.Header, nil
 }

@@ -273,7 +273,11 @@ func (v *vaulted) start(ctx context.Context) (string, error) {
 		refs, _ := s.keys()
 		v.say("keys of %s's CAs: %s", c.Name, strings.Join(refs, ", "))
 	}
-	if v.first, err = v.newestToken(ctx); err != nil {
+	// Between the end of one token and the next login there may be none.
+	if err := lab.Until(ctx, "east has a token", 20*time.Second, func() (err error) {
+		v.first, err = v.newestToken(ctx)
+		return err
+	}); err != nil {
 		return "", err
 	}
 	return seen, nil
@@ -509,12 +513,35 @@ func (v *vaulted) impaired(ctx context.Context, c *cluster) (about, stops []stri
 	return about, stops, s.Ready, nil
 }
 
+// missesNothing waits until no cluster misses Vault.
+func (v *vaulted) missesNothing(ctx context.Context) error {
+	for _, c := range v.clusters() {
+		if err := v.until(ctx, c.Name+" does not miss Vault", 35*time.Second, func() error {
+			about, _, ready, err := v.impaired(ctx, c)
+			if err == nil && (len(about) > 0 || !ready) {
+				err = fmt.Errorf("it does for %v", about)
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // seal shows that east goes on by what it has in memory, and that west goes on with the certificates that it has given.
 func (v *vaulted) seal(ctx context.Context) (string, error) {
-	for _, c := range v.clusters() {
-		if about, _, ready, err := v.impaired(ctx, c); err != nil || len(about) > 0 || !ready {
-			return "", errors.Join(err, fmt.Errorf("before, %s says of Vault that it is missed for %v", c.Name, about))
+	if err := v.missesNothing(ctx); err != nil {
+		return "", err
+	}
+	// Both of west's leaves are to become due without Vault before either ends, so they must be of about one age.
+	if err := v.until(ctx, "west's sidecars are renewed as often as each other", v.west.ttl, func() error {
+		if f, b := v.seen.renewed(v.west.frontend), v.seen.renewed(v.west.backend); f != b {
+			return fmt.Errorf("%d and %d times", f, b)
 		}
+		return nil
+	}); err != nil {
+		return "", err
 	}
 	if err := v.vault.Seal(ctx); err != nil {
 		return "", err
@@ -601,16 +628,8 @@ func (v *vaulted) comeBack(ctx context.Context) (string, error) {
 	if _, err := v.west.fetchSVID(ctx, v.guest); err != nil {
 		return "", fmt.Errorf("%s in west, with Vault: %w", v.guest, err)
 	}
-	for _, c := range v.clusters() {
-		if err := v.until(ctx, c.Name+" misses Vault no more", 35*time.Second, func() error {
-			about, _, ready, err := v.impaired(ctx, c)
-			if err == nil && (len(about) > 0 || !ready) {
-				err = fmt.Errorf("it does for %v", about)
-			}
-			return err
-		}); err != nil {
-			return "", err
-		}
+	if err := v.missesNothing(ctx); err != nil {
+		return "", err
 	}
 	return fmt.Sprintf("Vault was away for %.1f s: east's sidecars had %d new certificates meanwhile, west's none; west recovered by itself",
 		v.unsealed.Sub(v.sealed).Seconds(), east), nil

@@ -20,7 +20,8 @@ import (
 
 // keysIn finds every private key in a folder and below, and names the file by the fingerprint of its public key: PEM, also
 // sealed with one of the passphrases, and plain DER of an EC key (RFC 5915) anywhere in a file, as in a database. What it
-// can't look into is an error, but for agents' caches, which have a form of their own: no key of a CA ever comes to an agent.
+// can't look into is an error, but for what is gone since it was listed, and for agents' caches, which have a form of their own:
+// no key of a CA ever comes to an agent.
 func keysIn(dir string, passphrases ...[]byte) (map[string]string, error) {
 	found := map[string]string{}
 	note := func(path string, key crypto.PrivateKey) error {
@@ -35,10 +36,13 @@ func keysIn(dir string, passphrases ...[]byte) (map[string]string, error) {
 		return err
 	}
 	return found, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || !entry.Type().IsRegular() {
-			return err
+		var data []byte
+		if err == nil && entry.Type().IsRegular() {
+			data, err = os.ReadFile(path)
 		}
-		data, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) && path != dir {
+			return nil
+		}
 		if err != nil {
 			return err
 		}

@@ -153,7 +153,7 @@ func (w *world) sidecar(t *testing.T, a *lab.Agent) (ask func(tls.Certificate) e
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})}
+	server := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})} // no timeouts: see startWorkload in test/demo
 	go func() { _ = server.Serve(back) }()
 	t.Cleanup(func() { server.Close() })
 	ports, err := lab.FreePorts(1)

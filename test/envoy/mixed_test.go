@@ -60,7 +60,7 @@ func TestOneConnectionCarriesBothKindsOfSDS(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	east, err := l.NewCluster("east", "leaf: { min_useful_life: 2s }\n")
 	if err != nil {
@@ -97,7 +97,7 @@ func TestOneConnectionCarriesBothKindsOfSDS(t *testing.T) {
 	for version, binary := range binaries {
 		for _, delta := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, certificate %s", version, map[bool]string{false: "state of the world", true: "incremental"}[delta]), func(t *testing.T) {
-				ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+				ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 				defer cancel()
 				home := filepath.Join(dir, fmt.Sprint(version, delta))
 				start := func(name string, s envoy.Sidecar) *envoy.Process {
@@ -129,7 +129,7 @@ func TestOneConnectionCarriesBothKindsOfSDS(t *testing.T) {
 				}
 				// Until both have shown two certificates, the second of which came by an update.
 				serials, requests, failures := map[string]map[string]bool{"client": {}, "server": {}}, 0, 0
-				err = lab.Until(ctx, "two certificates of each side seen", 25*time.Second, func() error {
+				err = lab.Until(ctx, "two certificates of each side seen", time.Minute, func() error {
 					resp, err := http.Get("http://" + local + "/")
 					if err != nil {
 						return err

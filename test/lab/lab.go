@@ -9,8 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	mathrand "math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -274,8 +272,9 @@ func Until(ctx context.Context, what string, limit time.Duration, ok func() erro
 
 // Ready waits until /readyz says so.
 func Ready(ctx context.Context, who, addr string) error {
+	client := http.Client{Timeout: 20 * time.Second} // who takes a connection and hangs is asked again
 	return Until(ctx, who+" ready", time.Minute, func() error {
-		resp, err := http.Get("http://" + addr + "/readyz")
+		resp, err := client.Get("http://" + addr + "/readyz")
 		if err != nil {
 			return err
 		}
@@ -285,22 +284,4 @@ func Ready(ctx context.Context, who, addr string) error {
 		}
 		return nil
 	})
-}
-
-// FreePorts finds ports that nobody listens on, below those that the kernel gives to outgoing connections: one of these might
-// take them before they are used.
-func FreePorts(n int) ([]int, error) {
-	var ports []int
-	for tries := 0; len(ports) < n; tries++ {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+mathrand.IntN(20_000))) //nolint:gosec // no secret
-		if err != nil && tries < 1000 {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
-	}
-	return ports, nil
 }
