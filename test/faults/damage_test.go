@@ -34,7 +34,7 @@ func (s *site) outcome(t *testing.T, name, addr string, args ...string) (refusal
 	if s.last = p; name == "east-server" {
 		s.server = p
 	}
-	for end := time.Now().Add(15 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		if code, _ := get(addr, "/readyz"); code == 200 {
 			return ""
 		}
@@ -327,8 +327,11 @@ func TestAnAgentsDamagedFilesAreNamedOrMadeAnew(t *testing.T) {
 var sizeLine = regexp.MustCompile(`^[^\n]+\n(\d+)\n`)
 
 // seen is the size of the newest checkpoint that an agent has kept.
-func (s *site) seen(agent string) int {
-	text, _ := os.ReadFile(s.east.Path(agent, "checkpoint"))
+func (s *site) seen(agent string) int { return sizeIn(s.east.Path(agent, "checkpoint")) }
+
+// sizeIn is the size of the log that a checkpoint in a file is of; 0 = there is none.
+func sizeIn(file string) int {
+	text, _ := os.ReadFile(file)
 	if m := sizeLine.FindSubmatch(text); m != nil {
 		n, _ := strconv.Atoi(string(m[1]))
 		return n
@@ -362,7 +365,7 @@ func TestAFolderRestoredFromAnOlderCopyIsReported(t *testing.T) {
 			if out, err := exec.Command("cp", "-a", state, state+".older").CombinedOutput(); err != nil {
 				t.Fatalf("%v %s", err, out)
 			}
-			had := s.seen("node-1")
+			had := sizeIn(filepath.Join(state+".older", "log", "checkpoint"))
 			s.serve(t)
 			for range 5 {
 				if err := s.issue(t.Context(), s.member); err != nil {
@@ -371,7 +374,7 @@ func TestAFolderRestoredFromAnOlderCopyIsReported(t *testing.T) {
 			}
 			s.fetch(t, a)
 			want := had + 6
-			if err := lab.Until(t.Context(), "the agent has seen a checkpoint", time.Minute, func() error {
+			if err := lab.Until(t.Context(), "the agent has seen a checkpoint", 2*time.Minute, func() error {
 				if n := s.seen("node-1"); n < want {
 					return fmt.Errorf("it has seen %d entries, want %d", n, want)
 				}
@@ -390,35 +393,41 @@ func TestAFolderRestoredFromAnOlderCopyIsReported(t *testing.T) {
 			s.serve(t)
 			if grown {
 				// Past what the agent has seen, before it comes back.
-				for range 2 * s.seen("node-1") {
+				past := 2 * s.seen("node-1")
+				for range past {
 					if err := s.issue(t.Context(), s.member); err != nil {
 						t.Fatal(err)
 					}
 				}
-				time.Sleep(1500 * time.Millisecond) // until a checkpoint covers them
+				if err := lab.Until(t.Context(), "a checkpoint covers them", 30*time.Second, func() error {
+					if n := sizeIn(s.east.Path("state", "log", "checkpoint")); n < had+past {
+						return fmt.Errorf("it covers %d entries, want %d", n, had+past)
+					}
+					return nil
+				}); err != nil {
+					t.Fatal(err)
+				}
 				if a.Process, err = s.Start("east-node-1", "agent", "--config", s.east.Path("node-1.yaml")); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if err := lab.Until(t.Context(), "the agent reports it", time.Minute, func() error {
-				if n := metric(a.HTTP, "signet_log_inconsistencies_total"); n != "1" {
+			if err := lab.Until(t.Context(), "the agent reports it", 2*time.Minute, func() error {
+				// Once for each checkpoint that comes; it is said after it is counted.
+				if n := metric(a.HTTP, "signet_log_inconsistencies_total"); n == "0" || n == "absent" {
 					return fmt.Errorf("signet_log_inconsistencies_total is %s", n)
+				}
+				if said, _ := os.ReadFile(s.path("east-node-1.log")); !bytes.Contains(said, []byte("THE AUDIT LOG CONTRADICTS WHAT THIS AGENT HAS SEEN")) {
+					return errors.New("the agent's log does not say it")
+				}
+				if n := metric(s.east.HTTP, "signet_log_witness_ahead_total"); !grown && (n == "0" || n == "absent") {
+					return fmt.Errorf("the server's signet_log_witness_ahead_total is %s", n)
 				}
 				return nil
 			}); err != nil {
 				t.Error(err)
 			}
-			said, _ := os.ReadFile(s.path("east-node-1.log"))
-			if !bytes.Contains(said, []byte("THE AUDIT LOG CONTRADICTS WHAT THIS AGENT HAS SEEN")) {
-				t.Error("the agent's log does not say it")
-			}
 			if evidence, err := os.ReadFile(s.east.Path("node-1/checkpoint.evidence")); err != nil || bytes.Count(evidence, []byte("example.org/east/east-1\n")) < 2 {
 				t.Errorf("the evidence has not both checkpoints: %v %s", err, evidence)
-			}
-			if !grown {
-				if n := metric(s.east.HTTP, "signet_log_witness_ahead_total"); n == "0" || n == "absent" {
-					t.Errorf("the server's signet_log_witness_ahead_total is %s", n)
-				}
 			}
 			s.fetch(t, a) // which is no reason to leave workloads without
 		})

@@ -34,7 +34,7 @@ func TestOneFailedCallAtRandomReleasesNothing(t *testing.T) {
 		points[p.name] = s.points(t, p, "EIO")
 	}
 	var w sweep
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && !t.Failed(); {
+	for end := time.Now().Add(30 * time.Second); (time.Now().Before(end) || w.hit == 0 && w.tried < leastTries) && !t.Failed(); {
 		p, errno := failures[w.tried%len(failures)], errnos[chance.IntN(len(errnos))]
 		w.try(t, s, p, errno, points[p.name][chance.IntN(len(points[p.name]))])
 		s.judge(t)

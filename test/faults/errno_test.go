@@ -10,9 +10,7 @@ import (
 // failed lets a system call of a running server fail, each time or at the n-th of a thread, while a client asks.
 func (s *site) failed(t *testing.T, call, errno, when string) {
 	t.Helper()
-	if s.server == nil || !alive(s.server) {
-		s.serve(t)
-	}
+	s.up(t)
 	what := call + " gives " + errno + when
 	token := s.token(t, "m2")
 	tr := s.attach(t, call, call+":error="+errno+when)
@@ -32,11 +30,10 @@ func (s *site) failed(t *testing.T, call, errno, when string) {
 		t.Errorf("%s: the node hears: %v", what, err)
 	}
 	n := tr.detach()
-	ended := died(s.server, 100*time.Millisecond)
+	ended := died(s.server, 100*time.Millisecond) || s.ends(t, what)
 	t.Logf("%s: %d calls failed, refused: %v, ended by itself: %v", what, n, refused, ended)
 	switch {
 	case !ended:
-		s.heals(t)
 	case errno == "ENOSPC":
 		t.Errorf("%s: the server ended; room on a disk comes back", what)
 		fallthrough

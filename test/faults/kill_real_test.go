@@ -43,6 +43,9 @@ func TestNothingIsLostByAKillAtSomeCalls(t *testing.T) {
 	s.verify(t)
 }
 
+// leastTries bound what goes on beyond its time because chance has hit nothing yet.
+const leastTries = 30
+
 // A sample of TestAnAgentKilledAtAnyCallOfItsEnrolmentComesBack.
 func TestAnAgentKilledDuringItsEnrolmentComesBack(t *testing.T) {
 	t.Parallel()
@@ -52,8 +55,8 @@ func TestAnAgentKilledDuringItsEnrolmentComesBack(t *testing.T) {
 	chance := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // a test's choices
 	s := newSite(t)
 	s.serve(t)
-	all, kills := s.enrolmentCalls(t), 0
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end) && !t.Failed(); {
+	all, kills, tried := s.enrolmentCalls(t), 0, 0
+	for end := time.Now().Add(20 * time.Second); (time.Now().Before(end) || kills == 0 && tried < leastTries) && !t.Failed(); tried++ {
 		if s.killedEnrolment(t, all[chance.IntN(len(all))]) {
 			kills++
 		}

@@ -40,9 +40,7 @@ var phases = []phase{
 		})
 	}},
 	{"enrolment", func(t *testing.T, s *site, call string, n int) bool {
-		if s.server == nil {
-			s.serve(t)
-		}
+		s.up(t)
 		agent := fmt.Sprintf("n%d", time.Now().UnixNano())
 		token := s.token(t, agent)
 		admitted := 0
@@ -68,17 +66,19 @@ func kill(call string, n int) string { return fmt.Sprintf("%s:signal=KILL:when=%
 // killedDuring does something with a running server that is killed at the n-th call of one of its threads.
 func (s *site) killedDuring(t *testing.T, call string, n int, do func(context.Context)) bool {
 	t.Helper()
-	if s.server == nil || !alive(s.server) {
-		s.serve(t)
-	}
+	s.up(t)
 	tr := s.attach(t, call, kill(call, n))
 	do(t.Context())
 	died(s.server, 100*time.Millisecond) // calls of its own go on for a while
 	tr.detach()
-	killed := died(s.server, 50*time.Millisecond)
-	if killed {
-		s.server.Kill()
-		s.serve(t)
+	// A kill may take its time to be seen; who answers was not killed.
+	for end := time.Now().Add(20 * time.Second); !died(s.server, 50*time.Millisecond); {
+		if code, text := get(s.east.HTTP, "/readyz"); code != 0 {
+			return false
+		} else if time.Now().After(end) {
+			t.Fatalf("%s: the server is neither dead nor answers: %s", kill(call, n), text)
+		}
 	}
-	return killed
+	s.serve(t)
+	return true
 }

@@ -86,7 +86,7 @@ func (tr *tracer) detach() int {
 	_ = tr.cmd.Process.Signal(syscall.SIGINT)
 	select {
 	case <-tr.done:
-	case <-time.After(5 * time.Second):
+	case <-time.After(30 * time.Second): // by force what it has not written yet is lost
 		_ = tr.cmd.Process.Kill()
 		<-tr.done
 	}

@@ -14,8 +14,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	"github.com/signet-ca/signet/test/lab"
 )
 
 // calls are the system calls by which anything gets onto a disk, or a lock is taken.
@@ -161,24 +159,7 @@ func (s *site) failedDuring(t *testing.T, call, inject string, do func(context.C
 	log := s.path("east-server.log")
 	before, _ := os.ReadFile(log)
 	hit := s.during(t, call, inject, do).injected()
-	over := died(s.server, 50*time.Millisecond)
-	if !over {
-		began := time.Now()
-		err := lab.Until(t.Context(), inject+": the server issues again", 30*time.Second, func() error {
-			if over = !alive(s.server); over { // it took its time to end
-				return nil
-			}
-			return s.issue(t.Context(), s.member)
-		})
-		if err == nil && !over {
-			err = lab.Ready(t.Context(), "the server", s.east.HTTP)
-		}
-		if err != nil {
-			t.Error(err)
-		}
-		s.slowest = max(s.slowest, time.Since(began))
-	}
-	if !over {
+	if !died(s.server, 50*time.Millisecond) && !s.ends(t, inject) {
 		return hit, "", false
 	}
 	s.server.Kill()

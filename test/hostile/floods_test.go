@@ -68,15 +68,16 @@ func TestMistake37HalfOpenConnectionsStarveNobody(t *testing.T) {
 		if ctx.Err() != nil {
 			return
 		}
-		// The doors give up on them by themselves.
-		deadline := time.Now().Add(8 * time.Second)
+		// The doors give up on them by themselves, 5 s after they have taken them.
+		const limit = 20 * time.Second
+		deadline := time.Now().Add(limit)
 		for _, c := range open.conns {
 			_ = c.SetReadDeadline(deadline)
 			for buf := make([]byte, 4096); ; { // what an HTTP/2 server says first, then the end
 				if _, err := c.Read(buf); err == nil {
 					continue
 				} else if errors.Is(err, os.ErrDeadlineExceeded) {
-					t.Errorf("a half-open connection to %s is still there after 8 s", c.RemoteAddr())
+					t.Errorf("a half-open connection to %s is still there after %s", c.RemoteAddr(), limit)
 					return
 				}
 				break
@@ -88,13 +89,14 @@ func TestMistake37HalfOpenConnectionsStarveNobody(t *testing.T) {
 func TestMistake37HandshakesOfOnePeerDelayNobody(t *testing.T) {
 	var done atomic.Int64
 	under(t, 200, func(ctx context.Context) {
-		ctx, cancel := context.WithTimeout(ctx, 4*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
+		began := time.Now()
 		var work sync.WaitGroup
 		for w := range 4 {
 			d := targets[w%2]
 			work.Go(func() {
-				for ctx.Err() == nil {
+				for ctx.Err() == nil && (time.Since(began) < 4*time.Second || done.Load() < 100) {
 					if c, err := d.enter(source(0)); err == nil {
 						done.Add(1)
 						c.Close()
@@ -108,6 +110,12 @@ func TestMistake37HandshakesOfOnePeerDelayNobody(t *testing.T) {
 	if done.Load() < 100 {
 		t.Error("that is no flood")
 	}
+}
+
+// fromThere is a context that ends some time after begin was called first, or when nobody has within half a minute.
+func fromThere(parent context.Context, long time.Duration) (ctx context.Context, begin, cancel func()) {
+	ctx, cancel = context.WithTimeout(parent, 30*time.Second)
+	return ctx, sync.OnceFunc(func() { time.AfterFunc(long, cancel) }), cancel
 }
 
 // floods are what breaks HTTP/2's rules, or the patience of a peer, for as long as the connection lasts.
@@ -185,12 +193,13 @@ func TestMistake38HTTP2FloodsDelayNobody(t *testing.T) {
 		n := 0
 		for name, f := range floods {
 			var begun, ended atomic.Int64
-			ctx, cancel := context.WithTimeout(ctx, 700*time.Millisecond)
 			var work sync.WaitGroup
 			for _, d := range targets {
 				n++
 				from := source(n)
 				work.Go(func() {
+					ctx, begin, cancel := fromThere(ctx, 700*time.Millisecond)
+					defer cancel()
 					for ctx.Err() == nil {
 						r, err := d.raw(from, f.settings...)
 						if err != nil {
@@ -198,6 +207,7 @@ func TestMistake38HTTP2FloodsDelayNobody(t *testing.T) {
 							time.Sleep(20 * time.Millisecond)
 							continue
 						}
+						begin()
 						begun.Add(1)
 						stop := context.AfterFunc(ctx, func() { r.Close() })
 						for frames := 0; frames < 20_000 && err == nil; frames++ {
@@ -212,7 +222,6 @@ func TestMistake38HTTP2FloodsDelayNobody(t *testing.T) {
 				})
 			}
 			work.Wait()
-			cancel()
 			t.Logf("%s: %d floods, of which %d were cut short", name, begun.Load(), ended.Load())
 			if begun.Load() < int64(len(targets)) {
 				t.Errorf("%s: only %d floods took place", name, begun.Load())

@@ -186,18 +186,20 @@ func TestHandshakesWithoutEndDelayNobody(t *testing.T) {
 		var all hold
 		for name, h := range handshakes {
 			var begun, sent, cut atomic.Int64
-			ctx, cancel := context.WithTimeout(ctx, time.Second)
 			var work sync.WaitGroup
 			for _, d := range targets[:2] {
 				n++
 				from := source(n)
 				work.Go(func() {
+					ctx, begin, cancel := fromThere(ctx, time.Second)
+					defer cancel()
 					for ctx.Err() == nil {
 						r, err := d.records(from)
 						if err != nil {
 							time.Sleep(20 * time.Millisecond) // limits are answers too
 							continue
 						}
+						begin()
 						begun.Add(1)
 						all.keep(r) // until the end of all, unless the door ends it
 						if !h.silent {
@@ -219,9 +221,8 @@ func TestHandshakesWithoutEndDelayNobody(t *testing.T) {
 				})
 			}
 			work.Wait()
-			cancel()
 			if h.cut {
-				for end := time.Now().Add(3 * time.Second); cut.Load() < begun.Load() && time.Now().Before(end); {
+				for end := time.Now().Add(15 * time.Second); cut.Load() < begun.Load() && time.Now().Before(end); {
 					time.Sleep(10 * time.Millisecond)
 				}
 			}

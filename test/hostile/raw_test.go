@@ -79,7 +79,7 @@ func message(claim uint32, compressed byte, body []byte) []byte {
 
 // answer reads until a stream has ended and tells how: by its grpc-status, an HTTP status, or an error of the protocol.
 func (r *raw) answer(id uint32) string {
-	_ = r.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = r.SetReadDeadline(time.Now().Add(20 * time.Second))
 	for {
 		f, err := r.ReadFrame()
 		if err != nil {

@@ -48,7 +48,7 @@ func visitors(ctx context.Context, t *testing.T, path string, may func(user int,
 	for _, user := range users {
 		work.Go(func() {
 			for ctx.Err() == nil {
-				call, cancel := context.WithTimeout(ctx, 3*time.Second)
+				call, cancel := context.WithTimeout(ctx, 20*time.Second)
 				ids, err := visit(call, user, path)
 				cancel()
 				if err != nil {
@@ -88,7 +88,7 @@ func TestNobodyTakesASocketOver(t *testing.T) {
 	if !root() {
 		t.Skip("needs root, to be two users")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	socket := site.agent.Socket
 	dir := filepath.Dir(socket)
@@ -156,7 +156,7 @@ func TestNobodyTakesASocketOver(t *testing.T) {
 			}
 		})
 	}
-	for end := time.Now().Add(10 * time.Second); got.Load() < 100 && time.Now().Before(end); {
+	for end := time.Now().Add(30 * time.Second); got.Load() < 100 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}
 	cancel()
@@ -235,10 +235,11 @@ func TestSwappedSocketsGiveNobodyAForeignSecret(t *testing.T) {
 		"its folder": {filepath.Join(folder, "x.sock"), func(n int) error { return put([]string{"a", "b"}[n%2], folder) }},
 	} {
 		t.Run(what, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 			defer cancel()
 			got, failed, wait := visitors(ctx, t, way.path, may, who...)
 			seed := uint64(time.Now().UnixNano())
+			t.Logf("seed %d", seed)
 			chance := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // a test's choices
 			for n := range swaps {
 				if err := way.swap(n); err != nil {
@@ -248,7 +249,7 @@ func TestSwappedSocketsGiveNobodyAForeignSecret(t *testing.T) {
 					time.Sleep(time.Duration(chance.IntN(2000)) * time.Microsecond)
 				}
 			}
-			for end := time.Now().Add(10 * time.Second); got.Load() < 200 && time.Now().Before(end); {
+			for end := time.Now().Add(30 * time.Second); got.Load() < 200 && time.Now().Before(end); {
 				time.Sleep(10 * time.Millisecond)
 			}
 			cancel()

@@ -48,7 +48,7 @@ func say(t *testing.T, text string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	conn, err := site.evil.Dial(site.Agents, site.evil.ControlCA)
 	if err != nil {
