@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -290,9 +289,16 @@ func TestARestartNeedsNeitherTokenNorServer(t *testing.T) {
 	}
 	n.attestor.(*fakeAttestor).set(uid)
 	// The server is back: what it has to say comes through.
+	s := subscribe(t, connect(t, c.Socket), "default")
 	w.open()
 	w.setRegistrations(reg("web", "/web", 2*time.Hour, uid))
-	eventually(t, "a certificate on the new terms", func() bool { return !leafOf(t, c.Socket).Equal(first) })
+	for leaf := first; leaf.Equal(first); { // until there is one on the new terms
+		got, err := s.next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf = parsePEM(t, got["default"].GetTlsCertificate().GetCertificateChain().GetInlineBytes())
+	}
 }
 
 func TestTheServerRestartsAndNobodyNotices(t *testing.T) {
@@ -781,12 +787,7 @@ func TestHTTPTellsWhetherItIsReady(t *testing.T) {
 	w := newWorld(t)
 	w.open()
 	w.setRegistrations(reg("web", "/web", time.Hour, uid))
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := freeAddress(t)
 	var hold atomic.Bool
 	hold.Store(true)
 	token := w.tokenSource("node-1")

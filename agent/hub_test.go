@@ -582,7 +582,7 @@ func TestAYearOfANode(t *testing.T) {
 				up := time.Duration(random.ExpFloat64() * float64(70*time.Hour))
 				down := time.Duration(random.ExpFloat64() * float64(time.Hour))
 				if outages%60 == 59 {
-					down += ttl * 9 / 10 // more than is left mostly: what there is runs out
+					down += ttl // more than is left: what there is runs out
 				}
 				for i, span := range []time.Duration{up, down} {
 					d.away.Store(i == 1)

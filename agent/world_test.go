@@ -36,6 +36,7 @@ import (
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/keystore"
+	"github.com/signet-ca/signet/test/lab"
 	"github.com/signet-ca/signet/trust"
 )
 
@@ -207,13 +208,12 @@ func (w *world) open() {
 	cert := tls.Certificate{Certificate: w.control.leaf(w.t, id, key.Public(), w.now().Add(-time.Minute), w.now().Add(24*time.Hour)), PrivateKey: key}
 	serve := func(addr *string, auth tls.ClientAuthType, register func(*grpc.Server)) {
 		if *addr == "" {
-			*addr = "127.0.0.1:0"
+			*addr = freeAddress(w.t)
 		}
 		l, err := net.Listen("tcp", *addr)
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		*addr = l.Addr().String()
 		s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
 			MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, ClientAuth: auth, SessionTicketsDisabled: true,
 			VerifyConnection: func(cs tls.ConnectionState) error {
@@ -229,6 +229,16 @@ func (w *world) open() {
 	}
 	serve(&w.enrolAddr, tls.NoClientCert, func(s *grpc.Server) { signetv1.RegisterEnrolmentServer(s, enrolDoor{world: w}) })
 	serve(&w.agentAddr, tls.RequireAnyClientCert, func(s *grpc.Server) { signetv1.RegisterAgentsServer(s, agentDoor{world: w, closing: w.closing}) })
+}
+
+// freeAddress is one on loopback that nobody else takes while nobody listens there.
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	ports, err := lab.FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(ports[0]))
 }
 
 func (w *world) close() {

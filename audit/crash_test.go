@@ -16,6 +16,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/transparency-dev/tessera/api/layout"
 )
 
 // childEnv names the folder of the log to a child process of this test binary.
@@ -77,10 +79,20 @@ func TestWhatWasAcknowledgedSurvivesSIGKILL(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		// At any moment: while it opens, between flushes, in the middle of one.
-		timer := time.AfterFunc(time.Duration(20+rand.IntN(350))*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		// At any moment: while it opens, between flushes, in the middle of one. In every other round not before it has appended
+		// something, however long that takes here.
+		killSoon := func() *time.Timer {
+			return time.AfterFunc(time.Duration(20+rand.IntN(350))*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		}
+		var timer *time.Timer
+		if round%2 == 0 {
+			timer = killSoon()
+		}
 		lines := bufio.NewScanner(out)
 		for lines.Scan() {
+			if timer == nil {
+				timer = killSoon()
+			}
 			var n int
 			var index uint64
 			if _, err := fmt.Sscanf(lines.Text(), "%d %d", &n, &index); err != nil {
@@ -92,7 +104,9 @@ func TestWhatWasAcknowledgedSurvivesSIGKILL(t *testing.T) {
 			acknowledged[index] = n
 			from = max(from, n+1)
 		}
-		timer.Stop()
+		if timer != nil {
+			timer.Stop()
+		}
 		if err := cmd.Wait(); err == nil || stderr.Len() > 0 {
 			t.Fatalf("round %d: the child ended by itself: %v\n%s", round, err, &stderr)
 		}
@@ -100,7 +114,10 @@ func TestWhatWasAcknowledgedSurvivesSIGKILL(t *testing.T) {
 
 		// A reader finds the folder right as it lies there, and never behind what it showed before.
 		r, err := OpenReader(dir, "")
-		if _, serr := os.Stat(filepath.Join(dir, verifierKeyFile)); errors.Is(serr, fs.ErrNotExist) && len(acknowledged) == 0 {
+		if _, serr := os.Stat(filepath.Join(dir, layout.CheckpointPath)); errors.Is(serr, fs.ErrNotExist) && len(acknowledged) == 0 {
+			if err == nil {
+				t.Fatalf("round %d: a folder without a checkpoint was taken for a log", round)
+			}
 			continue // It was killed while it began the log.
 		}
 		if err != nil {

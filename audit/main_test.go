@@ -8,6 +8,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io/fs"
 	"math/big"
@@ -61,6 +62,15 @@ func closeLog(t testing.TB, l *Log) {
 	if err := l.Close(context.WithoutCancel(t.Context())); err != nil {
 		t.Errorf("close: %v", err)
 	}
+	// Its goroutines may still be ending, and may make a lock file anew in a folder that is being removed.
+	t.Cleanup(func() {
+		for range 1000 {
+			if os.RemoveAll(l.dir) == nil {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	})
 }
 
 func reader(t testing.TB, dir, key string) *Reader {
@@ -149,11 +159,17 @@ func finished(t testing.TB, batches ...int) (dir, vkey string) {
 // duplicate copies a log's folder.
 func duplicate(t testing.TB, dir string) string {
 	t.Helper()
-	to := filepath.Join(t.TempDir(), "copy")
-	if err := os.CopyFS(to, os.DirFS(dir)); err != nil {
-		t.Fatal(err)
+	for {
+		to := filepath.Join(t.TempDir(), "copy")
+		err := os.CopyFS(to, os.DirFS(dir))
+		if err == nil {
+			return to
+		}
+		// The log may just have removed a partial file that a full one has superseded.
+		if !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
 	}
-	return to
 }
 
 var leafKey = sync.OnceValue(func() *ecdsa.PrivateKey {

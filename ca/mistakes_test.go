@@ -26,14 +26,14 @@ func TestMistake34BrokenPEMIsCheap(t *testing.T) {
 		}
 		// The best of some tries: others compute here too.
 		best := time.Hour
-		for range 5 {
+		for range 10 {
 			start := time.Now()
 			if _, err := ParseChain([]byte(text)); err == nil {
 				t.Fatalf("%s: taken for a chain", what)
 			}
 			best = min(best, time.Since(start))
 		}
-		if best > 5*time.Millisecond {
+		if best > 20*time.Millisecond {
 			t.Errorf("%s: refused after %s", what, best)
 		}
 	}

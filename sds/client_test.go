@@ -211,8 +211,8 @@ func (c *talk[Q, A]) next() *A {
 	c.t.Helper()
 	select {
 	case <-c.bell:
-	case <-time.After(10 * time.Second):
-		c.t.Fatal("nothing came for 10 s")
+	case <-time.After(time.Minute):
+		c.t.Fatal("nothing came for a minute")
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

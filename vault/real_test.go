@@ -101,8 +101,9 @@ var logins = map[string]func(*testing.T, *lab.Vault, string, lab.VaultLife) Logi
 	},
 }
 
+// realConfig is patient: what a call may take is a promise of its own, and the machine may be busy.
 func realConfig(v *lab.Vault, l Login) Config {
-	return Config{Address: v.Address, CAFile: v.CAFile, ServerName: lab.VaultServerName, Login: l}
+	return Config{Address: v.Address, CAFile: v.CAFile, ServerName: lab.VaultServerName, Login: l, Timeout: 30 * time.Second}
 }
 
 // readUntil reads until it succeeds, and says what the last error was if it does not within the limit.
@@ -140,26 +141,36 @@ func run(t *testing.T, cl *Client) {
 // A token made by hand ends, however it is renewed: by a life of its own, or by the 32 days of Vault's mounts.
 func TestRealTheEndOfATokenMadeByHandIsKnown(t *testing.T) {
 	v, name := realVault(t)
-	made := map[time.Duration]Login{}
+	type token struct {
+		Login
+		at time.Time
+	}
+	made := map[time.Duration]token{}
 	for life, of := range map[time.Duration]lab.VaultLife{
 		768 * time.Hour: {Policies: []string{name}},
-		time.Hour:       {Policies: []string{name}, TTL: 20 * time.Second, MaxTTL: time.Hour},
+		time.Hour:       {Policies: []string{name}, TTL: 2 * time.Minute, MaxTTL: time.Hour},
 		0:               {Policies: []string{name}, TTL: time.Hour},
 	} {
-		made[life] = logins["token"](t, v, name, of)
+		made[life] = token{logins["token"](t, v, name, of), time.Now()}
 	}
 	time.Sleep(1100 * time.Millisecond) // Vault counts in seconds: a renewal before the first is over is not cut short
-	for life, login := range made {
-		cl := dial(t, realConfig(v, login))
+	for life, token := range made {
+		cl := dial(t, realConfig(v, token.Login))
+		readUntil(t, cl, "secret/data/"+name+"/a", 0)
+		until := cl.Status().TokenUntil
 		run(t, cl)
-		readUntil(t, cl, "secret/data/"+name+"/a", 5*time.Second)
-		for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && testutil.ToFloat64(cl.metrics.requests.WithLabelValues(opRenew, "ok")) == 0; {
-			time.Sleep(20 * time.Millisecond)
+		err := lab.Until(t.Context(), "the first renewal taken in", 30*time.Second, func() error {
+			if renewed := testutil.ToFloat64(cl.metrics.requests.WithLabelValues(opRenew, "ok")); renewed == 0 || cl.Status().TokenUntil.Equal(until) {
+				return fmt.Errorf("%v renewals, the token lives until %s", renewed, until)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
-		time.Sleep(100 * time.Millisecond) // the watcher tells of it
 		switch st := cl.Status(); {
 		case life == 0 && st.TokenEnds.IsZero():
-		case life == 0, (time.Until(st.TokenEnds) - life).Abs() > 5*time.Second, (st.TokenEnds.Sub(st.TokenBegan) - life).Abs() > 5*time.Second:
+		case life == 0, (st.TokenEnds.Sub(token.at) - life).Abs() > 5*time.Second, (st.TokenEnds.Sub(st.TokenBegan) - life).Abs() > 5*time.Second:
 			t.Errorf("one of %s is said to live from %s to %s", life, st.TokenBegan, st.TokenEnds)
 		}
 	}
@@ -257,8 +268,9 @@ func TestRealATokenOfTenSecondsIsLivedThrough(t *testing.T) {
 				cl.mu.Unlock()
 				<-tick.C
 			}
-			if want := map[bool]int{true: 1, false: 2}[life.MaxTTL == 0]; len(tokens) != want {
-				t.Errorf("%d tokens in 14 s, want %d", len(tokens), want)
+			// The second comes after 7 s or a little later, the third as long after that.
+			if want := map[bool][2]int{true: {1, 1}, false: {2, 3}}[life.MaxTTL == 0]; len(tokens) < want[0] || len(tokens) > want[1] {
+				t.Errorf("%d tokens in 14 s, want %d to %d", len(tokens), want[0], want[1])
 			}
 		})
 	}
@@ -454,13 +466,13 @@ func TestRealAQuotaIsWaitedFor(t *testing.T) {
 		t.Fatalf("no quota met: %v", busy)
 	}
 	t.Logf("%v, Retry-After %s", busy, busy.retryAfter)
-	readUntil(t, cl, path, 3*time.Second)
+	readUntil(t, cl, path, 15*time.Second)
 }
 
 func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 	v, name := realVault(t)
 	config := realConfig(v, logins["approle"](t, v, name, lab.VaultLife{Policies: []string{name}, TTL: time.Hour}))
-	config.Timeout = time.Second
+	config.Timeout = DefaultTimeout
 	var log bytes.Buffer
 	config.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	path := "secret/data/" + name + "/a"
@@ -485,7 +497,7 @@ func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 	if err := v.Unseal(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("back %s after unsealing", readUntil(t, cl, path, 10*time.Second))
+	t.Logf("back %s after unsealing", readUntil(t, cl, path, 30*time.Second))
 
 	v.Kill()
 	if _, err := cl.Read(t.Context(), path); !errors.Is(err, ErrAway) {
@@ -494,7 +506,7 @@ func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 	if err := errors.Join(v.Start(t.Context()), v.Unseal(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("back %s after a restart", readUntil(t, cl, path, 10*time.Second))
+	t.Logf("back %s after a restart", readUntil(t, cl, path, 30*time.Second))
 	if cl.cur.auth().ClientToken != token {
 		t.Error("the token lives in the storage, and yet there was a login")
 	}
@@ -513,15 +525,15 @@ func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 		}
 		g.Wait()
 	})
-	within(t, 100*time.Millisecond, func() {
-		if _, err := cl.Read(t.Context(), path); !errors.Is(err, ErrAway) {
+	within(t, config.Timeout/2, func() {
+		if _, err := cl.Read(t.Context(), path); !errors.Is(err, ErrAway) || !strings.Contains(err.Error(), "left alone") {
 			t.Errorf("hung for long: %v", err)
 		}
 	})
 	if err := v.Resume(); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("back %s after it hung", readUntil(t, cl, path, 10*time.Second))
+	t.Logf("back %s after it hung", readUntil(t, cl, path, 30*time.Second))
 	if strings.Contains(log.String(), token) || !strings.Contains(log.String(), "Vault is back") {
 		t.Error(log.String())
 	}
@@ -594,7 +606,7 @@ func TestRealALongRunAtDebugLevelShowsNoSecret(t *testing.T) {
 	}
 	end := time.Now().Add(6 * time.Second)
 	for time.Now().Before(end) {
-		readUntil(t, cl, "secret/data/"+name+"/a", time.Second)
+		readUntil(t, cl, "secret/data/"+name+"/a", 15*time.Second)
 		cl.mu.Lock()
 		secrets[cl.cur.auth().ClientToken] = true
 		cl.mu.Unlock()

@@ -290,7 +290,7 @@ func TestRunEndsAtOnceWhateverHangs(t *testing.T) {
 				}
 				<-ended
 				if took := time.Since(began); took > 0 {
-					t.Errorf("%s hangs, and Run ends %s late", path, took)
+					t.Errorf("%s hangs, and Run ends %s late, told so after %s", path, took, after)
 				}
 			})
 		}

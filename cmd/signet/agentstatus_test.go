@@ -151,12 +151,8 @@ func TestAnAgentThatIsNotEnrolledNeverSaysThatItIsReady(t *testing.T) {
 	}
 	defer conn.Close()
 	t.Setenv("NOTIFY_SOCKET", socket)
-	web, err := freePort("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	file := filepath.Join(dir, "agent.yaml")
-	if err := os.WriteFile(file, []byte("state_dir: ./s\njoin_token_file: ./none\nhttp: "+web+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("state_dir: ./s\njoin_token_file: ./none\nhttp: "+freeAddress(t)+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	code, _, talk := signet(t.Context(), "", "agent", "--config", file)

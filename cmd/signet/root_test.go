@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -104,14 +105,14 @@ func TestSeveralSuccessorsAreSignedInOneCeremony(t *testing.T) {
 	d := newDesk(t)
 	var csrs, keys []string
 	all := ""
-	for range 3 {
+	for i := range 3 {
 		path, key := d.request(t, "example.org", "east")
 		text, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
 		all += string(text)
-		csrs, keys = append(csrs, write(t, filepath.Join(d.dir, key[7:12]+".pem"), string(text))), append(keys, key)
+		csrs, keys = append(csrs, write(t, filepath.Join(d.dir, fmt.Sprintf("successor-%d.pem", i)), string(text))), append(keys, key)
 	}
 	one := write(t, filepath.Join(d.dir, "all.pem"), all)
 	prints := []string{"--fingerprint", keys[0], "--fingerprint", keys[1], "--fingerprint", keys[2]}

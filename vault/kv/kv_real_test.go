@@ -48,7 +48,7 @@ func (e *engine) as(name string, needs []vault.Need) (*vault.Client, *Folder) {
 	must(e.t, err)
 	file := filepath.Join(e.t.TempDir(), "token")
 	must(e.t, os.WriteFile(file, []byte(token+"\n"), 0o600))
-	client, err := vault.New(vault.Config{Address: e.Address, CAFile: e.CAFile, Login: vault.Login{Method: "token", TokenFile: file}})
+	client, err := vault.New(vault.Config{Address: e.Address, CAFile: e.CAFile, Timeout: 30 * time.Second, Login: vault.Login{Method: "token", TokenFile: file}})
 	must(e.t, err)
 	e.t.Cleanup(client.Close)
 	c := e.config
@@ -218,7 +218,7 @@ func TestAnEngineThatIsNoneSaysSo(t *testing.T) {
 	for mount, want := range map[string]string{v1: "version 2", e.config.Mount + "-none": e.config.Mount + "-none/data/signet/example.org/trust"} {
 		other := *e
 		other.config.Mount = mount
-		client, err := vault.New(vault.Config{Address: e.Address, CAFile: e.CAFile, Login: vault.Login{Method: "token", TokenFile: e.rootToken()}})
+		client, err := vault.New(vault.Config{Address: e.Address, CAFile: e.CAFile, Timeout: 30 * time.Second, Login: vault.Login{Method: "token", TokenFile: e.rootToken()}})
 		must(t, err)
 		t.Cleanup(client.Close)
 		other.config.Vault = client

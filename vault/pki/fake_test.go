@@ -263,7 +263,8 @@ func newUpstream(t *testing.T, address, caFile, token, mount, issuer string) *Up
 	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	client, err := vault.New(vault.Config{Address: address, CAFile: caFile, Login: vault.Login{Method: "token", TokenFile: file}})
+	// Vault may take seconds to make an RSA key.
+	client, err := vault.New(vault.Config{Address: address, CAFile: caFile, Timeout: 30 * time.Second, Login: vault.Login{Method: "token", TokenFile: file}})
 	if err != nil {
 		t.Fatal(err)
 	}
