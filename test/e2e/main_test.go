@@ -304,8 +304,8 @@ func (r ran) says(t *testing.T, words ...string) {
 	}
 }
 
-// snapshot is what a folder holds, by content: all but what the lab and running processes write, locks, SQLite's
-// shared memory and journals, which come and go with who reads, and Tessera's note of what it has tidied up.
+// snapshot is what a folder holds, by content: all but what the lab and running processes write, locks, what an agent hears of its
+// workloads, SQLite's shared memory and journals, which come and go with who reads, and Tessera's note of what it has tidied up.
 func snapshot(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	files := map[string]string{}
@@ -325,7 +325,7 @@ func snapshot(t *testing.T, dir string) map[string]string {
 			return err
 		}
 		base := filepath.Base(path)
-		if base == "LOCK" || strings.HasSuffix(base, "-wal") || strings.HasSuffix(base, "-shm") || strings.HasPrefix(base, "gcState") || filepath.Dir(name) == "." && strings.HasSuffix(base, ".log") {
+		if base == "LOCK" || base == "acknowledged.json" || strings.HasSuffix(base, "-wal") || strings.HasSuffix(base, "-shm") || strings.HasPrefix(base, "gcState") || filepath.Dir(name) == "." && strings.HasSuffix(base, ".log") {
 			return nil
 		}
 		files[name] = info.Mode().String()
