@@ -45,6 +45,18 @@ func (l *ledger) all() []*x509.Certificate {
 	return slices.Clone(l.certs)
 }
 
+// grows waits for some more.
+func (l *ledger) grows(t *testing.T, more int) {
+	t.Helper()
+	before := len(l.all())
+	until(t, "more certificates are given", time.Minute, func() error {
+		if n := len(l.all()) - before; n < more {
+			return fmt.Errorf("%d of %d", n, more)
+		}
+		return nil
+	})
+}
+
 func TestNothingIsLostWhenServerAndAgentAreKilledUnderLoad(t *testing.T) {
 	const serverKills, agentKills, clients = 7, 3, 3
 	seed := uint64(time.Now().UnixNano())
@@ -80,6 +92,7 @@ func TestNothingIsLostWhenServerAndAgentAreKilledUnderLoad(t *testing.T) {
 	tokens := map[string]string{} // token to agent
 	var promised []string         // registrations that were said to be applied
 	for round := range serverKills + agentKills {
+		given.grows(t, 6) // it is under load, however slow the machine is
 		if round%4 == 3 && round/4 < agentKills {
 			time.Sleep(time.Duration(chance.IntN(200)) * time.Millisecond)
 			a.Kill()
@@ -118,7 +131,7 @@ func TestNothingIsLostWhenServerAndAgentAreKilledUnderLoad(t *testing.T) {
 	time.Sleep(300 * time.Millisecond)
 	stop()
 	work.Wait()
-	waitForCheckpoint()
+	w.untilLogged(t, w.east)
 
 	t.Run("every certificate is in the log, with proof, once", func(t *testing.T) {
 		var entries []struct {

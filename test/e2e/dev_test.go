@@ -51,7 +51,7 @@ func startDev(t *testing.T, cwd string, args ...string) *dev {
 	if err := d.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	late := time.AfterFunc(20*time.Second, func() { _ = d.cmd.Process.Kill() })
+	late := time.AfterFunc(commandTime, func() { _ = d.cmd.Process.Kill() })
 	defer late.Stop()
 	for lines := bufio.NewScanner(out); d.url == "" && lines.Scan(); {
 		switch line := strings.TrimSpace(lines.Text()); {
@@ -87,7 +87,7 @@ func TestTheFiveMinuteStart(t *testing.T) {
 	}()
 
 	t.Run("the first command shows an identity of DEV", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), commandTime)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, "sh", "-c", "exec "+d.watch)
 		cmd.Dir = cwd

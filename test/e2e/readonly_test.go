@@ -31,10 +31,7 @@ func TestAReadOnlyFolderIsSaidToBeOneAndLeftWhole(t *testing.T) {
 	a := w.agent(t, "node-1")
 	socket := a.Socket
 	w.must(t, "svid", "fetch", "--socket", socket)
-	before := snapshot(t, w.Dir)
-	r := execute(t, w.Dir, readOnly(t, w.path("empty")), "svid", "fetch", "--socket", socket, "--write", "empty/tls")
-	r.refused(t, 2, "empty/tls", "read-only")
-	unchanged(t, r, before, snapshot(t, w.Dir))
+	w.refusesWith(t, readOnly(t, w.path("empty")), 2, []string{"empty/tls", "read-only"}, "svid", "fetch", "--socket", socket, "--write", "empty/tls")
 	a.Stop()
 	server.Stop()
 

@@ -38,7 +38,12 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 	for _, whole := range []bool{true, false} {
 		t.Run(map[bool]string{true: "the whole folder", false: "the database alone"}[whole], func(t *testing.T) {
 			t.Parallel() // it mostly waits
-			w := newWorld(t, quick)
+			leaves, gone := quick, "removed"
+			if !whole {
+				// With the folder's keys of today, the server of then must have its own still.
+				leaves, gone = lingering, "retired"
+			}
+			w := newWorld(t, leaves)
 			a, b := w.firstRoot(t), w.makeRoot(t, "root-b")
 			server, agent := w.start(t, w.east)
 			until(t, "the workload is under A", time.Minute, func() error { return w.under(agent.Socket, a) })
@@ -52,10 +57,6 @@ func TestAStateFromBeforeARotationIsFoundAndAgentsTakeItsTrustAgain(t *testing.T
 				t.Fatal(err)
 			}
 			w.rotate(t, w.east, b, w.startRoot(b)...)
-			gone := "removed"
-			if !whole {
-				gone = "retired" // with the folder's keys of today, the server of then must have its own still
-			}
 			w.untilAre(t, w.east, "intermediate-2", "active", a.id, gone)
 			until(t, "the workload is under B", time.Minute, func() error { return w.under(agent.Socket, b) })
 			server.Stop()

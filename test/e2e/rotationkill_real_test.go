@@ -118,6 +118,7 @@ func TestAServerIsKilledAtEachStepOfRotations(t *testing.T) {
 		until(t, "the same after a kill", 90*time.Second, func() error { return w.are(t.Context(), w.east, want...) })
 	}
 	ctx, stop := context.WithCancel(t.Context())
+	defer m.done.Wait()
 	defer stop()
 	m.done.Go(func() { m.live(t, ctx, rand.New(rand.NewPCG(seed, 0))) })
 

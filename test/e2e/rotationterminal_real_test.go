@@ -76,7 +76,7 @@ func (x *terminal) text() string {
 // shows waits for words on the screen, after so many bytes of it; it returns how many there are then.
 func (x *terminal) shows(after int, words ...string) int {
 	x.t.Helper()
-	until(x.t, "on the terminal: "+strings.Join(words, ", "), 15*time.Second, func() error {
+	until(x.t, "on the terminal: "+strings.Join(words, ", "), time.Minute, func() error {
 		text := strings.Join(strings.Fields(x.text()[after:]), " ")
 		for _, w := range words {
 			if !strings.Contains(text, w) {
@@ -108,7 +108,7 @@ func TestATaintIsConfirmedAndWatchedAtATerminal(t *testing.T) {
 	w := newWorld(t, quick)
 	_, agent := w.start(t, w.east)
 	a := w.firstRoot(t)
-	until(t, "a certificate", 30*time.Second, func() error { return w.under(agent.Socket, a) })
+	until(t, "a certificate", time.Minute, func() error { return w.under(agent.Socket, a) })
 	taint := []string{"ca", "taint", "--config", w.east.Config(), "intermediate-1", "--reason", "stolen"}
 
 	x := w.atTerminal(t, taint...)

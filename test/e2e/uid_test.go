@@ -105,7 +105,7 @@ func TestProcessesOfDifferentUsersGetTheirOwnIdentityAndNeverTheOthers(t *testin
 		Selectors []string `json:"selectors"`
 		Agent     string   `json:"agent"`
 	}
-	waitForCheckpoint()
+	w.untilLogged(t, w.east)
 	if err := json.Unmarshal([]byte(w.must(t, "log", "find", "--config", w.east.Config(), "--agent", "node-1", "--kind", "certificate-issued", "-o", "json")), &entries); err != nil {
 		t.Fatal(err)
 	}

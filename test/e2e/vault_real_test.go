@@ -129,7 +129,7 @@ func (w *vaulted) begin(t *testing.T) ran {
 func (w *vaulted) finds(t *testing.T, what string, is func(check.Finding) bool) {
 	t.Helper()
 	var last []check.Finding
-	err := lab.Until(t.Context(), what, time.Minute, func() error {
+	err := lab.Until(t.Context(), what, 3*time.Minute, func() error {
 		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+w.east.HTTP+"/readyz", nil)
 		if err != nil {
 			return err
@@ -210,7 +210,7 @@ func TestTheSmallestPolicyIsEnoughForAllThatAServerDoes(t *testing.T) {
 	if r := execute(t, w.Dir, nil, "rotation", "start", "--config", w.east.Config(), "intermediate"); r.code != 0 || strings.Contains(r.out+r.err, "root sign") || strings.Contains(r.out, "BEGIN") {
 		t.Fatal("nobody has to carry anything", r)
 	}
-	if err := lab.Until(t.Context(), "the next intermediate", time.Minute, func() error {
+	if err := lab.Until(t.Context(), "the next intermediate", 3*time.Minute, func() error {
 		var all []struct{ ID, State, Key string }
 		if err := w.JSON(t.Context(), &all, "ca", "list", "--config", w.east.Config()); err != nil {
 			return err
@@ -360,7 +360,7 @@ func TestAServerThatStartsWhileItsVaultIsSealedWaits(t *testing.T) {
 	if _, err := w.Start("east-node-1", "agent", "--config", node.Config()); err != nil {
 		t.Fatal(err)
 	}
-	if err := lab.Until(t.Context(), "an enrolment that waits", 30*time.Second, func() error {
+	if err := lab.Until(t.Context(), "an enrolment that waits", 2*time.Minute, func() error {
 		text, err := os.ReadFile(w.path("east-node-1.log"))
 		if err == nil && !strings.Contains(string(text), "Unavailable") {
 			err = fmt.Errorf("the agent says only %s", text)
@@ -479,7 +479,7 @@ func TestEachLineOfThePolicyIsMissed(t *testing.T) {
 			}
 		}
 		w.policy(t, without(whole, "auth/token/renew-self"))
-		if err := lab.Until(t.Context(), "the renewal that is denied", time.Minute, func() error {
+		if err := lab.Until(t.Context(), "the renewal that is denied", 3*time.Minute, func() error {
 			text, err := os.ReadFile(w.path("east-server.log"))
 			if err == nil && !strings.Contains(string(text), "Vault denies the renewal of our token: it is revoked, or its policy lacks auth/token/renew-self") {
 				err = errors.New("nothing is said")

@@ -103,7 +103,7 @@ func TestTheDocumentationOfVault(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer out.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	shell := exec.CommandContext(ctx, "bash", "-x", "-c", script.String())
 	shell.Dir, shell.Stdout, shell.Stderr = dir, out, out
@@ -147,23 +147,23 @@ func TestTheDocumentationOfVault(t *testing.T) {
 			switch {
 			case !whole: // the name of one, with flags that it has
 				words, flags, _ := strings.Cut(command, " --")
-				if text, err = run(10, words+" --help"); err == nil && flags != "" && !strings.Contains(text, "--"+flags) {
+				if text, err = run(60, words+" --help"); err == nil && flags != "" && !strings.Contains(text, "--"+flags) {
 					err = fmt.Errorf("it has no --%s", flags)
 				}
 			case strings.Contains(command, " --watch"):
 				// It shows what it watches, and goes on; timeout says 124.
-				text, err = run(3, command)
+				text, err = run(8, command)
 				if x := (*exec.ExitError)(nil); errors.As(err, &x) && x.ExitCode() == 124 && text != "" {
 					err = nil
 				}
 			case strings.HasPrefix(command, "signet check "):
 				// A rotation is under way, and says so: 1 is that there are findings, 2 that it could not look.
-				text, err = run(20, command)
+				text, err = run(60, command)
 				if x := (*exec.ExitError)(nil); errors.As(err, &x) && x.ExitCode() == 1 && strings.Contains(text, "SGN1026") {
 					err = nil
 				}
 			default:
-				text, err = run(20, local.Replace(command))
+				text, err = run(60, local.Replace(command))
 				if strings.HasPrefix(command, "vault list ") && strings.HasPrefix(text, "No value found") {
 					err = nil // there is none, which it says by its exit status too
 				}
@@ -189,7 +189,7 @@ func TestTheDocumentationOfVault(t *testing.T) {
 		}
 		forge := `openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout forged.key -subj /CN=x -out forged.csr
 vault write -field=serial_number pki/issuer/root-2026/sign-intermediate csr=@forged.csr common_name=forged ttl=1h > forged.serial`
-		if text, err := run(20, forge); err != nil {
+		if text, err := run(60, forge); err != nil {
 			t.Fatalf("%v\n%s", err, text)
 		}
 		text, err := run(60, all[i].text)
@@ -282,7 +282,7 @@ func TestTheTableOfTroublesQuotesWhatIsSaid(t *testing.T) {
 	}
 	_, table, _ := strings.Cut(string(page), "| it says | do |")
 	var source strings.Builder
-	for _, dir := range []string{"vault", "vault/transit", "vault/pki", "vault/kv", "cmd/signet", "server", "check"} {
+	for _, dir := range []string{"vault", "vault/transit", "vault/pki", "vault/kv", "cmd/signet", "server", "server/shared", "check"} {
 		files, err := filepath.Glob(filepath.Join("../..", dir, "*.go"))
 		if err != nil {
 			t.Fatal(err)

@@ -98,6 +98,8 @@ type how struct {
 	login, role string
 	// ttl of leaves and their greatest, by default an hour.
 	ttl time.Duration
+	// timeout of a call to Vault, by default 3 s.
+	timeout time.Duration
 	// peers is in the block rotation.
 	peers string
 	// direct goes past the proxy.
@@ -142,11 +144,14 @@ func (e *estate) hold(t *testing.T, c *lab.Cluster, h how) *holding {
 	return x
 }
 
+// usualTimeout of a call to Vault.
+const usualTimeout = 3 * time.Second
+
 // configure writes configuration and policy.
 func (x *holding) configure(t *testing.T) {
 	t.Helper()
 	e, h := x.of, x.how
-	keys, path, ttl, address := "memory", "", time.Hour, x.proxy.Address
+	keys, path, ttl, timeout, address := "memory", "", time.Hour, usualTimeout, x.proxy.Address
 	if h.direct {
 		address = e.vault.Address
 	}
@@ -159,11 +164,14 @@ func (x *holding) configure(t *testing.T) {
 	if h.ttl != 0 {
 		ttl = h.ttl
 	}
+	if h.timeout != 0 {
+		timeout = h.timeout
+	}
 	x.Keystore = fmt.Sprintf("  intermediates: %s\n  transit: { mount: transit-%s }\n", keys, e.name)
 	if err := x.Configure(fmt.Sprintf(`vault:
   address: %[1]s
   ca_file: %[2]s
-  timeout: 1s
+  timeout: %[8]s
   login: %[3]s
 upstream: { vault_pki: { mount: pki-%[4]s, issuer: root-1, life: 24h } }
 trust: { vault_kv: { mount: kv-%[4]s%[5]s } }
@@ -172,7 +180,7 @@ logging: { level: debug }
 rotation:
   skew: 1s
   report_life: 4s
-%[7]s`, address, e.vault.CAFile, h.login, e.name, path, ttl, h.peers)); err != nil {
+%[7]s`, address, e.vault.CAFile, h.login, e.name, path, ttl, h.peers, timeout)); err != nil {
 		t.Fatal(err)
 	}
 	if err := e.vault.Policy(t.Context(), h.role, e.must(t, "config", "vault-policy", "--config", x.Config())); err != nil {
@@ -199,7 +207,7 @@ func (x *holding) serve(t *testing.T) {
 
 func (x *holding) ready(t *testing.T) {
 	t.Helper()
-	until(t, x.Name+" is ready", time.Minute, func() error {
+	until(t, x.Name+" is ready", 3*time.Minute, func() error {
 		s, err := x.health(t.Context())
 		if err == nil && !s.Ready {
 			err = fmt.Errorf("%+v", s.Findings)
@@ -262,7 +270,7 @@ var aboutVault = []string{check.CodeVault, check.CodePolicy, check.CodeUpstream,
 func (x *holding) impaired(t *testing.T, what string, is func(check.Finding) bool) check.Finding {
 	t.Helper()
 	var found check.Finding
-	until(t, x.Name+" says what is wrong: "+what, 30*time.Second, func() error {
+	until(t, x.Name+" says what is wrong: "+what, time.Minute, func() error {
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
@@ -279,9 +287,12 @@ func (x *holding) impaired(t *testing.T, what string, is func(check.Finding) boo
 }
 
 // mended waits until nothing of Vault is found any more.
-func (x *holding) mended(t *testing.T) {
+func (x *holding) mended(t *testing.T, meanwhile ...func()) {
 	t.Helper()
-	until(t, x.Name+" misses nothing", 2*time.Minute, func() error {
+	until(t, x.Name+" misses nothing", 3*time.Minute, func() error {
+		for _, do := range meanwhile {
+			do()
+		}
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
@@ -312,11 +323,14 @@ func (x *holding) signer(ctx context.Context) (mover, error) {
 	return mover{}, fmt.Errorf("nobody signs in %s: %+v", x.Name, all)
 }
 
-// followed waits until another intermediate signs.
-func (x *holding) followed(t *testing.T, before string) mover {
+// followed waits until another intermediate signs. What was refused for long is asked again after up to 90 s.
+func (x *holding) followed(t *testing.T, before string, meanwhile ...func()) mover {
 	t.Helper()
 	var next mover
-	until(t, "another intermediate follows "+before+" in "+x.Name, time.Minute, func() (err error) {
+	until(t, "another intermediate follows "+before+" in "+x.Name, 3*time.Minute, func() (err error) {
+		for _, do := range meanwhile {
+			do()
+		}
 		if next, err = x.signer(t.Context()); err == nil && next.ID == before {
 			err = errors.New(before + " still signs")
 		}
@@ -348,7 +362,7 @@ type stream struct {
 }
 
 // patience is how long a call may take before it counts as failed: more than Vault's time and that of a signature.
-const patience = 12 * time.Second
+const patience = 4 * usualTimeout
 
 // issuing starts a stream, which ends with the test.
 func (x *holding) issuing(t *testing.T) *stream {
@@ -413,7 +427,7 @@ func (s *stream) since() (took []time.Duration, failed []error) {
 // unharmed checks that the stream went on without a failure, and that nothing of it waited for Vault.
 func (s *stream) unharmed(t *testing.T, when string) {
 	t.Helper()
-	until(t, "certificates "+when, 30*time.Second, func() error {
+	until(t, "certificates "+when, time.Minute, func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if len(s.took) < 20 {
@@ -426,8 +440,8 @@ func (s *stream) unharmed(t *testing.T, when string) {
 		t.Errorf("%s %d of %d issues failed: %v", when, len(failed), len(took), failed[0])
 	}
 	slices.Sort(took)
-	// One call to a Vault that hangs takes a second.
-	if usual := took[len(took)/2]; usual > 500*time.Millisecond {
+	// One call to a Vault that hangs takes all of its time.
+	if usual := took[len(took)/2]; usual > usualTimeout/2 {
 		t.Errorf("%s half of %d issues took longer than %s", when, len(took), usual)
 	}
 	t.Logf("%s: %d issued, median %s, slowest %s", when, len(took), took[len(took)/2].Round(time.Microsecond), took[len(took)-1].Round(time.Millisecond))
@@ -723,7 +737,7 @@ func (x *holding) stopped(t *testing.T, s *stream, when string, known bool) {
 	took := fails("more issues fail "+when, 60)
 	slices.Sort(took)
 	// Some probe whether it is back.
-	if usual := took[len(took)/2]; usual > 500*time.Millisecond {
+	if usual := took[len(took)/2]; usual > usualTimeout/2 {
 		t.Errorf("%s half of %d issues took longer than %s to fail", when, len(took), usual)
 	}
 	if more := x.metric(t, unreleased) - before; more > 5 {
@@ -748,8 +762,8 @@ func (x *holding) issuesAgain(t *testing.T, s *stream) {
 func (x *holding) proves(t *testing.T, s *stream) {
 	t.Helper()
 	s.stop()
-	waitForCheckpoint()
 	w := x.of
+	w.untilLogged(t, x.Cluster)
 	w.must(t, "log", "verify", "--config", x.Config())
 	var entries []struct {
 		Serial string `json:"serial"`
@@ -787,10 +801,15 @@ func serialOf(cert *x509.Certificate) string { return fmt.Sprintf("%x", cert.Ser
 // unreleased counts certificates that are in the log and were never made.
 const unreleased = "signet_logged_not_released_total"
 
-// metric reads a series of the server's.
 func (x *holding) metric(t *testing.T, series string) float64 {
 	t.Helper()
-	_, page := get(t, x.HTTP, "/metrics")
+	return metric(t, x.Cluster, series)
+}
+
+// metric reads a series of a server's.
+func metric(t *testing.T, c *lab.Cluster, series string) float64 {
+	t.Helper()
+	_, page := get(t, c.HTTP, "/metrics")
 	for line := range strings.Lines(page) {
 		if value, ok := strings.CutPrefix(line, series+" "); ok {
 			n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
@@ -800,6 +819,6 @@ func (x *holding) metric(t *testing.T, series string) float64 {
 			return n
 		}
 	}
-	t.Fatalf("%s has no metric %s", x.Name, series)
+	t.Fatalf("%s has no metric %s", c.Name, series)
 	return 0
 }

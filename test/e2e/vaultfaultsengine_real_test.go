@@ -103,7 +103,7 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 			})
 			west.proxy.Set(sign, day.Fault)
 			var first check.Finding
-			until(t, "it is said", 30*time.Second, func() error {
+			until(t, "it is said", time.Minute, func() error {
 				if first = west.stoppedBy(t); first.Code == "" {
 					return errors.New("not yet")
 				}
@@ -115,8 +115,9 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 				}
 			}
 			ends := func(f check.Finding) string { end, _, _ := strings.Cut(f.Message, " ("); return end }
-			time.Sleep(2 * time.Second) // those who were on their way
+			time.Sleep(usualTimeout + time.Second) // those who were on their way
 			n = good()
+			began := time.Now()
 			seen, unreleasedBefore := west.proxy.Seen(sign), west.metric(t, unreleased)
 			for range 20 {
 				time.Sleep(500 * time.Millisecond)
@@ -133,12 +134,15 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 			if n != good() {
 				t.Error("there were certificates: nothing was tested")
 			}
-			// In 10 s, one each second at the most.
-			if more := west.proxy.Seen(sign) - seen; more < 1 || more > 12 {
-				t.Errorf("%d signatures were asked for in 10 s by %d workloads", more, size)
+			// One each second at the most.
+			more, notGiven := west.proxy.Seen(sign)-seen, west.metric(t, unreleased)-unreleasedBefore
+			took := time.Since(began)
+			most := int(took/time.Second) + 2
+			if more < 1 || more > most {
+				t.Errorf("%d signatures were asked for in %s by %d workloads", more, took, size)
 			}
-			if more := west.metric(t, unreleased) - unreleasedBefore; more > 12 {
-				t.Errorf("%v certificates were logged that nobody got", more)
+			if int(notGiven) > most {
+				t.Errorf("%v certificates were logged in %s that nobody got", notGiven, took)
 			}
 			west.proxy.Clear()
 			until(t, "certificates are made again", time.Minute, func() error {
@@ -173,7 +177,7 @@ func TestAKeyThatIsGoneFromTransitIsFoundWhileNobodyAsks(t *testing.T) {
 	}
 	said := func(what string, words ...string) {
 		t.Helper()
-		until(t, what, 80*time.Second, func() error {
+		until(t, what, 3*time.Minute, func() error {
 			s, err := x.health(t.Context())
 			if err != nil {
 				return err
@@ -201,7 +205,7 @@ func TestAKeyThatIsGoneFromTransitIsFoundWhileNobodyAsks(t *testing.T) {
 	said("that the key is gone", "there is no "+key)
 	x.server.Stop()
 	x.begin(t)
-	until(t, "after a restart", 90*time.Second, func() error {
+	until(t, "after a restart", 3*time.Minute, func() error {
 		s, err := x.health(t.Context())
 		if err != nil {
 			return err
@@ -214,11 +218,18 @@ func TestAKeyThatIsGoneFromTransitIsFoundWhileNobodyAsks(t *testing.T) {
 		return fmt.Errorf("ready: %v, %+v", s.Ready, s.worse())
 	})
 	set("", map[string]any{"type": "ecdsa-p256"})
-	until(t, "made anew", 90*time.Second, func() error {
+	looked := x.proxy.Seen(key)
+	until(t, "what was made anew is looked at, and once more", 3*time.Minute, func() error {
 		s, err := x.health(t.Context())
-		if err == nil && s.Ready {
-			err = errors.New("another key is taken for it")
+		if err != nil {
+			return err
 		}
-		return err
+		if s.Ready {
+			t.Fatal("another key is taken for it")
+		}
+		if n := x.proxy.Seen(key) - looked; n < 2 {
+			return fmt.Errorf("%d times", n)
+		}
+		return nil
 	})
 }

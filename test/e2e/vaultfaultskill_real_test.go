@@ -82,7 +82,7 @@ func killedWhileVaultSigns(t *testing.T, keys string) {
 
 	// What was not needed goes by itself, as soon as the last leaf under it has ended.
 	var all map[string]mover
-	until(t, "what was left behind is removed", time.Minute, func() (err error) {
+	until(t, "what was left behind is removed", 3*time.Minute, func() (err error) {
 		if all, err = e.authorities(t.Context(), x.Cluster); err != nil {
 			return err
 		}

@@ -133,7 +133,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 	}
 	a, b := e.root, e.newRoot(t, "root-2")
 	ids := []string{rootIDOf(a), rootIDOf(b)}
-	until(t, "the first document", 30*time.Second, func() error {
+	until(t, "the first document", time.Minute, func() error {
 		if e.shared(t, "trust") == "" || e.shared(t, "reports/east") == "" || e.shared(t, "reports/west") == "" {
 			return errors.New("not yet")
 		}
@@ -165,7 +165,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 	foreign := newEstate(t, "foreign")
 	north := foreign.cluster(t, "north", how{})
 	north.serve(t)
-	until(t, "a foreign document", 30*time.Second, func() error {
+	until(t, "a foreign document", time.Minute, func() error {
 		if foreign.shared(t, "trust") == "" {
 			return errors.New("not yet")
 		}
@@ -229,7 +229,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 				t.Errorf("%s was replaced", bad.what)
 			}
 			e.drop(t, "trust", false)
-			until(t, bad.what+" is repaired", 15*time.Second, whole)
+			until(t, bad.what+" is repaired", time.Minute, whole)
 			for _, x := range both {
 				x.mended(t)
 			}
@@ -276,7 +276,7 @@ func TestWhatIsSharedInVaultCanBeWithheldAndNoMore(t *testing.T) {
 			holds(bad.what)
 			west.proxy.Clear()
 			west.mended(t)
-			until(t, bad.what+" is over", 10*time.Second, whole)
+			until(t, bad.what+" is over", time.Minute, whole)
 			holds(bad.what + ", over")
 		}
 	})

@@ -180,7 +180,7 @@ func TestARefusedSecretID(t *testing.T) {
 			t.Errorf("it finds %+v", found)
 		}
 		limit(0)
-		until(t, "the server is ready", 100*time.Second, func() error {
+		until(t, "the server is ready", 4*time.Minute, func() error {
 			s, err := x.health(t.Context())
 			if err == nil && !s.Ready {
 				err = fmt.Errorf("%+v", s.Findings)

@@ -43,10 +43,7 @@ func TestNoSecretOfVaultShows(t *testing.T) {
 				t.Fatal(rerr)
 			}
 		case "west":
-			var issuer *lab.VaultJWT
-			if issuer, err = e.vault.JWT(t.Context(), role, life); err == nil {
-				secret, err = issuer.Token(time.Hour)
-			}
+			secret, err = e.jwtRole(t, role, life).Token(time.Hour)
 			block = fmt.Sprintf("{ method: jwt, role: %s, jwt_file: ./secret }", role)
 		default:
 			secret, err = e.vault.MakeToken(t.Context(), life)
