@@ -150,9 +150,13 @@ func (s adminService) whyPID(ctx context.Context, pid int) (*adminv1.WhyResponse
 		return nil, status.Error(codes.NotFound, clip(err.Error(), 512))
 	}
 	s.a.hub.mu.Lock()
-	agent, all := s.a.hub.agent, s.a.hub.registrations
+	agent := s.a.hub.agent
+	all, shut := s.a.hub.split()
 	s.a.hub.mu.Unlock()
 	r := &adminv1.WhyResponse{Agent: agent, Selectors: selectorStrings(w.Selectors), Notes: w.Notes}
+	for _, reg := range identity.Match(shut, w.Selectors) {
+		r.Notes = append(r.Notes, "registration "+reg.Name+" fits, and gives nothing: "+isBanned(reg))
+	}
 	for _, reg := range identity.Match(all, w.Selectors) {
 		r.Registrations = append(r.Registrations, why(reg, nil, true))
 	}
@@ -171,7 +175,8 @@ func (s adminService) whyRegistration(what string, is func(identity.Registration
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := &adminv1.WhyResponse{Agent: h.agent}
-	for _, reg := range h.registrations {
+	all, shut := h.split()
+	for _, reg := range all {
 		if !is(reg) {
 			continue
 		}
@@ -191,10 +196,31 @@ func (s adminService) whyRegistration(what string, is func(identity.Registration
 		m.Fits = len(m.Callers) > 0 && m.Callers[0].Fits && m.Callers[0].Refused == nil
 		r.Registrations = append(r.Registrations, m)
 	}
+	if i := slices.IndexFunc(shut, is); len(r.Registrations) == 0 && i >= 0 {
+		return nil, status.Errorf(codes.NotFound, "registration %s of agent %s gives nothing: %s", shut[i].Name, h.agent, isBanned(shut[i]))
+	}
 	if len(r.Registrations) == 0 {
 		return nil, status.Errorf(codes.NotFound, "no registration of agent %s %s: the server tells an agent only what names it, see signet registration list --agent %s", h.agent, what, h.agent)
 	}
 	return r, nil
+}
+
+// split are the registrations that give something, and those that give nothing since their identities are banned. Called with
+// mu held.
+func (h *hub) split() (all, shut []identity.Registration) {
+	shut = slices.Clone(h.shut)
+	for _, r := range h.registrations {
+		if _, banned := h.banned[r.ID]; banned {
+			shut = append(shut, r)
+		} else {
+			all = append(all, r)
+		}
+	}
+	return all, shut
+}
+
+func isBanned(r identity.Registration) string {
+	return r.ID.String() + " is banned, and issued to nobody: signet identity list says since when and why"
 }
 
 // caller measures one process by one registration. Called with mu held.

@@ -254,3 +254,35 @@ func TestWhyRemembersWhoWasRefused(t *testing.T) {
 		t.Fatalf("nearest are %v", callers[:2])
 	}
 }
+
+func TestWhyNamesABan(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	me := identity.Selector(fmt.Sprintf("unix:uid:%d", os.Geteuid()))
+	web, other := reg("web", "/web", time.Hour, me), reg("other", "/other", time.Hour, me)
+	w.shut = []string{"web"}
+	w.setRegistrations(web, other)
+	n := w.start(t, func(c *Config) { c.Attestor = nil })
+	n.ready(t)
+	admin := n.admin(t)
+	for what, q := range map[string]*adminv1.WhyRequest{
+		"by ID":   {Subject: &adminv1.WhyRequest_SpiffeId{SpiffeId: web.ID.String()}},
+		"by name": {Subject: &adminv1.WhyRequest_Registration{Registration: "web"}},
+	} {
+		if _, err := admin.Why(t.Context(), q); status.Code(err) != codes.NotFound || !strings.Contains(err.Error(), "registration web of agent node-1 gives nothing: "+web.ID.String()+" is banned") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	r, err := admin.Why(t.Context(), &adminv1.WhyRequest{Subject: &adminv1.WhyRequest_Pid{Pid: uint32(os.Getpid())}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Registrations) != 1 || r.Registrations[0].Name != "other" || !slices.ContainsFunc(r.Notes, func(s string) bool { return strings.Contains(s, "registration web fits, and gives nothing: ") }) {
+		t.Errorf("by process: %v", r)
+	}
+	// Before the agent was told anew, it knows from the refusal.
+	n.hub.shutOut(other.ID)
+	if _, err := admin.Why(t.Context(), &adminv1.WhyRequest{Subject: &adminv1.WhyRequest_Registration{Registration: "other"}}); status.Code(err) != codes.NotFound || !strings.Contains(err.Error(), " is banned") {
+		t.Errorf("after a refusal: %v", err)
+	}
+}

@@ -95,6 +95,8 @@ type hub struct {
 	orders map[string]reissueOrder
 	// banned are the identities that the server has refused as banned since it last told its registrations.
 	banned map[spiffeid.ID]struct{}
+	// shut are registrations that give nothing since their identities are banned, for whoever asks why.
+	shut []identity.Registration
 	// pause holds calls off while they fail as a whole; troubles are why certificates can't be had, by reason.
 	pause    pause
 	troubles map[string]*trouble
@@ -180,10 +182,11 @@ func (h *hub) isKnown() bool {
 
 // setRegistrations replaces the set. Views that lose their last identity end; the others see what is left. An entry
 // whose registration is gone, or names another ID, is dropped with its certificate; one with another lifetime is renewed.
-func (h *hub) setRegistrations(list []identity.Registration) {
+// shut are not of the set, since their identities are banned.
+func (h *hub) setRegistrations(list []identity.Registration, shut ...identity.Registration) {
 	h.mu.Lock()
 	defer h.unlockAndExpunge(h.entriesOf())
-	h.registrations, h.banned = list, nil
+	h.registrations, h.shut, h.banned = list, shut, nil
 	h.hashWanted = false
 	byName := make(map[string]identity.Registration, len(list))
 	for _, r := range list {

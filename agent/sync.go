@@ -227,25 +227,29 @@ func (a *Agent) takeRegistrations(set *signetv1.RegistrationSet) error {
 		a.synced.Store(true)
 		return nil
 	}
-	if len(set.GetRegistrations()) > maxRegistrations {
-		return fmt.Errorf("%d registrations: at most %d are taken", len(set.GetRegistrations()), maxRegistrations)
+	if n := len(set.GetRegistrations()) + len(set.GetBanned()); n > maxRegistrations {
+		return fmt.Errorf("%d registrations: at most %d are taken", n, maxRegistrations)
 	}
 	m := a.member.Load()
-	list := make([]identity.Registration, 0, len(set.Registrations))
 	var wrong error
-	for _, r := range set.Registrations {
-		selectors := make([]identity.Selector, len(r.Selectors))
-		for i, s := range r.Selectors {
-			selectors[i] = identity.Selector(s)
+	read := func(told []*signetv1.Registration) []identity.Registration {
+		list := make([]identity.Registration, 0, len(told))
+		for _, r := range told {
+			selectors := make([]identity.Selector, len(r.Selectors))
+			for i, s := range r.Selectors {
+				selectors[i] = identity.Selector(s)
+			}
+			reg, err := registration(m, storedRegistration{Name: r.Name, ID: r.SpiffeId, Selectors: selectors, TTLSeconds: r.TtlSeconds, Priority: r.Priority})
+			if err != nil {
+				wrong = err
+				continue
+			}
+			list = append(list, reg)
 		}
-		reg, err := registration(m, storedRegistration{Name: r.Name, ID: r.SpiffeId, Selectors: selectors, TTLSeconds: r.TtlSeconds, Priority: r.Priority})
-		if err != nil {
-			wrong = err
-			continue
-		}
-		list = append(list, reg)
+		return list
 	}
-	a.hub.setRegistrations(list)
+	list := read(set.Registrations)
+	a.hub.setRegistrations(list, read(set.Banned)...)
 	a.synced.Store(true) // not before: who is told that the agent is ready asks at once
 	a.lastSet = set
 	a.log.Info("registrations in use", "count", len(list), "revision", set.Revision)

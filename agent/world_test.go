@@ -145,10 +145,12 @@ type world struct {
 	enrolAddr, agentAddr string
 	servers              []*grpc.Server
 
-	mu            sync.Mutex
-	tokens        map[[32]byte]string
-	agents        map[string][]byte
-	bundle        trust.Bundle
+	mu     sync.Mutex
+	tokens map[[32]byte]string
+	agents map[string][]byte
+	bundle trust.Bundle
+	// shut are the registrations whose identities are banned.
+	shut          []string
 	registrations []identity.Registration
 	revision      uint64
 	checkpoint    func(seen uint64) *signetv1.Checkpoint
@@ -471,9 +473,14 @@ func (w agentDoor) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest, si
 			set := &signetv1.RegistrationSet{Revision: revision}
 			for _, r := range w.registrations {
 				if r.For(c.Name) {
-					set.Registrations = append(set.Registrations, &signetv1.Registration{
+					told := &signetv1.Registration{
 						Name: r.Name, SpiffeId: r.ID.String(), Selectors: selectorStrings(r.Selectors), TtlSeconds: int64(r.TTL / time.Second), Priority: r.Priority,
-					})
+					}
+					if slices.Contains(w.shut, r.Name) {
+						set.Banned = append(set.Banned, told)
+					} else {
+						set.Registrations = append(set.Registrations, told)
+					}
 				}
 			}
 			out = append(out, &signetv1.SyncResponse{Update: &signetv1.SyncResponse_Registrations{Registrations: set}})

@@ -56,7 +56,7 @@ const (
 	CodeSpace     = "SGN1003" // room on the disk
 	CodeDisk      = "SGN1004" // time that the disk takes for a durable write
 	CodeClock     = "SGN1005" // the clock, against what has happened
-	CodeKey       = "SGN1006" // a key and the certificate it should belong to
+	CodeKey       = "SGN1006" // a key and the certificate it should belong to, and whether it can have left
 	CodeExpiry    = "SGN1007" // life left of a CA or of an agent's own certificate
 	CodeBudget    = "SGN1008" // how long the server may be away
 	CodeSocket    = "SGN1009" // somebody answers
@@ -73,7 +73,7 @@ const (
 	CodeRootEnd   = "SGN1020" // a root whose end cuts the life of intermediates short
 	CodePeer      = "SGN1021" // another cluster's report that a step waits for
 	CodeTaint     = "SGN1022" // a lost key whose forgeries are accepted
-	CodeStep      = "SGN1023" // a step that a person has to take
+	CodeStep      = "SGN1023" // a step that a person has to take, or that fails when it comes by itself
 	CodeShared    = "SGN1024" // what the clusters of a trust domain share
 	CodeRestored  = "SGN1025" // a state database that is older than what was published
 	CodeUpstream  = "SGN1029" // the upstream authority signs what it is asked, and would sign the next
@@ -81,6 +81,7 @@ const (
 	CodePolicy    = "SGN1027" // what the token of Vault may do, against what will be asked
 	CodeToken     = "SGN1028" // the end of a token of Vault that has no successor
 	CodeRivals    = "SGN1030" // clusters that sign under different roots, none of which leaves
+	CodeApart     = "SGN1031" // clusters that refuse each other's certificates, or will
 )
 
 // What can stand still. Without the first three a process is not ready.

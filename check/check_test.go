@@ -21,6 +21,7 @@ import (
 
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/ca"
 )
 
 var now = time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
@@ -160,6 +161,37 @@ func TestAKeyIsHeldAgainstItsCertificate(t *testing.T) {
 	is(t, Key("i", cert, func() (crypto.PublicKey, error) { return nil, errors.New("wrong passphrase") }, ""), Unknown, "wrong passphrase")
 }
 
+// leaky is a key that can be taken out of where it is kept, or that says that it can't.
+type leaky string
+
+func (l leaky) Exposed() string { return string(l) }
+
+// A promise that is broken, which stops nothing.
+func TestAKeyThatCanHaveLeftIsFound(t *testing.T) {
+	for _, good := range []any{nil, "a key that can't tell", leaky("")} {
+		if found := Exposed("i-1", false, ca.Active, good); len(found) != 0 {
+			t.Errorf("of %v it is said %v", good, found)
+		}
+	}
+	for _, try := range []struct {
+		control bool
+		state   ca.State
+		level   Level
+		words   []string
+	}{
+		{false, ca.Active, Error, []string{"take it for lost", "the next rotation fails", "set keystore.intermediates to file", "then: signet rotation start --config FILE intermediate; then", "signet ca taint --config FILE --reason TEXT i-1"}},
+		{false, ca.Published, Error, []string{"take it for lost"}},
+		{false, ca.Retired, Warning, []string{"it signs no more", "signet ca taint --config FILE --reason TEXT i-1"}},
+		{true, ca.Active, Error, []string{"take it for lost", "the control CA has no rotation", "made anew"}},
+	} {
+		found := Exposed("i-1", try.control, try.state, leaky("transit/keys/i is exportable"))
+		is(t, found, try.level, append(try.words, "can be taken out of Vault: ", " (transit/keys/i is exportable)")...)
+		if !found.Ready() || found[0].Code != CodeKey {
+			t.Errorf("%+v", found)
+		}
+	}
+}
+
 func TestTheBudgetOfAnOutageIsSaid(t *testing.T) {
 	is(t, Budget(24*time.Hour, 576*time.Minute), OK, "away 9h36m before", "of 24h dies")
 	is(t, Budget(30*time.Minute, 12*time.Minute), Warning, "away 12m before", "leaf.ttl")
@@ -268,4 +300,15 @@ func TestWhatAnAgentHasSeenOfTheLogIsLookedAt(t *testing.T) {
 	}
 	is(t, Witness(path, "key"), Error, "contradicted", "checkpoint.evidence")
 	is(t, Seal("d", true), OK, "file mode alone")
+}
+
+// Several are signed in one ceremony, to take their turns months apart.
+func TestASuccessorThatHasNotBegunStandsBy(t *testing.T) {
+	from, until := now.Add(60*24*time.Hour), now.Add(150*24*time.Hour)
+	is(t, Successor("i-2", from, until, time.Minute, now, "mend it"), OK, "i-2", "it stands by: its life begins at 2026-07-03T03:02:01Z")
+	// From then on it is looked at as any other.
+	is(t, Successor("i-2", from, until, time.Minute, until.Add(-time.Hour), "mend it"), Error, "0 %", "mend it")
+	if f := IssuerLife("i-1", from, until, time.Minute, now, ""); f[0].Code != CodeClock || f[0].Level != Error {
+		t.Errorf("one that signs before it begins: %+v", f)
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/signet-ca/signet/audit"
+	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/internal/durable"
 )
 
@@ -67,6 +68,15 @@ func IssuerLife(about string, from, until time.Time, least time.Duration, now ti
 	return found
 }
 
+// Successor looks at a CA that is to take over: before its life begins it stands by, and the clock is not to blame.
+func Successor(about string, from, until time.Time, least time.Duration, now time.Time, mend string) (found Findings) {
+	if !now.Before(from) {
+		return IssuerLife(about, from, until, least, now, mend)
+	}
+	found.add(CodeExpiry, OK, about, fmt.Sprintf("it stands by: its life begins at %s, in %s, and ends at %s", stamp(from), short(from.Sub(now)), stamp(until)), "")
+	return found
+}
+
 // Left says how long a server may stay away from an agent: until the first certificate that is in use ends. It is worth a
 // warning only while the server is away.
 func Left(about string, from, until, now time.Time, away bool) (found Findings) {
@@ -100,6 +110,35 @@ func Key(about string, c *x509.Certificate, open func() (crypto.PublicKey, error
 	}
 	return found
 }
+
+// Exposed says that the private key of a CA can have left where it is kept, though it signs, if the key can tell. That stops
+// nothing: it is a promise that was broken.
+func Exposed(about string, control bool, state ca.State, key any) (found Findings) {
+	k, ok := key.(interface{ Exposed() string })
+	if !ok || k.Exposed() == "" {
+		return nil
+	}
+	level, mend := Error, mendExposed+mendTaint+about
+	message := "its private key can be taken out of Vault: take it for lost unless it is known that nobody has; "
+	switch {
+	case control:
+		mend = ""
+		message += "who has it can be this cluster's server, agents and admins, and since the control CA has no rotation, only a cluster made anew ends that (signet cluster init, another keystore.transit.prefix)"
+	case state == ca.Retired:
+		level, mend = Warning, mendTaint+about
+		message += "it signs no more, but what is made with a copy is accepted"
+	default:
+		message += "no new version is made of it, so the next rotation fails"
+	}
+	found.add(CodeKey, level, about, message+" ("+k.Exposed()+")", mend)
+	return found
+}
+
+const (
+	mendTaint = "signet ca taint --config FILE --reason TEXT "
+	// mendExposed has the next key made elsewhere: all versions of a key in Transit can leave when one can.
+	mendExposed = "set keystore.intermediates to file, or to memory if an upstream signs, leave keystore.transit as it is, and restart; then: signet rotation start --config FILE intermediate; then, unless nobody can have taken the key: "
+)
 
 // Budget says how long the server may be away, when certificates of this life are renewed with least of it left.
 func Budget(life, least time.Duration) (found Findings) {

@@ -34,9 +34,23 @@ type Rotation struct {
 	Halt *Halt
 	// Offline: no server works here that a command could ask.
 	Offline bool
+	// Failed are steps that came by themselves, failed, and are tried again.
+	Failed []Failed
 }
 
-// Halt is a key that can't be used, or a clock that is not believed.
+// Failed is a step that could not be made, since when, and why.
+type Failed struct {
+	Authority string
+	To        ca.State
+	Trouble
+}
+
+// String says it to people.
+func (f Failed) String() string {
+	return fmt.Sprintf("it fails since %s, and is tried again: %s", stamp(f.Since), f.Why)
+}
+
+// Halt is a key that can't be used, a clock that is not believed, or a log that can't be written.
 type Halt struct {
 	// Since is when it began; zero = that is not known.
 	Since time.Time
@@ -90,10 +104,12 @@ func (r Rotation) Findings(now time.Time) (found Findings) {
 	found = append(found, r.peers(steps, now)...)
 	found = append(found, r.forged()...)
 	found = append(found, r.rivals(now)...)
+	found = append(found, r.apart(now)...)
 	found = append(found, r.Restored.findings()...)
 	if !r.Automatic {
 		found = append(found, due(steps)...)
 	}
+	found = append(found, r.failed(steps)...)
 	if len(found) == 0 {
 		found.add(CodeSuccessor, OK, "rotation", "nothing of it waits for a person", "")
 	}
@@ -173,9 +189,19 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// issuing says whether leaves can be made, to all who ask: readiness, signet check and (IssuableUntil) the metric. There is a
-// finding from the first warning on, without a gap, until they can be made for long again; while none can be made it stops
-// the server.
+// Stopped says since when and why nothing can be issued, and what helps; nil = leaves can be made. It is what SGN1017 says.
+func (r Rotation) Stopped(now time.Time) *Halt {
+	active, ok := r.active()
+	since, why, mend := r.stopped(active, ok, rotation.Next(r.Policy, r.World, now), now)
+	if why == "" {
+		return nil
+	}
+	return &Halt{Since: since, Why: why, Mend: mend}
+}
+
+// issuing says whether leaves can be made, to all who ask: readiness, signet check, (Stopped) the status and (IssuableUntil)
+// the metric. There is a finding from the first warning on, without a gap, until they can be made for long again; while none can
+// be made it stops the server.
 func (r Rotation) issuing(steps []rotation.Step, now time.Time) (found Findings) {
 	active, ok := r.active()
 	if since, why, mend := r.stopped(active, ok, steps, now); why != "" {
@@ -379,7 +405,7 @@ func (r Rotation) peers(steps []rotation.Step, now time.Time) (found Findings) {
 			continue
 		}
 		for _, w := range s.Waits {
-			message, mend := w.For, fmt.Sprintf("in cluster %s: signet rotation report --config %[1]s.yaml > %[1]s.report; here: %s --report %[1]s.report", w.Cluster, mendAdvance)
+			message, mend := w.For, fmt.Sprintf("in cluster %[1]s: %[2]ssignet rotation report --config %[1]s.yaml > %[1]s.report; here: %[3]s --report %[1]s.report", w.Cluster, r.beforeReport(s, w), mendAdvance)
 			if r.Shared {
 				message, mend = message+"; reports are exchanged by themselves: wait, and if none comes, see "+CodeShared+" here and there", ""
 			}
@@ -424,19 +450,90 @@ func (r Rotation) rivals(now time.Time) (found Findings) {
 	return found
 }
 
+// beforeReport is what has to be done in a cluster before another report of it helps, as it is there that something is missing.
+func (r Rotation) beforeReport(s rotation.Step, w rotation.Wait) string {
+	if !w.Said {
+		return ""
+	}
+	root := s.Authority
+	if s.Kind == ca.KindIntermediate {
+		a, _ := r.first(func(a rotation.Authority) bool { return a.ID == s.Authority })
+		root = a.Root
+	}
+	believed, leaving := false, false
+	for _, p := range r.Peers {
+		for _, x := range p.Roots {
+			if p.Cluster == w.Cluster && x.ID == root {
+				believed, leaving = true, x.Leaving
+			}
+		}
+	}
+	// It has not begun with the root that is to come, or to leave the one that goes.
+	if !believed || s.To == ca.Removed && !leaving {
+		return fmt.Sprintf("signet rotation start --config %s.yaml root --root ROOT --fingerprint SHA256:…, and what follows; then: ", w.Cluster)
+	}
+	return fmt.Sprintf("signet rotation status --config %s.yaml says what it waits for; then: ", w.Cluster)
+}
+
+// apart says that others have gone on to another root without this cluster.
+func (r Rotation) apart(now time.Time) (found Findings) {
+	x, apart := rotation.Parting(r.Policy, r.World, now)
+	if !apart {
+		return nil
+	}
+	own, _ := r.first(func(a rotation.Authority) bool { return a.ID == x.Root })
+	_, known := r.first(func(a rotation.Authority) bool { return a.ID == x.Next && a.InBundle() })
+	mend := MendRoot
+	switch {
+	case r.Shared, known && !own.Leaving.IsZero():
+		mend = MendStatus // it is under way, or comes with what is shared
+	case x.Next != "":
+		mend = fmt.Sprintf("signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…, where ROOT is the certificate of %s, which its holder has, and signet trust export in another cluster", x.Next)
+	}
+	if len(x.Refusing) > 0 {
+		found.add(CodeApart, Error, x.Root, fmt.Sprintf("what this cluster signs under it is refused in cluster %s, where it is not believed", Some(x.Refusing)), mend)
+	}
+	for _, u := range x.Unknown {
+		found.add(CodeApart, Error, u.Root, fmt.Sprintf("cluster %s signs under it, and it is not believed here: what is signed there is refused here", Some(u.Clusters)), mend)
+	}
+	// Where decisions are shared, this one is about to come.
+	if len(x.Leaving) > 0 && !r.Shared {
+		found.add(CodeApart, Warning, x.Root, fmt.Sprintf("it is being replaced in cluster %s, which waits until this cluster begins too", Some(x.Leaving)), mend)
+	}
+	return found
+}
+
 // due are steps that a person has to take, since they don't come by themselves.
 func due(steps []rotation.Step) (found Findings) {
 	for _, s := range steps {
 		if !s.Ready(false) {
 			continue
 		}
-		about, mend := s.Authority, mendAdvance+" "+s.Authority
-		if about == "" {
-			about, mend = "successor", mendAdvance
-		}
+		about, mend := aboutStep(s)
 		found.add(CodeStep, Warning, about, fmt.Sprintf("it is to become %s, because %s, and rotation.automatic is off", s.To, s.Because), mend)
 	}
 	return found
+}
+
+// failed are steps that would come by themselves if they could be made.
+func (r Rotation) failed(steps []rotation.Step) (found Findings) {
+	for _, s := range steps {
+		for _, f := range r.Failed {
+			if f.Authority == s.Authority && f.To == s.To && s.Ready(false) {
+				about, mend := aboutStep(s)
+				found.add(CodeStep, Warning, about, fmt.Sprintf("it is to become %s, because %s, but %s", s.To, s.Because, f), "when that is mended, at once: "+mend)
+			}
+		}
+	}
+	return found
+}
+
+// aboutStep names what a step is about, and takes it.
+func aboutStep(s rotation.Step) (about, mend string) {
+	if s.Authority == "" {
+		return "successor", mendAdvance
+	}
+	return s.Authority, mendAdvance + " " + s.Authority
 }
 
 // findings say that an older state database is at work.

@@ -41,6 +41,10 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 	tainted.Forged = []Forged{{ID: "i-0", Cluster: "east", By: []string{"east (its trust bundle, 3 agents)", "west (has never reported)"}, Until: now.Add(time.Hour), Advice: "replace it"}, {ID: "i-9", Until: now.Add(time.Hour)}}
 	manual := cluster(0.6)
 	manual.Automatic = false
+	failed := cluster(0.6)
+	failed.Failed = []Failed{{To: ca.Prepared, Trouble: Trouble{Since: now.Add(-time.Hour), Why: "the key is exportable"}}, {Authority: "i-9", To: ca.Active, Trouble: Trouble{Since: now, Why: "of one that is gone"}}}
+	failedNotDue := cluster(0.1)
+	failedNotDue.Failed = failed.Failed
 	west := cluster(0.1, published)
 	west.Peers = []rotation.Report{{Cluster: "west", At: now.Add(-48 * time.Hour), Until: now.Add(-24 * time.Hour)}}
 	west.Own.Roots = []rotation.RootReport{{ID: "root-2"}}
@@ -127,6 +131,8 @@ func TestWhatARotationWaitsForIsFound(t *testing.T) {
 		"a root in each cluster":        {apart, CodeRivals, Warning, []string{"root-1", "cluster east signs under it and cluster west under root-2, and neither root leaves", "let root-2 go on, which ends last", "in each cluster: signet trust remove --config FILE root-1"}},
 		"a root in each that shares":    {sharing, CodeRivals, Warning, []string{"let root-2 go on", "signet trust remove --config FILE root-1"}},
 		"a step for a person":           {manual, CodeStep, Warning, []string{"prepared", "rotation.automatic is off", "rotation advance"}},
+		"a step that fails":             {failed, CodeStep, Warning, []string{"it is to become prepared, because ", "but it fails since 2026-05-04T02:02:01Z, and is tried again: the key is exportable", "at once: signet rotation advance --config FILE"}},
+		"one that is not due any more":  {failedNotDue, CodeSuccessor, OK, nil},
 		"the end in sight":              {cluster(0.75), CodeIssuing, Warning, []string{"nothing can be issued from ", "in 249h59m"}},
 		"the end is near":               {cluster(0.997, request()), CodeIssuing, Error, []string{"in 2h59m", "i-2, which is to take over, is not signed", "root sign"}},
 		"one that begins later":         {cluster(-0.1), CodeIssuing, Error, []string{"nothing can be issued: i-1 begins at 2026-05-08T07:02:01Z, and it is 2026-05-04T03:02:01Z here", "timedatectl"}},
@@ -297,5 +303,82 @@ func TestUntilWhenCanBeIssuedCountsWhatComesByItself(t *testing.T) {
 		if got := try.r.IssuableUntil(now); !got.Equal(try.want) {
 			t.Errorf("%s: until %s, want %s", what, got, try.want)
 		}
+	}
+}
+
+// North was away, or has not begun, while the others went from root-1 to root-2.
+func TestAClusterThatIsLeftBehindSaysSo(t *testing.T) {
+	const start = "signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…, where ROOT is the certificate of root-2"
+	for what, try := range map[string]struct {
+		theirs []rotation.RootReport
+		change func(*Rotation)
+		want   Level
+		words  []string
+	}{
+		"removed there":   {[]rotation.RootReport{{ID: "root-2", Signing: true}}, nil, Error, []string{"root-1 what this cluster signs under it is refused in cluster west", "root-2 cluster west signs under it, and it is not believed here", start}},
+		"removed of late": {[]rotation.RootReport{{ID: "root-2", Signing: true}, {ID: "root-1", Leaving: true, Validators: 2}}, nil, Error, []string{"is refused in cluster west"}},
+		"known here, and under way": {[]rotation.RootReport{{ID: "root-2", Signing: true}}, func(r *Rotation) {
+			r.Authorities[0].Leaving = now
+			r.Authorities = append(r.Authorities, rotation.Authority{ID: "root-2", Kind: ca.KindRoot, State: ca.Published, Since: now, NotBefore: now, NotAfter: now.Add(9000 * time.Hour)})
+		}, Error, []string{"is refused in cluster west", MendStatus}},
+		"it comes by itself":                  {[]rotation.RootReport{{ID: "root-2", Signing: true}}, func(r *Rotation) { r.Shared = true }, Error, []string{MendStatus}},
+		"begun there":                         {[]rotation.RootReport{{ID: "root-1", Leaving: true, Signing: true, Validators: 2, Trusting: 2}, {ID: "root-2"}}, nil, Warning, []string{"root-1 it is being replaced in cluster west", start}},
+		"begun there, and it comes by itself": {[]rotation.RootReport{{ID: "root-1", Leaving: true, Signing: true, Validators: 2, Trusting: 2}, {ID: "root-2"}}, func(r *Rotation) { r.Shared = true }, OK, nil},
+		"begun in both":                       {[]rotation.RootReport{{ID: "root-1", Leaving: true, Signing: true, Validators: 2, Trusting: 2}, {ID: "root-2"}}, func(r *Rotation) { r.Authorities[0].Leaving = now }, OK, nil},
+		"an old report":                       {[]rotation.RootReport{{ID: "root-2", Signing: true}}, func(r *Rotation) { r.Peers[0].At = now.Add(-48 * time.Hour) }, OK, nil},
+		"all under one":                       {[]rotation.RootReport{{ID: "root-1", Signing: true}}, nil, OK, nil},
+	} {
+		r := cluster(0.1)
+		r.Peers = []rotation.Report{{Cluster: "west", At: now, Until: now.Add(24 * time.Hour), Roots: try.theirs}}
+		if try.change != nil {
+			try.change(&r)
+		}
+		var of Findings
+		for _, f := range r.Findings(now) {
+			if f.Code == CodeApart {
+				of = append(of, f)
+			}
+			if f.Blocks() {
+				t.Errorf("%s: the server is not ready: %+v", what, f)
+			}
+		}
+		t.Run(what, func(t *testing.T) { is(t, of, try.want, try.words...) })
+	}
+}
+
+// What helps is said: only where a report is missing, another one does.
+func TestWhatHasToBeDoneInAnotherClusterIsSaid(t *testing.T) {
+	begin, look := "in cluster west: signet rotation start --config west.yaml root --root ROOT", "in cluster west: signet rotation status --config west.yaml says"
+	for what, try := range map[string]struct {
+		leaving bool
+		theirs  []rotation.RootReport
+		want    string
+	}{
+		"it does not know the new root":   {false, []rotation.RootReport{{ID: "root-1", Signing: true}}, begin},
+		"its agents don't have it":        {false, []rotation.RootReport{{ID: "root-1", Signing: true}, {ID: "root-2", Validators: 3, Trusting: 1}}, look},
+		"it has not begun to leave":       {true, []rotation.RootReport{{ID: "root-0", Signing: true}, {ID: "root-1"}}, begin},
+		"it has begun to leave":           {true, []rotation.RootReport{{ID: "root-0", Signing: true, Leaving: true}, {ID: "root-1"}}, look},
+		"nothing is known: a report does": {false, nil, "in cluster west: signet rotation report"},
+	} {
+		added := rotation.Authority{ID: "root-2", Kind: ca.KindRoot, State: ca.Published, Since: now, NotBefore: now, NotAfter: now.Add(9000 * time.Hour)}
+		if try.leaving {
+			added.ID, added.State, added.Leaving = "root-0", ca.Retired, now.Add(-100*time.Hour)
+		}
+		r := cluster(0.1, added)
+		r.Own.Roots = []rotation.RootReport{{ID: "root-2"}}
+		west := rotation.Report{Cluster: "west", Roots: try.theirs}
+		if try.theirs != nil {
+			west.At, west.Until = now, now.Add(24*time.Hour)
+		}
+		r.Peers = []rotation.Report{west}
+		var of Findings
+		for _, f := range r.Findings(now) {
+			if f.Code == CodePeer {
+				of = append(of, f)
+			}
+		}
+		t.Run(what, func(t *testing.T) {
+			is(t, of, Warning, try.want, "signet rotation report --config west.yaml > west.report; here: signet rotation advance")
+		})
 	}
 }

@@ -11,8 +11,8 @@ import (
 
 // Vault is what is known of the Vault behind a server, as its client knows it. None of it takes a call.
 type Vault struct {
-	// Address is for people.
-	Address string
+	// Address is for people, as are the file of the CAs that its certificate may lead to and the name in it, "" = none is given.
+	Address, CAFile, ServerName string
 	// Away: it can't be used, since Since, and Why says it in a sentence. Refused: it is there, and our login is not accepted, which
 	// Mend is for; if not Away, the token of the login before is still good, until Ends (zero: without end) unless it is renewed.
 	Away, Refused bool
@@ -64,6 +64,8 @@ type Duties struct {
 	Leaves, Control bool
 	// LeafSpare and ControlSpare are how long the first of these certificates lives on when none can be renewed.
 	LeafSpare, ControlSpare time.Duration
+	// None: there are none of these certificates, since no agent has ever enrolled.
+	None bool
 	// Upstream: Vault signs the intermediates. The next signature is due at Due; if it does not come, nothing can be issued from
 	// Until on (zero = now).
 	Upstream   bool
@@ -121,7 +123,14 @@ func (v Vault) mend() string {
 	if v.Away && v.Refused {
 		return v.Mend
 	}
-	return "VAULT_ADDR=" + v.Address + " vault status"
+	reach := "VAULT_ADDR=" + v.Address
+	if v.CAFile != "" {
+		reach += " VAULT_CACERT=" + v.CAFile
+	}
+	if v.ServerName != "" {
+		reach += " VAULT_TLS_SERVER_NAME=" + v.ServerName
+	}
+	return reach + " vault status"
 }
 
 // Halt is what a Vault that is away, or does not sign, is for an intermediate whose key is in it; nil if it does.
@@ -145,12 +154,12 @@ func (d Duties) impaired(v Vault, now time.Time) (all []ability) {
 	signing, certifying, sharing := v.Signing.of(v), v.Certifying.of(v), v.Sharing.of(v)
 	if d.Leaves && !signing.Since.IsZero() {
 		all = append(all, ability{
-			"transit", fmt.Sprintf("nothing can be issued: the first certificates of workloads end at %s", stamp(signing.Since.Add(d.LeafSpare))), Error, []string{Issuing}, signing.Why,
+			"transit", "nothing can be issued: " + ends("certificates of workloads", d.None, signing.Since.Add(d.LeafSpare), now), Error, []string{Issuing}, signing.Why,
 		})
 	}
 	if d.Control && !signing.Since.IsZero() {
 		all = append(all, ability{
-			"control", fmt.Sprintf("no agent can enrol, or renew its own certificate: the first of these end at %s", stamp(signing.Since.Add(d.ControlSpare))), Error, []string{Enrolling}, signing.Why,
+			"control", "no agent can enrol, or renew its own certificate: " + ends("certificates of agents", d.None, signing.Since.Add(d.ControlSpare), now), Error, []string{Enrolling}, signing.Why,
 		})
 	}
 	if d.Upstream && !certifying.Since.IsZero() {
@@ -160,6 +169,17 @@ func (d Duties) impaired(v Vault, now time.Time) (all []ability) {
 		all = append(all, ability{"kv", "roots and reports are not exchanged with other clusters: a rotation of the root waits", Warning, nil, sharing.Why})
 	}
 	return all
+}
+
+// ends says when certificates that nobody renews begin to.
+func ends(what string, none bool, first, now time.Time) string {
+	switch {
+	case none:
+		return "there are no " + what + " yet"
+	case now.Before(first):
+		return "the first " + what + " end at " + stamp(first)
+	}
+	return what + " are ending"
 }
 
 // unsigned says until when no signature is needed.

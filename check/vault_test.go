@@ -33,6 +33,15 @@ func TestWhatAVaultThatIsAwayImpairsIsSaidWithItsTime(t *testing.T) {
 			Error, true,
 			[]string{"vault-control", "no agent can enrol", "end at 2026-05-04T04:52:01Z"},
 		},
+		"keys of leaves are in it, for long": {
+			Duties{Leaves: true, LeafSpare: 10 * time.Minute}, Error, false, []string{"nothing can be issued: certificates of workloads are ending (Vault"},
+		},
+		"keys of leaves that are none": {
+			Duties{Leaves: true, LeafSpare: time.Hour, None: true}, Error, false, []string{"nothing can be issued: there are no certificates of workloads yet (Vault"},
+		},
+		"the key of the control CA is, of no agent": {
+			Duties{Control: true, ControlSpare: time.Hour, None: true}, Error, true, []string{"no agent can enrol", "there are no certificates of agents yet (Vault"},
+		},
 		"it signs, not soon": {
 			Duties{Upstream: true, Due: now.Add(day), Until: now.Add(2 * day)},
 			Warning, true,
@@ -73,6 +82,9 @@ func TestWhatAVaultThatIsAwayImpairsIsSaidWithItsTime(t *testing.T) {
 			t.Errorf("what would vault status say: %+v", f)
 		}
 	}
+	known := gone()
+	known.CAFile, known.ServerName = "/etc/vault-ca.pem", "vault.test"
+	is(t, known.Findings(Duties{Shared: true}, now), Warning, "VAULT_ADDR=https://v:8200 VAULT_CACERT=/etc/vault-ca.pem VAULT_TLS_SERVER_NAME=vault.test vault status")
 	back := gone()
 	back.Away = false
 	is(t, back.Findings(Duties{Leaves: true}, now), OK, "it answers")

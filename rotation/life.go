@@ -216,6 +216,8 @@ type Wait struct {
 	Missing []string
 	// Cluster is whose report, or leaves, are waited for; "" = this cluster's.
 	Cluster string
+	// Said: its report is here, and says that something has to be done there first.
+	Said bool
 }
 
 // WaitCode names what is waited for.
@@ -244,8 +246,9 @@ func (s Step) Ready(force bool) bool {
 	return !slices.ContainsFunc(s.Waits, func(w Wait) bool { return !force || !w.Code.Forcible() })
 }
 
-// Next says which steps come next, those that end something last, each with what it waits for. It is a pure function: who
-// takes a step applies it with Apply and asks again.
+// Next says which steps come next, each with what it waits for: those that begin something first, then what is to be made, since
+// they may make it needless, then those that end something, roots last. It is a pure function: who takes a step applies it with
+// Apply and asks again.
 func Next(p Policy, w World, now time.Time) []Step {
 	d := decision{Policy: p, World: w, now: now}
 	var steps []Step
@@ -267,14 +270,21 @@ func Next(p Policy, w World, now time.Time) []Step {
 		steps = append(steps, s)
 	}
 	d.inTurn(steps)
+	d.unlessReplaced(steps)
 	// Of several intermediates that could take over, one does.
 	if best, ok := d.next(steps); ok {
 		steps = slices.DeleteFunc(steps, func(s Step) bool {
 			return s.Kind == ca.KindIntermediate && s.To == ca.Active && s.Authority != best && s.Ready(false)
 		})
 	}
-	rank := map[ca.State]int{ca.Prepared: 0, ca.Published: 1, ca.Active: 2, ca.Retired: 3, ca.Removed: 4}
-	slices.SortStableFunc(steps, func(x, y Step) int { return cmp.Compare(rank[x.To], rank[y.To]) })
+	rank := map[ca.State]int{ca.Published: 0, ca.Active: 1, ca.Prepared: 2, ca.Retired: 3, ca.Removed: 4}
+	slices.SortStableFunc(steps, func(x, y Step) int {
+		order := cmp.Compare(rank[x.To], rank[y.To])
+		if order == 0 && x.To == ca.Removed {
+			order = cmp.Compare(x.Kind, y.Kind) // intermediate, root
+		}
+		return order
+	})
 	return steps
 }
 
@@ -301,6 +311,9 @@ func (d decision) root(r Authority) (Step, bool) {
 		return Step{To: ca.Retired, Because: "it is being replaced", Waits: d.signersUnder(r)}, true
 	case r.State == ca.Published:
 		return Step{To: ca.Active, Because: "it was published", Waits: d.trust(r.ID)}, true
+	}
+	if x, apart := Parting(d.Policy, d.World, d.now); apart && x.Root == r.ID {
+		return Step{To: ca.Retired, Because: x.why(), Waits: []Wait{{Code: WaitRoot, For: "an admin has to begin with " + cmp.Or(x.Next, "the root that follows") + " here: signet rotation start root"}}}, true
 	}
 	return Step{}, false
 }
@@ -363,7 +376,7 @@ func (d decision) peersUnder(r Authority) []Wait {
 		case p.At.Before(promised):
 			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "cluster " + p.Cluster + " has not reported since " + stamp(promised)})
 		case x.Signing:
-			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, For: "cluster " + p.Cluster + " still signs under it"})
+			waits = append(waits, Wait{Code: WaitPeer, Cluster: p.Cluster, Said: true, For: "cluster " + p.Cluster + " still signs under it"})
 		case !x.LeavesUntil.IsZero() && d.now.Before(d.over(x.LeavesUntil)) && (x.Holding > 0 || d.exposed(r.ID, d.now).IsZero()):
 			waits = append(waits, Wait{
 				Code: WaitLeaves, Until: d.over(x.LeavesUntil), Cluster: p.Cluster,
@@ -416,7 +429,7 @@ func (d decision) trust(root string) []Wait {
 	if d.tooShort(r) {
 		return []Wait{{Code: WaitShortLived, For: fmt.Sprintf("root %s ends at %s, too soon for a leaf of %s", root, stamp(r.NotAfter), d.LongestLeaf)}}
 	}
-	if d.first() {
+	if d.first() && slices.ContainsFunc(d.Authorities, func(a Authority) bool { return waiting(a) && a.Root == root }) {
 		return nil
 	}
 	var waits []Wait
@@ -460,10 +473,11 @@ func (d decision) peersTrust(root string) []Wait {
 				w.For = fmt.Sprintf("the reports of cluster %s hold for %s, and clocks may be %s apart: set rotation.report_life there to what it is here", p.Cluster, life, d.Skew)
 			}
 		case !known:
-			w.For = "cluster " + p.Cluster + " does not trust it"
+			w.Said, w.For = true, "cluster "+p.Cluster+" does not trust it"
 		case x.Leaving:
-			w.For = "cluster " + p.Cluster + " is about to stop trusting it"
+			w.Said, w.For = true, "cluster "+p.Cluster+" is about to stop trusting it"
 		case d.short(x) > 0:
+			w.Said = true
 			w.For, w.Missing = fmt.Sprintf("%d of %d agents of cluster %s have it", x.Trusting, x.Validators, p.Cluster), x.Missing
 		default:
 			continue
@@ -506,10 +520,12 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 		return Step{To: ca.Published, Because: "its request was made", Waits: []Wait{w}}, true
 	}
 	switch {
-	case above.State == ca.Removed || above.State == ca.Retired:
-		return Step{To: ca.Removed, Because: "the root above it is being removed"}, true
+	case above.State == ca.Removed:
+		return Step{To: ca.Removed, Because: "the root above it is removed"}, true
 	case d.tooShort(x):
 		return Step{To: ca.Removed, Because: fmt.Sprintf("it ends at %s, too soon for a leaf of %s", stamp(x.NotAfter), d.LongestLeaf)}, true
+	case above.State == ca.Retired:
+		return d.kept(above), true
 	case x.State == ca.Prepared:
 		s := Step{To: ca.Published, Because: "it was signed"}
 		if above.State != ca.Active {
@@ -528,6 +544,16 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 	}
 	s.Waits = append(s.Waits, d.mayBegin(x.Root)...)
 	return s, true
+}
+
+// kept is the step of one that was to sign under a root that is retired now: it goes with that one, but not before, since an
+// abort brings the root back.
+func (d decision) kept(above Authority) Step {
+	s := Step{To: ca.Removed, Because: "the root above it is being removed"}
+	if end, _ := d.root(above); !end.Ready(false) && d.exposed(above.ID, d.now).IsZero() {
+		s.Waits = []Wait{{Code: WaitRoot, For: "it is kept until " + above.ID + " is removed: signet rotation abort " + above.ID + " brings both back", Until: At(end, d.now)}}
+	}
+	return s
 }
 
 // spare is the step of one that would take over only to end no later than the one before it. It stands by until it is too
@@ -677,6 +703,18 @@ func (d decision) inTurn(steps []Step) {
 	}
 }
 
+// unlessReplaced: what waits for its turn under a root that is being replaced never gets it if another root is signed under before.
+func (d decision) unlessReplaced(steps []Step) {
+	for i := range steps {
+		s := &steps[i]
+		x, _ := d.authority(s.Authority)
+		timed := slices.ContainsFunc(s.Waits, func(w Wait) bool { return w.Code == WaitTime })
+		if s.Kind == ca.KindIntermediate && s.To == ca.Active && timed && !d.stays(x.Root) {
+			s.Because += ", but only if no other root is signed under by then: that ends it, since " + x.Root + " is being replaced"
+		}
+	}
+}
+
 func (d decision) before(x, y Authority) bool {
 	xRoot, _ := d.authority(x.Root)
 	yRoot, _ := d.authority(y.Root)
@@ -741,10 +779,11 @@ func (d decision) successor() (Step, bool) {
 	}
 	above, _ := d.authority(now.Root)
 	// One that begins only when the active one is at its end, or is needed now, is none.
-	needed := now.NotAfter.Add(-d.LongestLeaf)
+	soon := d.now.Add(d.Skew)
+	needed := later(now.NotAfter.Add(-d.LongestLeaf), soon)
 	urgent := !now.Tainted.IsZero() || !above.Leaving.IsZero()
 	if urgent {
-		needed = d.now.Add(d.Skew)
+		needed = soon
 	}
 	bridge, useless := "", 0
 	for _, a := range d.Authorities {
@@ -754,12 +793,12 @@ func (d decision) successor() (Step, bool) {
 		if waiting(a) && (!a.signed() || d.stays(a.Root) && !d.tooShort(a) && !a.NotBefore.After(needed) && !d.late(a.Root) && (!worn(a, now) || urgent && !d.spent(a, now))) {
 			return Step{}, false
 		}
-		if root, _ := d.authority(a.Root); waiting(a) && worn(a, now) && !a.NotAfter.Before(root.NotAfter) {
+		if root, _ := d.authority(a.Root); waiting(a) && root.State != ca.Retired && worn(a, now) && !a.NotAfter.Before(root.NotAfter) {
 			useless++
 		}
 	}
-	// Where a root at its end bounds every chain, asking again and again would not help.
-	if useless >= mostWorn {
+	// Where a root at its end bounds every chain, asking again and again would not help; the one that replaces it doesn't.
+	if useless >= mostWorn && (d.stays(now.Root) || bridge != "") {
 		return Step{}, false
 	}
 	s := Step{Kind: ca.KindIntermediate, To: ca.Prepared}

@@ -923,6 +923,132 @@ func TestAnAbortedRootRotationGivesBack(t *testing.T) {
 	}
 }
 
+// A ceremony's successors stand by for as long as the root above them can come back; then they go before it does.
+func TestWhatStandsByUnderARootComesBackWithIt(t *testing.T) {
+	a, b := rootA(ca.Active), named("b", rootA(ca.Active))
+	i, x := under("a", "i", ca.Active), under("b", "x", ca.Published)
+	y, z := under("a", "y", ca.Published), under("a", "z", ca.Published)
+	y.NotBefore, y.NotAfter = epoch.Add(20*day), epoch.Add(50*day)
+	z.NotBefore, z.NotAfter = epoch.Add(40*day), epoch.Add(70*day)
+	w := worldOf(a, b, i, x, y, z)
+	says := func(w World, id string) string {
+		s := stepOf(t, Next(testPolicy, w, noon), id)
+		return fmt.Sprintf("%s: %s %v", s.To, s.Because, s.Waits)
+	}
+	// As soon as the root is being replaced it is said what becomes of them.
+	all, err := StartRoot(w, "b", noon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Authorities = all
+	for _, id := range []string{"y", "z"} {
+		if got := says(w, id); !strings.Contains(got, "but only if no other root is signed under by then: that ends it, since a is being replaced") {
+			t.Errorf("%s is to become %s", id, got)
+		}
+	}
+	w = settle(t, w, noon)
+	ends := noon.Add(testPolicy.LongestLeaf + testPolicy.Skew + time.Second)
+	for _, id := range []string{"y", "z"} {
+		s := stepOf(t, Next(testPolicy, w, noon), id)
+		if s.From != ca.Published || s.To != ca.Removed || len(s.Waits) != 1 || s.Waits[0].For != "it is kept until a is removed: signet rotation abort a brings both back" || !s.Waits[0].Until.Equal(ends) {
+			t.Errorf("after the switch: %+v", s)
+		}
+	}
+	// Nothing more is needed for what signs now, and none of them is taken for a successor of it.
+	if s := stepOf(t, Next(testPolicy, w, noon), ""); s.Ready(true) {
+		t.Errorf("%+v", s)
+	}
+	if all, found := Want(testPolicy, w, epoch.Add(45*day)); found {
+		t.Errorf("under a root that goes one is wanted: %s", changes(w.Authorities, all))
+	}
+	for abort, signs := range map[string]string{"a": "x", "b": "i"} {
+		all, err := Abort(testPolicy, w, abort, false, noon)
+		if err != nil {
+			t.Fatal(err)
+		}
+		back := settle(t, World{Authorities: all, Own: w.Own}, noon)
+		for id, before := range map[string]string{"y": signs, "z": "y"} {
+			if got := says(back, id); !strings.HasPrefix(got, "active: 67 % of the life of "+before+" [{time ") {
+				t.Errorf("after the abort of %s, %s is to become %s", abort, id, got)
+			}
+		}
+	}
+	peered := w
+	peered.Peers = []Report{west(noon, "a")}
+	if s := stepOf(t, Next(testPolicy, peered, noon), "y"); len(s.Waits) != 1 || !s.Waits[0].Until.IsZero() {
+		t.Errorf("while another cluster signs under the root: %+v", s)
+	}
+	lost := World{Authorities: slices.Clone(w.Authorities), Own: w.Own}
+	lost.Authorities[0].Tainted = noon
+	if s := stepOf(t, Next(testPolicy, lost, noon), "y"); !s.Ready(false) {
+		t.Errorf("under a root that can't come back: %+v", s)
+	}
+	var order []string
+	for _, s := range Plan(testPolicy, w, noon, 4) {
+		order = append(order, s.Authority)
+	}
+	if !slices.Equal(order, []string{"i", "y", "z", "a"}) {
+		t.Errorf("removed are %q", order)
+	}
+	if w = settle(t, w, ends); len(Next(testPolicy, w, ends)) != 1 {
+		t.Errorf("after the end: %+v", Next(testPolicy, w, ends))
+	}
+}
+
+// What waits under a root at its end, and is of no use since it ends with it, keeps nobody from asking the root that replaces it.
+func TestSparesOfARootAtItsEndDontKeepTheNextOneWaiting(t *testing.T) {
+	a := rootA(ca.Active)
+	a.NotAfter = epoch.Add(20 * day)
+	i, x, y := under("a", "i", ca.Active), under("a", "x", ca.Published), under("a", "y", ca.Published)
+	i.NotAfter, x.NotAfter, y.NotAfter = a.NotAfter, a.NotAfter, a.NotAfter
+	w := worldOf(a, named("b", rootA(ca.Published)), i, x, y)
+	now := epoch.Add(15 * day)
+	if steps := Next(testPolicy, w, now); slices.ContainsFunc(steps, func(s Step) bool { return s.From == "" }) {
+		t.Fatalf("under the same root one more is asked for: %+v", steps)
+	}
+	all, err := StartRoot(w, "b", now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Authorities = all
+	if s := stepOf(t, Next(testPolicy, w, now), ""); !s.Ready(false) || s.Because != "the root above i is being replaced" {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// What takes over late makes the request needless that is due by then.
+func TestNothingIsAskedForThatAStepMakesNeedless(t *testing.T) {
+	leaves := rootA(ca.Active)
+	leaves.Leaving = noon
+	late, other := under("a", "x", ca.Prepared), under("b", "x", ca.Prepared)
+	late.NotBefore, late.NotAfter = epoch.Add(29*day+12*time.Hour), epoch.Add(60*day)
+	other.NotAfter = epoch.Add(60 * day)
+	for what, c := range map[string]struct {
+		w   World
+		now time.Time
+	}{
+		"it is signed in the last day of the issuer":           {worldOf(rootA(ca.Active), under("a", "i", ca.Active), late), late.NotBefore.Add(time.Minute)},
+		"it is signed after the end of the issuer":             {worldOf(rootA(ca.Active), under("a", "i", ca.Active), late), epoch.Add(31 * day)},
+		"the other root becomes active when the issuer is due": {worldOf(leaves, named("b", rootA(ca.Published)), under("a", "i", ca.Active), other), epoch.Add(21 * day)},
+	} {
+		w := c.w
+		for range 5 {
+			steps := Next(testPolicy, w, c.now)
+			i := slices.IndexFunc(steps, func(s Step) bool { return s.Ready(false) })
+			if i < 0 {
+				break
+			}
+			if steps[i].From == "" {
+				t.Fatalf("%s: one more is asked for since %s", what, steps[i].Because)
+			}
+			w.Authorities = Apply(testPolicy, w.Authorities, steps[i], c.now)
+		}
+		if active(w) != "x" {
+			t.Errorf("%s: active is %q", what, active(w))
+		}
+	}
+}
+
 func TestTheOnlyRootIsNotRemoved(t *testing.T) {
 	w := worldOf(rootA(ca.Active))
 	for verb, do := range map[string]func() ([]Authority, error){

@@ -1071,7 +1071,7 @@ var brokenGuards = map[string]mutant{
 	"a peer's agents have the root":               {drop: saying("agents of cluster")},
 	"a peer that does not trust it is waited for": {drop: saying("does not trust it")},
 	"promises end":                                {drop: saying("could be relied upon")},
-	"a peer's promise ends when it says":          {from: 288, world: promisedForEver},
+	"a peer's promise ends when it says":          {from: 430, world: promisedForEver},
 	"what was promised is kept":                   {drop: saying("may rely on", "has not reported since")},
 	"peers that sign are waited for":              {drop: saying("still signs under it")},
 	"leaves are waited for":                       {drop: func(s Step, w Wait) bool { return w.Code == WaitLeaves }},
@@ -1079,7 +1079,7 @@ var brokenGuards = map[string]mutant{
 	"leaves of peers are waited for":              {drop: saying("leaves of cluster")},
 	"leaves in use are waited for after a taint":  {from: 7, world: nobodyHolds},
 	"a lost key is lost in each certificate":      {from: 12, keyless: true},
-	"a short life is no life":                     {from: 100, policy: func(p *Policy) { p.LongestLeaf = 0 }},
+	"a short life is no life":                     {from: 90, policy: func(p *Policy) { p.LongestLeaf = 0 }},
 	"what is not valid yet does not sign":         {drop: func(s Step, w Wait) bool { return s.To == ca.Active && w.Code == WaitTime }},
 	"the last root stays": {drop: func(_ Step, w Wait) bool {
 		return w.Code == WaitNoOther || w.Code == WaitIssuer || w.Code == WaitPeer || w.Code == WaitLeaves

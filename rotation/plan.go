@@ -30,11 +30,13 @@ func At(s Step, now time.Time) time.Time {
 
 // Plan says which steps would come, in order and at most so many: first those that can be taken as things are, then those
 // that would come if acknowledgements, reports and signatures came at once and only time had to pass. Successors, which have
-// no ID yet, are called successor-1 and so on; they live as long as the issuer before them, or as their root.
+// no ID yet, are called successor-1 and so on; they live as long as the issuer before them, if that is long enough for a leaf, or as
+// their root.
 func Plan(p Policy, w World, now time.Time, most int) []Planned {
 	said := w
 	w = w.willing(p, now)
 	signed := map[string]string{} // by whom, as the plan assumes
+	given := len(w.Authorities)
 	var plan []Planned
 	for made, known := 0, true; len(plan) < most; {
 		ask := said.standing(w.Authorities)
@@ -48,7 +50,9 @@ func Plan(p Policy, w World, now time.Time, most int) []Planned {
 			w = ask
 		}
 		steps := Next(p, ask, now)
-		i := slices.IndexFunc(steps, func(s Step) bool { return s.Ready(false) })
+		// Where one that was made goes unused, as under a root at its end, another would too.
+		unused := slices.ContainsFunc(w.Authorities[given:], func(a Authority) bool { return a.State == ca.Removed && a.LeavesUntil.IsZero() })
+		i := slices.IndexFunc(steps, func(s Step) bool { return s.Ready(false) && (s.From != "" || !unused) })
 		if i < 0 && known {
 			known = false
 			continue
@@ -166,7 +170,7 @@ func (w World) agreed(p Policy, now time.Time) World {
 	for i := range w.Own.Roots {
 		w.Own.Roots[i].Holding = 1
 	}
-	root, life := w.signer(now)
+	root, life := w.signer(p, now)
 	for i, a := range w.Authorities {
 		if !waiting(a) || a.signed() || root.ID == "" {
 			continue
@@ -179,14 +183,15 @@ func (w World) agreed(p Policy, now time.Time) World {
 }
 
 // signer guesses under which root a request will be signed, the one that ends last of those that stay, and for how long.
-func (w World) signer(now time.Time) (root Authority, life time.Duration) {
+func (w World) signer(p Policy, now time.Time) (root Authority, life time.Duration) {
 	for _, a := range w.Authorities {
 		if a.Kind == ca.KindRoot && a.State != ca.Removed && a.Leaving.IsZero() && w.exposed(a.ID, now).IsZero() && a.NotAfter.After(root.NotAfter) {
 			root = a
 		}
 	}
-	if active, ok := w.active(); ok {
-		return root, active.NotAfter.Sub(active.NotBefore)
+	life = root.NotAfter.Sub(now)
+	if active, ok := w.active(); ok && active.NotAfter.Sub(active.NotBefore) > p.LongestLeaf {
+		life = active.NotAfter.Sub(active.NotBefore)
 	}
-	return root, root.NotAfter.Sub(now)
+	return root, life
 }

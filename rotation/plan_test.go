@@ -1,6 +1,7 @@
 package rotation
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"testing"
@@ -25,7 +26,7 @@ func TestAPlanTellsARootRotation(t *testing.T) {
 	before := slices.Clone(w.Authorities)
 	want := []string{
 		"day 10.0 successor-1 prepared", "day 10.0 b published", "day 10.0 b active", "day 10.0 successor-1 published",
-		"day 10.0 successor-1 active", "day 10.0 a retired", "day 11.0 a removed", "day 11.0 i removed",
+		"day 10.0 successor-1 active", "day 10.0 a retired", "day 11.0 i removed", "day 11.0 a removed",
 	}
 	got := told(Plan(testPolicy, w, noon, 8))
 	slices.Sort(got[:2]) // neither waits for the other
@@ -63,7 +64,7 @@ func TestAPlanAssumesOnlyWhatIsMissing(t *testing.T) {
 	w := worldOf(a, b, under("a", "i", ca.Active), under("b", "x", ca.Prepared))
 	w.Peers = []Report{west(noon, "a", "b")}
 	plan := Plan(testPolicy, w, noon, 6)
-	want := []string{"day 10.0 b active", "day 10.0 x published", "day 10.0 x active", "day 10.0 a retired", "day 11.0 a removed", "day 11.0 i removed"}
+	want := []string{"day 10.0 b active", "day 10.0 x published", "day 10.0 x active", "day 10.0 a retired", "day 11.0 i removed", "day 11.0 a removed"}
 	if got := told(plan); !slices.Equal(got, want) {
 		t.Fatalf("got  %q\nwant %q", got, want)
 	}
@@ -73,7 +74,7 @@ func TestAPlanAssumesOnlyWhatIsMissing(t *testing.T) {
 		}
 	}
 	// The promise is over a few minutes after the leaves, and a report is waited for in either case.
-	if at, promised := plan[4].At, a.Leaving.Add(day+testPolicy.Skew); at.Before(promised) {
+	if at, promised := plan[5].At, a.Leaving.Add(day+testPolicy.Skew); at.Before(promised) {
 		t.Errorf("the root is removed at %s, before %s", at, promised)
 	}
 	w.Peers = nil
@@ -109,6 +110,48 @@ func TestAPlanTellsWhatComesByItself(t *testing.T) {
 	}
 	if plan := Plan(testPolicy, World{}, noon, 5); len(plan) != 0 {
 		t.Fatalf("%v", told(plan))
+	}
+}
+
+// Near the issuer's end and after it the request that waits is what matters, and no successor is invented that changes nothing.
+func TestAPlanAtTheEndOfTheIssuer(t *testing.T) {
+	request := Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared, Since: epoch}
+	for what, c := range map[string]struct {
+		i      Authority
+		policy Policy
+		from   time.Time
+	}{
+		"an issuer of 30 days":                {under("a", "i", ca.Active), testPolicy, epoch.Add(28 * day)},
+		"an issuer of two of the longest":     {Authority{ID: "i", NotAfter: epoch.Add(2 * day)}, testPolicy, epoch.Add(time.Hour)},
+		"an issuer too short for the longest": {Authority{ID: "i", NotAfter: epoch.Add(day / 2)}, testPolicy, epoch},
+		"clocks may be a leaf's life apart":   {under("a", "i", ca.Active), Policy{LongestLeaf: day, Skew: 25 * time.Hour, Quorum: 1, PrepareAt: 0.5, SwitchAt: 0.67, ReportLife: 3 * day}, epoch.Add(28 * day)},
+	} {
+		c.i.Kind, c.i.Root, c.i.State, c.i.Since, c.i.NotBefore = ca.KindIntermediate, "a", ca.Active, epoch, epoch
+		for now := c.from; now.Before(c.i.NotAfter.Add(3 * day)); now = now.Add(time.Hour) {
+			for _, waiting := range []bool{true, false} {
+				w, first := worldOf(rootA(ca.Active), c.i), "successor-1"
+				if waiting {
+					w.Authorities, first = append(w.Authorities, request), "x"
+				}
+				plan := Plan(c.policy, w, now, 64)
+				made, takes := 0, ""
+				for _, s := range plan {
+					if s.From == "" {
+						made++
+					}
+					if s.To == ca.Active && s.Kind == ca.KindIntermediate {
+						made, takes = 0, cmp.Or(takes, s.Authority)
+					}
+					// Under a root at its end there may be as many of no use as are asked for at all.
+					if made > mostWorn || made > 1 && s.At.Before(now.Add(30*day)) || made > 0 && waiting && takes == "" {
+						t.Fatalf("%s, %s before its end, request %t: more is made than is needed: %q", what, c.i.NotAfter.Sub(now), waiting, told(plan))
+					}
+				}
+				if takes != first {
+					t.Fatalf("%s, %s before its end, request %t: %q takes over, want %s: %q", what, c.i.NotAfter.Sub(now), waiting, takes, first, told(plan))
+				}
+			}
+		}
 	}
 }
 

@@ -140,7 +140,8 @@ func Want(p Policy, w World, now time.Time) (_ []Authority, found bool) {
 	d := decision{Policy: p, World: w, now: now}
 	best := -1
 	for i, a := range w.Authorities {
-		if !waiting(a) || a.signed() && (d.tooShort(a) || a.NotBefore.After(now.Add(p.Skew))) {
+		above, _ := d.authority(a.Root)
+		if !waiting(a) || a.signed() && (d.tooShort(a) || a.NotBefore.After(now.Add(p.Skew)) || above.State == ca.Retired) {
 			continue
 		}
 		if best < 0 || d.before(a, w.Authorities[best]) {

@@ -144,13 +144,18 @@ func (s *authorities) edit(lives []rotation.Authority, rows ...store.Authority) 
 	return next, nil
 }
 
-// forget drops the oldest removed intermediates but so many, and returns their IDs. The newest number always stays, so that
-// it does not come again.
+// forget drops the oldest removed intermediates but so many, and returns their IDs. The newest number always stays, and
+// that of each backend of keys, so that it does not come again.
 func (s *authorities) forget(most int) (dropped []string) {
-	removed := 0
-	for i := len(s.rows) - 1; i >= 0; i-- {
-		if a := s.rows[i]; a.Kind == ca.KindIntermediate && a.State == ca.Removed && a.Tainted.IsZero() {
-			if removed++; removed > most {
+	removed, counted := 0, map[string]bool{}
+	for _, a := range slices.Backward(s.rows) {
+		if a.Kind != ca.KindIntermediate {
+			continue
+		}
+		newest := !counted[a.Key.Backend]
+		counted[a.Key.Backend] = true
+		if a.State == ca.Removed && a.Tainted.IsZero() {
+			if removed++; removed > most && !newest {
 				dropped = append(dropped, a.ID)
 			}
 		}
@@ -226,6 +231,14 @@ func (s *authorities) taint(w rotation.World, id, reason string, now time.Time) 
 		}
 	}
 	return s.edit(lives, rows...)
+}
+
+// begun refuses a root whose life lies ahead: whatever is signed under it is refused until then.
+func begun(root *x509.Certificate, skew time.Duration, now time.Time) error {
+	if root.NotBefore.After(now.Add(skew)) {
+		return fmt.Errorf("root %s begins at %s, and it is %s here: nothing under it would be accepted before; bring it in then, or set the clock right", rootID(root), stamp(root.NotBefore), stamp(now))
+	}
+	return nil
 }
 
 // addRoot begins to trust a root, see rotation.AddRoot.

@@ -71,7 +71,7 @@ type clock struct {
 
 func newClock(wall func() time.Time, elapsed func() time.Duration, skew time.Duration, log *slog.Logger) *clock {
 	c := &clock{wall: wall, elapsed: elapsed, tolerance: max(skew, leastTolerance), log: log}
-	c.base, c.at = wall().Round(0), elapsed()
+	c.base, c.at = c.together()
 	c.mark, c.whose = c.base, "before it was"
 	return c
 }
@@ -110,8 +110,20 @@ func (c *clock) since() time.Time {
 	return c.wall().Add(c.doubted - c.elapsed())
 }
 
+// together reads both at one moment: a machine that was suspended between the two readings would seem to have jumped at the
+// next look.
+func (c *clock) together() (now time.Time, passed time.Duration) {
+	for {
+		before := c.elapsed()
+		now, passed = c.wall().Round(0), c.elapsed()
+		if (passed - before).Abs() < c.tolerance {
+			return now, passed
+		}
+	}
+}
+
 func (c *clock) look() error {
-	now, passed := c.wall().Round(0), c.elapsed()
+	now, passed := c.together()
 	expected := c.base.Add(passed - c.at)
 	c.off = now.Sub(expected)
 	if now.Before(c.mark.Add(-c.tolerance)) {

@@ -65,6 +65,9 @@ const (
 
 func databasePath(dir string) string { return filepath.Join(dir, "signet.db") }
 
+// ErrNoCluster: Init has never been in the state folder.
+var ErrNoCluster = errors.New("holds no cluster yet")
+
 // LogDir is where the audit log of a state folder is.
 func LogDir(dir string) string { return filepath.Join(dir, "log") }
 
@@ -111,7 +114,7 @@ func (f *Folder) open(ctx context.Context, init bool) (*opened, error) {
 			return nil, err
 		}
 	} else if _, err := os.Stat(databasePath(f.Dir)); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("folder %s holds no cluster yet: make one with: signet cluster init", f.Dir)
+		return nil, fmt.Errorf("folder %s %w: make one with: signet cluster init", f.Dir, ErrNoCluster)
 	}
 	o := &opened{}
 	var err error
@@ -451,7 +454,7 @@ func (c *InitConfig) makeControlCA(ctx context.Context, o *opened) (store.Author
 		return store.Authority{}, fmt.Errorf("make the control CA of cluster %s: %w", c.Cluster, err)
 	}
 	return store.Authority{
-		Authority: rotation.Authority{ID: authorityID(key.Ref()), Kind: ca.KindControl, State: ca.Active, Since: c.Now()},
+		Authority: rotation.Authority{ID: authorityID(ControlKey, key.Ref().Version), Kind: ca.KindControl, State: ca.Active, Since: c.Now()},
 		Key:       key.Ref(), Chain: [][]byte{cert.Raw}, Created: c.Now(),
 	}, nil
 }
@@ -463,7 +466,7 @@ func prefixed(prefix, name string) string {
 }
 
 // authorityID is also the issuer's name in metrics and messages: "intermediate-1".
-func authorityID(r keystore.Ref) string { return fmt.Sprintf("%s-%d", r.Name, r.Version) }
+func authorityID(name string, number int) string { return fmt.Sprintf("%s-%d", name, number) }
 
 // byHand is the evidence of a person at this machine.
 func byHand(door string) *auditv1.Evidence {
@@ -641,19 +644,22 @@ type Cluster struct {
 	Authorities    []AuthorityInfo `json:"authorities"`
 	// RootCertificates are those that Roots names.
 	RootCertificates []*x509.Certificate `json:"-"`
+	// Agents is how many have enrolled.
+	Agents int `json:"-"`
 }
 
 // AuthorityInfo is one issuer, or one in the making.
 type AuthorityInfo struct {
-	ID             string     `json:"id"`
-	Hierarchy      string     `json:"hierarchy"`
-	State          ca.State   `json:"state"`
-	Key            string     `json:"key"`
-	KeyFingerprint string     `json:"key_fingerprint"`
-	Subject        string     `json:"subject"`
-	NotBefore      *time.Time `json:"not_before,omitempty"`
-	NotAfter       *time.Time `json:"not_after,omitempty"`
-	Fingerprint    string     `json:"fingerprint,omitempty"`
+	ID             string   `json:"id"`
+	Hierarchy      string   `json:"hierarchy"`
+	State          ca.State `json:"state"`
+	Key            string   `json:"key"`
+	KeyFingerprint string   `json:"key_fingerprint"`
+	Subject        string   `json:"subject"`
+	// NotBefore and NotAfter bound its whole chain.
+	NotBefore   *time.Time `json:"not_before,omitempty"`
+	NotAfter    *time.Time `json:"not_after,omitempty"`
+	Fingerprint string     `json:"fingerprint,omitempty"`
 	// Certificate is nil for one in the making; Ref names its key.
 	Certificate *x509.Certificate `json:"-"`
 	Ref         keystore.Ref      `json:"-"`
@@ -662,7 +668,7 @@ type AuthorityInfo struct {
 // Show reads a folder, also while a server works on it or where nothing can be written, and needs no key.
 func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 	if _, err := os.Stat(databasePath(dir)); errors.Is(err, fs.ErrNotExist) {
-		return Cluster{}, fmt.Errorf("folder %s holds no cluster yet: make one with: signet cluster init", dir)
+		return Cluster{}, fmt.Errorf("folder %s %w: make one with: signet cluster init", dir, ErrNoCluster)
 	}
 	st, err := store.Open(ctx, store.Config{Path: databasePath(dir), ReadOnly: true})
 	if err != nil {
@@ -677,23 +683,24 @@ func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 			return Cluster{}, err
 		}
 	}
-	rows, _, err := st.Authorities(ctx)
+	rows, revision, err := st.Authorities(ctx)
 	if err != nil {
 		return Cluster{}, err
 	}
-	for _, a := range rows {
+	set, err := newAuthorities(spiffeid.TrustDomain{}, rows, revision, trust.Bundle{})
+	if err != nil {
+		return Cluster{}, err
+	}
+	for _, a := range set.rows {
 		if a.Kind == ca.KindRoot {
 			continue
 		}
 		info := AuthorityInfo{ID: a.ID, Hierarchy: a.Hierarchy().String(), State: a.State, Key: a.Key.String(), Ref: a.Key}
-		if len(a.Chain) > 0 {
-			cert, err := x509.ParseCertificate(a.Chain[0])
-			if err != nil {
-				return Cluster{}, fmt.Errorf("stored certificate of %s can't be read: %w", a.ID, err)
-			}
+		if chain := set.chains[a.ID]; len(chain) > 0 {
+			cert := chain[0]
 			info.Certificate = cert
 			info.KeyFingerprint, info.Subject = ca.KeyFingerprint(cert.RawSubjectPublicKeyInfo), cert.Subject.String()
-			info.NotBefore, info.NotAfter, info.Fingerprint = &cert.NotBefore, &cert.NotAfter, ca.CertificateFingerprint(cert.Raw)
+			info.NotBefore, info.NotAfter, info.Fingerprint = &a.NotBefore, &a.NotAfter, ca.CertificateFingerprint(cert.Raw)
 			if a.Kind == ca.KindControl {
 				c.ControlCA = info.Fingerprint
 			}
@@ -702,6 +709,11 @@ func Show(ctx context.Context, dir string) (_ Cluster, err error) {
 		}
 		c.Authorities = append(c.Authorities, info)
 	}
+	agents, err := st.Agents(ctx)
+	if err != nil {
+		return Cluster{}, err
+	}
+	c.Agents = len(agents)
 	if td, err := identity.ParseTrustDomain(c.TrustDomain); err == nil {
 		b, ok, err := st.Bundle(ctx, td)
 		if err != nil {

@@ -80,7 +80,7 @@ func (c *InitConfig) rehearse(ctx context.Context) (would []string, err error) {
 	if _, ok, err := c.awaited(s.rows, s.bundle); err != nil {
 		return nil, err
 	} else if !ok {
-		add("intermediate requested", IntermediateKey, c.Algorithm, newestKey(s.rows))
+		add("intermediate requested", IntermediateKey, c.Algorithm, c.newestKey(ctx, c.Algorithm, s.rows))
 	}
 	return would, err
 }

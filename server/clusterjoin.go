@@ -124,6 +124,18 @@ func (r TrustedRoot) unfit() string {
 	return ""
 }
 
+// fit are the roots of a set under which a cluster may begin to sign. While the others wait for the root that is to replace
+// theirs, and so for this cluster too, that is the one that leaves: they keep it as long as one that they name signs under it.
+func fit(roots []TrustedRoot) []TrustedRoot {
+	may := func(is func(TrustedRoot) bool) []TrustedRoot {
+		return slices.DeleteFunc(slices.Clone(roots), func(r TrustedRoot) bool { return !is(r) })
+	}
+	if stay := may(func(r TrustedRoot) bool { return r.unfit() == "" }); len(stay) > 0 {
+		return stay
+	}
+	return may(func(r TrustedRoot) bool { return r.State == ca.Active && !r.Tainted })
+}
+
 // join adds the roots that another cluster believes and this one does not know, and refuses chains under those that are on
 // their way out. What is known here stays as it is, so that an old set turns nothing back.
 func (k *keeper) join(set *authorities, t Trust, chains [][]*x509.Certificate, now time.Time) (*authorities, error) {
@@ -134,6 +146,7 @@ func (k *keeper) join(set *authorities, t Trust, chains [][]*x509.Certificate, n
 	if err != nil {
 		return nil, err
 	}
+	var under []string
 	for _, chain := range chains {
 		if row, err := set.requested(k.folder.Cluster, chain[0]); err == nil && len(row.Chain) > 0 {
 			continue // installed before: nothing begins
@@ -141,6 +154,7 @@ func (k *keeper) join(set *authorities, t Trust, chains [][]*x509.Certificate, n
 		if err := k.mayJoin(t, roots, chain[len(chain)-1]); err != nil {
 			return nil, err
 		}
+		under = append(under, rootID(chain[len(chain)-1]))
 	}
 	var rows []store.Authority
 	w := rotation.World{Authorities: set.lives(), Peers: k.heard()}
@@ -161,7 +175,10 @@ func (k *keeper) join(set *authorities, t Trust, chains [][]*x509.Certificate, n
 			row.State = ca.Retired
 		}
 		if r.State == ca.Retired || r.Leaving {
-			row.Leaving = now
+			// What the cluster begins under leaves when it starts its own rotation to the root that follows.
+			if !k.blind() || !slices.Contains(under, id) {
+				row.Leaving = now
+			}
 			// Only peers can say when nothing of theirs needs it any more. Without them it would go at once.
 			if !slices.ContainsFunc(k.policy.Peers, func(p Peer) bool { return p.Cluster == t.Cluster }) {
 				return nil, fmt.Errorf("cluster %s still needs %s, which it is removing: name it with its log verifier key under rotation.peers, so that this cluster knows how long", t.Cluster, id)
@@ -202,21 +219,21 @@ func (r TrustedRoot) life(now time.Time) rotation.Authority {
 
 // mayJoin refuses a chain under a root that nobody should begin to sign under, and names one that is right.
 func (k *keeper) mayJoin(t Trust, roots []TrustedRoot, above *x509.Certificate) error {
-	var fit []string
+	var names []string
+	for _, r := range fit(roots) {
+		if r.Certificate.Equal(above) {
+			return nil
+		}
+		names = append(names, fmt.Sprintf("%s (%s)", rootID(r.Certificate), ca.CertificateFingerprint(r.Certificate.Raw)))
+	}
 	why := "is not believed"
 	for _, r := range roots {
-		if r.unfit() == "" {
-			fit = append(fit, fmt.Sprintf("%s (%s)", rootID(r.Certificate), ca.CertificateFingerprint(r.Certificate.Raw)))
-		}
 		if r.Certificate.Equal(above) {
 			why = r.unfit()
 		}
 	}
-	if why == "" {
-		return nil
-	}
-	advice := "have the request signed by " + strings.Join(fit, " or ")
-	if len(fit) == 0 {
+	advice := "have the request signed by " + strings.Join(names, " or ")
+	if len(names) == 0 {
 		advice = "no root of the set may be signed under now: wait until one is active there (signet trust list), and have the request signed by that"
 	}
 	return errors.New("the chain leads to root " + rootID(above) + ", which in cluster " + t.Cluster + " " + why + ": " + advice)

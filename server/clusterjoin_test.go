@@ -150,7 +150,8 @@ func TestASetThatIsNotAsItWasSentIsRefused(t *testing.T) {
 		{"under a root that leaves", a, good, []string{a.id(), "being removed", "signed by " + b.id(), b.fingerprint()}},
 		{"under a retired root", a, believedBy(t, "east", TrustedRoot{Certificate: a.cert, State: ca.Retired}, rootB), []string{"being removed", "signed by " + b.id()}},
 		{"under a tainted root", a, believedBy(t, "east", TrustedRoot{Certificate: a.cert, State: ca.Active, Tainted: true}, rootB), []string{"is tainted", "signed by " + b.id()}},
-		{"under a root that not all believe", b, believedBy(t, "east", rootA, TrustedRoot{Certificate: b.cert, State: ca.Published}), []string{"not believed by all", "wait until one is active"}},
+		{"under a root that not all believe", b, believedBy(t, "east", rootA, TrustedRoot{Certificate: b.cert, State: ca.Published}), []string{"not believed by all", "signed by " + a.id(), a.fingerprint()}},
+		{"while none may be signed under", b, believedBy(t, "east", TrustedRoot{Certificate: a.cert, State: ca.Active, Leaving: true, Tainted: true}, TrustedRoot{Certificate: b.cert, State: ca.Published}), []string{"not believed by all", "wait until one is active"}},
 		{"under a root that is not in the set", foreign, good, []string{"is not believed", "signed by " + b.id()}},
 	} {
 		_, err := j.install(bad.under, under[bad.under], bad.set)
@@ -270,4 +271,92 @@ func chainOf(t *testing.T, j *joiner) []byte {
 	s := j.start(t, nil)
 	defer s.stop()
 	return ca.EncodeChain(s.keeper.current.Load().chains["intermediate-1"]...)
+}
+
+// East and west wait for north with the new root, since they name it, and north can begin under no root but the old one.
+func TestAClusterThatIsNamedBeforeItJoinsDoesNotHoldARotationUpForEver(t *testing.T) {
+	t.Parallel()
+	east := newCluster(t, "east")
+	west := east.sibling(t, "west")
+	north := &joiner{&cluster{name: "north", dir: shortDir(t), root: east.root, keys: keystore.NewMemory()}, t, nil}
+	asked, err := Init(t.Context(), InitConfig{Folder: north.folder(), Ceremony: byX509{}})
+	must(t, err)
+	north.csr = asked.CSR
+	acquaint(t, east, west, north.cluster)
+	a, b := east.root, newRoot(t)
+	e, w := east.start(t, nil), west.start(t, nil)
+	all := []*live{e, w}
+	name := func(l *live) string { return l.keeper.folder.Cluster }
+	under := func(l *live) string {
+		active, _ := l.keeper.current.Load().activeRoot()
+		return active.ID
+	}
+	// carry brings each report to everybody, one by one, and looks after each whether everybody believes whom it may meet.
+	carry := func() {
+		t.Helper()
+		for _, from := range all {
+			for _, to := range all {
+				if from == to {
+					continue
+				}
+				tell(t, from, to)
+				for _, signs := range all {
+					for _, meets := range all {
+						if !slices.ContainsFunc(meets.keeper.current.Load().bundle.Roots(), func(r *x509.Certificate) bool { return rootID(r) == under(signs) }) {
+							t.Fatalf("%s signs under %s, which %s does not believe", name(signs), under(signs), name(meets))
+						}
+					}
+				}
+			}
+		}
+	}
+	for _, l := range all {
+		l.signed(b, l.startRoot(b), nil)
+	}
+	carry()
+	if e.state(b.id()) != ca.Published || w.state(b.id()) != ca.Published {
+		t.Fatal("the new root is used although nothing is known of north")
+	}
+
+	set := believedBy(t, "east", TrustedRoot{Certificate: a.cert, State: e.state(a.id()), Leaving: true}, TrustedRoot{Certificate: b.cert, State: e.state(b.id())})
+	_, err = north.install(b, b.intermediate(t, north.csr, nil), set)
+	wantError(t, err, "not believed by all agents yet")
+	wantError(t, err, "signed by "+a.id())
+	_, err = north.install(a, a.intermediate(t, north.csr, nil), set)
+	must(t, err)
+	north.wantRoots(a, b)
+	n := north.start(t, nil)
+	if n.state("intermediate-1") != ca.Active || n.state(a.id()) != ca.Active || n.state(b.id()) != ca.Published {
+		t.Fatalf("north signs under %s, %s is %s", under(n), b.id(), n.state(b.id()))
+	}
+	all = append(all, n)
+	carry()
+	for _, l := range all[:2] {
+		if l.state("intermediate-2") != ca.Active || l.state(a.id()) != ca.Retired {
+			t.Fatalf("%s: the new issuer is %s, the old root %s, although north believes the new one", name(l), l.state("intermediate-2"), l.state(a.id()))
+		}
+	}
+	later := func(d time.Duration) {
+		for _, c := range []*cluster{east, west, north.cluster} {
+			c.ahead.Store(int64(d))
+		}
+	}
+	later(26 * time.Hour)
+	carry()
+	if e.state(a.id()) != ca.Retired {
+		t.Fatal("east drops the root under which north signs")
+	}
+	n.signed(b, n.startRoot(b), nil)
+	carry()
+	if n.state("intermediate-2") != ca.Active {
+		t.Fatalf("north's new issuer is %s", n.state("intermediate-2"))
+	}
+	later(52 * time.Hour)
+	carry()
+	carry()
+	for _, l := range all {
+		if l.state(a.id()) != ca.Removed {
+			t.Errorf("%s: the old root is %s", name(l), l.state(a.id()))
+		}
+	}
 }

@@ -93,10 +93,6 @@ func (v *view) withRegistrations(all []identity.Registration, revision uint64) *
 	slices.SortFunc(all, func(a, b identity.Registration) int { return strings.Compare(a.Name, b.Name) })
 	for _, r := range all {
 		next.registrations[r.Name] = r
-		// What an agent is not told it withdraws.
-		if _, banned := v.banned[r.ID]; banned {
-			continue
-		}
 		// An agent is told only its own, and not who else has it.
 		told := registrationMessage(r)
 		told.Agents = nil
@@ -106,11 +102,16 @@ func (v *view) withRegistrations(all []identity.Registration, revision uint64) *
 				set = &signetv1.RegistrationSet{Revision: revision}
 				next.sets[agent] = set
 			}
-			set.Registrations = append(set.Registrations, told)
+			// What is not among its registrations an agent withdraws.
+			if _, banned := v.banned[r.ID]; banned {
+				set.Banned = append(set.Banned, told)
+			} else {
+				set.Registrations = append(set.Registrations, told)
+			}
 		}
 	}
 	for agent, set := range next.sets {
-		if old := v.sets[agent]; old != nil && slices.EqualFunc(old.Registrations, set.Registrations, sameMessage) {
+		if old := v.sets[agent]; old != nil && slices.EqualFunc(old.Registrations, set.Registrations, sameMessage) && slices.EqualFunc(old.Banned, set.Banned, sameMessage) {
 			next.sets[agent] = old
 		}
 	}

@@ -353,7 +353,7 @@ func (e *exchange) hear(ctx context.Context) (string, error) {
 	d.notes = [][]byte{text}
 	if _, err := k.do(ctx, d, nil); errors.Is(err, errBadReport) || errors.Is(err, errNotTaken) {
 		return name, fmt.Errorf("version %d of the report of cluster %s: %w", version, peer, err)
-	} else if err != nil {
+	} else if err != nil && !errors.Is(err, errStep) {
 		k.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
 	}
 	e.heard[peer] = text

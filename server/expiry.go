@@ -109,7 +109,11 @@ func (c lifeCollector) Collect(out chan<- prometheus.Metric) {
 	look := s.lookAtRotation(set, now)
 	look.Halt = s.halt(set)
 	gauge(descIssuable, left(look.IssuableUntil(now), now), ca.KindIntermediate)
-	gauge(descIssuable, left(s.controlUntil(now), now), ca.KindControl)
+	control := s.controlUntil(now)
+	if s.halted() != nil {
+		control = time.Time{}
+	}
+	gauge(descIssuable, left(control, now), ca.KindControl)
 	steps := rotation.Next(look.Policy, look.World, now)
 	for _, kind := range rotated {
 		ready := 0
@@ -246,6 +250,8 @@ func (s *Server) lookAtRotation(set *authorities, now time.Time) check.Rotation 
 		look.Forged = append(look.Forged, f)
 	}
 	look.Restored = k.lost(set).look()
+	vaultTells := s.config.Vault != nil && s.config.Vault().Halt("") != nil
+	look.Failed = k.failedSteps(func(err error) bool { return vaultTells && errors.Is(err, keystore.ErrAway) })
 	return look
 }
 
@@ -257,10 +263,18 @@ func (s *Server) checkRotation(context.Context) check.Findings {
 	return look.Findings(now)
 }
 
-// halt is what keeps leaves from being made although an intermediate lives.
-func (s *Server) halt(set *authorities) *check.Halt {
+// halted is what keeps everything from being issued, whatever issuer lives.
+func (s *Server) halted() *check.Halt {
 	if err := s.clock.believe(); err != nil {
 		return &check.Halt{Since: s.clock.since(), Why: err.Error(), Mend: "timedatectl set-ntp true"}
+	}
+	return s.logTried.halt(LogDir(s.config.Dir), s.now())
+}
+
+// halt is what keeps leaves from being made although an intermediate lives.
+func (s *Server) halt(set *authorities) *check.Halt {
+	if h := s.halted(); h != nil {
+		return h
 	}
 	row, ok := set.issuing()
 	if !ok {
@@ -301,7 +315,7 @@ func (set *authorities) issuing() (store.Authority, bool) {
 // the intermediate that signs is there.
 func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findings, err error) {
 	if _, err := os.Stat(databasePath(c.Dir)); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("folder %s holds no cluster yet: make one with: signet cluster init", c.Dir)
+		return nil, fmt.Errorf("folder %s %w: make one with: signet cluster init", c.Dir, ErrNoCluster)
 	}
 	c.Rotation.LongestLeaf = c.MaxTTL
 	st, err := store.Open(ctx, store.Config{Path: databasePath(c.Dir), ReadOnly: true})
@@ -356,7 +370,7 @@ func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findin
 	look.Offline = !answers(ctx, c.AdminSocket)
 	if row, ok := set.issuing(); ok && c.Keys != nil && row.Key.Backend != keystore.BackendMemory {
 		// One that can't be read by whoever looks may well be good for the server.
-		if _, err := c.Keys.Open(ctx, row.Key); errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrAway) {
+		if _, _, err := k.issuer(ctx, set, row); errors.Is(err, keystore.ErrNotFound) || errors.Is(err, keystore.ErrAway) || errors.Is(err, ca.ErrOtherKey) {
 			look.Halt = &check.Halt{Why: fmt.Sprintf("the key of %s can't be opened: %v", row.ID, err)}
 		}
 	}

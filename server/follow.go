@@ -63,7 +63,7 @@ func (e *exchange) follow(ctx context.Context, theirs shared.Trust, version uint
 	if err != nil && !met {
 		return nil, false, err
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errStep) {
 		e.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
 	}
 	settled := own.Settle(o.set.shares(k.folder.Now()))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/keystore"
@@ -31,7 +32,7 @@ func (s *Server) checks() []check.Part {
 			return check.State(check.CodeState, "store", "the state database takes writes", err, "", check.Enrolling, check.Changing)
 		}},
 		{Code: check.CodeLog, About: "log", Every: 1, Stops: []string{check.Issuing}, Look: func(context.Context) check.Findings {
-			return check.State(check.CodeLog, "log", "the audit log takes entries", s.audit.Ready(), "", check.Issuing)
+			return check.State(check.CodeLog, "log", "the audit log takes entries", s.tryLog(), "", check.Issuing)
 		}},
 		{Look: func(context.Context) check.Findings {
 			return check.State(check.CodeLog, "witnesses", "no agent contradicts the audit log", s.witness.doubt(), "")
@@ -50,6 +51,7 @@ func (s *Server) checks() []check.Part {
 	for _, h := range []identity.Hierarchy{identity.Mesh, identity.ControlPlane} {
 		parts = append(parts, check.Part{Look: func(context.Context) check.Findings { return s.checkIssuer(h) }})
 	}
+	parts = append(parts, check.Part{Look: func(context.Context) check.Findings { return s.checkExposed() }})
 	parts = append(parts, check.Part{Look: func(context.Context) check.Findings {
 		return check.State(check.CodeExpiry, "certificate", "the server can prove who it is", s.own.usable(), "", check.Answering)
 	}}, check.Part{Look: func(context.Context) check.Findings {
@@ -94,6 +96,19 @@ func (s *Server) checkIssuer(h identity.Hierarchy) check.Findings {
 	found := check.IssuerLife(about, issuer.Certificate().NotBefore, issuer.NotAfter(), s.config.LeastLife(ttl), now, "")
 	if until.IsZero() {
 		found[0].Level, found[0].Stops = check.Error, []string{check.Issuing}
+	}
+	return found
+}
+
+// checkExposed says of which CAs the private keys can have left where they are kept.
+func (s *Server) checkExposed() (found check.Findings) {
+	k := s.keeper
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, a := range k.current.Load().rows {
+		if key, open := k.keys[a.Key]; open && a.State != ca.Removed {
+			found = append(found, check.Exposed(a.ID, a.Kind == ca.KindControl, a.State, key)...)
+		}
 	}
 	return found
 }

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -99,6 +101,8 @@ type keeper struct {
 	swept     *authorities
 
 	mu sync.Mutex
+	// failing are the steps that came by themselves, and failed when they were last tried.
+	failing map[stepID]*failedStep
 	// keys are those that are open, by reference.
 	keys map[keystore.Ref]keystore.Key
 	// reports are the newest of the peers, by cluster.
@@ -113,6 +117,7 @@ func newKeeper(f *Folder, policy Rotation) *keeper {
 	return &keeper{
 		folder: f, policy: policy, log: f.Logger, turn: make(chan struct{}, 1),
 		keys: map[keystore.Ref]keystore.Key{}, reports: map[string]rotation.Report{}, destroyed: map[keystore.Ref]bool{},
+		failing: map[stepID]*failedStep{},
 	}
 }
 
@@ -191,40 +196,24 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 		if a.Kind == ca.KindRoot || len(a.Chain) == 0 || a.State == ca.Removed {
 			continue
 		}
-		key, err := k.key(ctx, a.Key)
 		was, _ := before.row(a.ID)
+		issuer, keyless, err := k.issuer(ctx, set, a)
+		switch {
+		case err == nil:
+			list = append(list, issuer)
+		// A certificate that has just come is for the key that was asked with, or for none that will ever sign.
+		case !keyless || len(was.Chain) == 0 && errors.Is(err, ca.ErrOtherKey):
+			return nil, err
+		case a.State != ca.Active:
+			// It does not sign. If it is to sign one day, that is refused then.
+			k.log.Warn("the key of an issuer that does not sign now can't be used", "issuer", a.ID, "state", string(a.State), "err", err)
 		// Where a key is not on this machine, all else goes on without it: another one follows (loseKeys), or it is opened
 		// later (reopen).
-		spared := a.Kind == ca.KindIntermediate && was.State == ca.Active && a.Key.Backend != keystore.BackendFile
-		if spared && err != nil {
-			if a.Key.Backend != keystore.BackendMemory || !errors.Is(err, keystore.ErrNotFound) {
-				why = fmt.Errorf("issuer %s: %w", a.ID, err)
-			}
-			continue
-		}
-		if err != nil && a.State != ca.Active {
-			// It does not sign. If it is to sign one day, that is refused then.
-			k.log.Warn("the key of an issuer that does not sign now can't be opened", "issuer", a.ID, "state", string(a.State), "err", err)
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("issuer %s: %w", a.ID, err)
-		}
-		conf := ca.IssuerConfig{Name: a.ID, Hierarchy: a.Hierarchy(), TrustDomain: set.td, State: a.State, Key: key, Chain: set.chains[a.ID]}
-		if a.Kind == ca.KindIntermediate {
-			last := len(conf.Chain) - 1
-			conf.Chain, conf.Roots = conf.Chain[:last], conf.Chain[last:]
-		}
-		issuer, err := ca.NewIssuer(conf)
-		if err != nil && spared && key.Remote() {
-			k.forgetKey(a.Key)
-			why = err
-			continue
-		}
-		if err != nil {
+		case a.Kind != ca.KindIntermediate || was.State != ca.Active || a.Key.Backend == keystore.BackendFile:
 			return nil, err
+		case a.Key.Backend != keystore.BackendMemory || !errors.Is(err, keystore.ErrNotFound):
+			why = err
 		}
-		list = append(list, issuer)
 	}
 	var last trouble
 	if t := k.unopened.Load(); t != nil {
@@ -240,6 +229,24 @@ func (k *keeper) open(ctx context.Context, set, before *authorities) ([]*ca.Issu
 	}
 	k.unopened.Store(&now)
 	return list, nil
+}
+
+// issuer makes the issuer of an authority that has a certificate; keyless says that its key is why it can't be made.
+func (k *keeper) issuer(ctx context.Context, set *authorities, a store.Authority) (_ *ca.Issuer, keyless bool, err error) {
+	key, err := k.key(ctx, a.Key)
+	if err != nil {
+		return nil, true, fmt.Errorf("issuer %s: %w", a.ID, err)
+	}
+	conf := ca.IssuerConfig{Name: a.ID, Hierarchy: a.Hierarchy(), TrustDomain: set.td, State: a.State, Key: key, Chain: set.chains[a.ID]}
+	if a.Kind == ca.KindIntermediate {
+		last := len(conf.Chain) - 1
+		conf.Chain, conf.Roots = conf.Chain[:last], conf.Chain[last:]
+	}
+	issuer, err := ca.NewIssuer(conf)
+	if keyless = errors.Is(err, ca.ErrOtherKey); keyless {
+		k.forgetKey(a.Key) // the right one may be put back
+	}
+	return issuer, keyless, err
 }
 
 // key opens a key once: opening takes a while, for it is sealed against guessing.
@@ -359,6 +366,9 @@ const selfDoor = "self"
 // scheduled is what comes by itself.
 func scheduled() decision { return decision{verb: "schedule", by: &auditv1.Evidence{Door: selfDoor}} }
 
+// byItself reports whether nobody has asked for it.
+func (d decision) byItself() bool { return d.by.GetDoor() == selfDoor }
+
 // do makes a change that a person asked for, then every step that follows from it. edit gets the set as it stands and
 // returns it as it is to be; nil = no change but the steps.
 func (k *keeper) do(ctx context.Context, d decision, edit func(*authorities, rotation.World, time.Time) (*authorities, []*auditv1.Entry, error)) (outcome, error) {
@@ -442,14 +452,27 @@ func (k *keeper) advance(ctx context.Context, o *outcome, d decision, reports []
 			break
 		}
 		step := o.next[i]
+		if err := k.pausing(step); err != nil && d.byItself() {
+			failed, errs = append(failed, step), append(errs, err)
+			continue
+		}
 		taken, forced, err := k.take(ctx, o, d, step, now)
 		if err != nil {
 			failed, errs = append(failed, step), append(errs, err)
+			if d.byItself() {
+				k.failed(step, err)
+			}
 			continue
 		}
 		o.taken, o.forced = append(o.taken, taken), append(o.forced, forced...)
 		if step.Authority == d.only {
 			d.force = false // the next step of that authority is another decision
+		}
+	}
+	if d.byItself() {
+		k.forgetFailed(o.next)
+		if len(errs) > 0 {
+			return fmt.Errorf("%w: %w", errStep, errors.Join(errs...))
 		}
 	}
 	return errors.Join(errs...)
@@ -494,8 +517,8 @@ func (k *keeper) take(ctx context.Context, o *outcome, d decision, step rotation
 func (k *keeper) rehearse(ctx context.Context, o *outcome, next *authorities) error {
 	for _, a := range next.rows {
 		if was, _ := o.set.row(a.ID); a.Kind == ca.KindIntermediate && a.State == ca.Active && was.State != ca.Active {
-			if _, err := k.key(ctx, a.Key); err != nil {
-				return fmt.Errorf("issuer %s: %w", a.ID, err)
+			if _, _, err := k.issuer(ctx, next, a); err != nil {
+				return err
 			}
 		}
 	}
@@ -587,7 +610,7 @@ func (k *keeper) commit(ctx context.Context, o *outcome, next *authorities, d de
 	if err := k.change(ctx, note, func(st *store.Store) error {
 		return st.ChangeAuthorities(ctx, store.AuthorityChange{Base: o.set.revision, Next: next.revision, Put: rows, Drop: forgotten, Bundle: bundle})
 	}, func() { err = k.use(next, issuers) }); err != nil {
-		return err
+		return undone{err}
 	}
 	if err != nil {
 		return err
@@ -630,7 +653,8 @@ func (k *keeper) successor(ctx context.Context, d decision, set *authorities, al
 // request makes the key of the next intermediate and the request for its certificate. A key that an earlier try has made
 // and nothing points to is taken, so that tries don't pile up keys.
 func (k *keeper) request(ctx context.Context, set *authorities, also []store.Authority) (store.Authority, error) {
-	key, err := k.folder.Keys.Create(ctx, IntermediateKey, k.algorithm, newestKey(slices.Concat(set.rows, also)))
+	rows := slices.Concat(set.rows, also)
+	key, err := k.folder.Keys.Create(ctx, IntermediateKey, k.algorithm, k.folder.newestKey(ctx, k.algorithm, rows))
 	if err != nil {
 		return store.Authority{}, err
 	}
@@ -649,19 +673,41 @@ func (k *keeper) request(ctx context.Context, set *authorities, also []store.Aut
 		return store.Authority{}, fmt.Errorf("make the request for an intermediate of cluster %s: what was made is not PEM", k.folder.Cluster)
 	}
 	return store.Authority{
-		Authority: rotation.Authority{ID: authorityID(key.Ref()), Kind: ca.KindIntermediate, State: ca.Prepared, Since: now},
+		Authority: rotation.Authority{ID: nextIntermediate(rows), Kind: ca.KindIntermediate, State: ca.Prepared, Since: now},
 		Key:       key.Ref(), CSR: block.Bytes, Created: now,
 	}, nil
 }
 
-// newestKey is the newest version that an intermediate's key has had.
-func newestKey(rows []store.Authority) (newest int) {
+// newestKey is the newest version that an intermediate's key has had where the next is made. Each backend counts its own: one
+// that can't skip versions makes those that are passed over.
+func (f *Folder) newestKey(ctx context.Context, alg keystore.Algorithm, rows []store.Authority) int {
+	newest, all := map[string]int{}, 0
 	for _, a := range rows {
 		if a.Key.Name == IntermediateKey {
-			newest = max(newest, a.Key.Version)
+			newest[a.Key.Backend] = max(newest[a.Key.Backend], a.Key.Version)
+			all = max(all, a.Key.Version)
 		}
 	}
-	return newest
+	if all == 0 {
+		return 0
+	}
+	home, _, err := f.Keys.Find(ctx, IntermediateKey, alg, 0)
+	if err != nil {
+		return all // after which no number comes again either; what is wrong shows when the key is made
+	}
+	return newest[home.Backend]
+}
+
+// nextIntermediate is the ID of the next intermediate: they count on wherever their keys are.
+func nextIntermediate(rows []store.Authority) string {
+	newest := 0
+	for _, a := range rows {
+		if number, ok := strings.CutPrefix(a.ID, IntermediateKey+"-"); ok && a.Kind == ca.KindIntermediate {
+			n, _ := strconv.Atoi(number)
+			newest = max(newest, n)
+		}
+	}
+	return authorityID(IntermediateKey, newest+1)
 }
 
 // keep takes the steps that come by themselves, for as long as ctx lives: when something changed, when a time has come, and
@@ -674,10 +720,7 @@ func (k *keeper) keep(ctx context.Context, every time.Duration, woken <-chan str
 		if err := errors.Join(k.loseKeys(ctx), k.reopen(ctx)); err != nil && ctx.Err() == nil {
 			k.log.Error("could not take in how it stands with the keys of the issuers; it is tried again", "err", err)
 		}
-		o, err := k.do(ctx, scheduled(), nil)
-		if err != nil && ctx.Err() == nil {
-			k.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
-		}
+		o, _ := k.do(ctx, scheduled(), nil) // what fails is told of where it does
 		if err := k.destroyKeys(ctx); err == nil {
 			kept = ""
 		} else if ctx.Err() == nil && kept != err.Error() {
@@ -863,15 +906,19 @@ func latest(a, b time.Time) time.Time {
 }
 
 // startIntermediate asks for the next intermediate: the one that stands ready, and requests for as many as are wanted to
-// stand ready.
+// stand ready; for one more where those that do can't begin yet.
 func (k *keeper) startIntermediate(ctx context.Context, d decision, successors int) (outcome, error) {
 	if successors < 1 || successors > MaxSuccessors {
 		return outcome{set: k.current.Load()}, fmt.Errorf("%d successors: want 1 to %d", successors, MaxSuccessors)
 	}
 	return k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
 		all, ok := rotation.Want(k.policy.Policy, w, now)
+		missing := successors - set.waiting()
+		if !ok {
+			missing = max(missing, 1)
+		}
 		var rows []store.Authority
-		for range successors - set.waiting() {
+		for range missing {
 			row, err := k.successor(ctx, d, set, rows)
 			if err != nil {
 				return nil, nil, err
@@ -888,7 +935,8 @@ func (k *keeper) startIntermediate(ctx context.Context, d decision, successors i
 func (s *authorities) waiting() int {
 	n := 0
 	for _, a := range s.rows {
-		if a.Kind == ca.KindIntermediate && (a.State == ca.Prepared || a.State == ca.Published) && a.Tainted.IsZero() {
+		above, _ := s.row(a.Root)
+		if a.Kind == ca.KindIntermediate && (a.State == ca.Prepared || a.State == ca.Published) && a.Tainted.IsZero() && above.State != ca.Retired {
 			n++
 		}
 	}
@@ -900,6 +948,9 @@ func (s *authorities) waiting() int {
 func (k *keeper) startRoot(ctx context.Context, d decision, root *x509.Certificate) (outcome, error) {
 	return k.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
 		if err := rotation.MayBring(w, rootID(root), now); err != nil {
+			return nil, nil, err
+		}
+		if err := begun(root, k.policy.Skew, now); err != nil {
 			return nil, nil, err
 		}
 		next, err := set.addRoot(k.policy.Policy, w, root, now)

@@ -110,6 +110,13 @@ func (a *listener) say() {
 	_ = a.stream.Send(r)
 }
 
+// leaves ends the stream: its agent says nothing more.
+func (a *listener) leaves() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.stream.CloseSend()
+}
+
 func (a *listener) hears() {
 	a.mu.Lock()
 	a.deaf = false
@@ -133,9 +140,9 @@ func (a *listener) believes() trust.Bundle {
 // soon waits for what a running server does by itself.
 func soon(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("not within 20 s: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 	}
 }
@@ -242,7 +249,9 @@ func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
 	if len(started.Requests) != 1 {
 		t.Fatalf("the requests are %v", started.Requests)
 	}
-	soon(t, "the new root is told", func() bool { return len(quick.believes().Roots()) == 2 && len(slow.believes().Roots()) == 2 })
+	soon(t, "the new root is told, and the one agent has said that it has it", func() bool {
+		return s.acks.of("node-1").oldest.Sequence == 2 && len(slow.believes().Roots()) == 2
+	})
 	s.signed(b, started.Requests[0], nil)
 
 	advanced, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{})
@@ -1033,6 +1042,95 @@ func TestAsManySuccessorsAsAskedForStandReady(t *testing.T) {
 			t.Errorf("asked for %d, %d wait for a signature", n, len(r.Requests))
 		}
 	}
+}
+
+// Those of a ceremony that begin later keep their turns: what is wanted at once is one more, asked for once.
+func TestOneIsAskedForAtOnceWhereThoseThatStandByBeginLater(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	start := func(n uint32, dry bool) *adminv1.RotationChangeResponse {
+		t.Helper()
+		r, err := s.rotations().StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: n, DryRun: dry})
+		must(t, err)
+		return r
+	}
+	for i, r := range start(2, false).Requests {
+		s.signed(c.root, r, func(x *x509.Certificate) {
+			x.NotBefore = time.Now().Add(time.Duration(i+1) * 300 * time.Hour).Truncate(time.Second)
+			x.NotAfter = x.NotBefore.Add(700 * time.Hour)
+		})
+	}
+	if r := start(1, true); r.Requested != 1 {
+		t.Errorf("a dry run would ask for %d: %v", r.Requested, r)
+	}
+	asked := start(1, false)
+	if asked.Requested != 1 || len(asked.Requests) != 1 {
+		t.Fatalf("%d are asked for: %v", asked.Requested, asked)
+	}
+	if again := start(1, false); again.Changed || len(again.Requests) != 1 {
+		t.Errorf("the same again: %v", again)
+	}
+	s.signed(c.root, asked.Requests[0], nil)
+	for id, want := range map[string]ca.State{"intermediate-2": ca.Published, "intermediate-3": ca.Published, "intermediate-4": ca.Active} {
+		if got := s.state(id); got != want {
+			t.Errorf("%s is %s, want %s", id, got, want)
+		}
+	}
+}
+
+// A ceremony's successors keep their keys and chains until the root above them can't come back.
+func TestAnAbortBringsBackWhatStoodByUnderTheRoot(t *testing.T) {
+	t.Parallel()
+	c := &cluster{name: "east", dir: shortDir(t), root: newRootUntil(t, time.Now().Add(5000*time.Hour)), keys: keystore.NewMemory()}
+	first, err := Init(t.Context(), InitConfig{Folder: c.folder(), Ceremony: byX509{}})
+	must(t, err)
+	_, err = Install(t.Context(), InstallConfig{Folder: c.folder(), Rotation: testRotation(), Chain: c.root.intermediate(t, first.CSR, nil), RootFingerprint: c.root.fingerprint()})
+	must(t, err)
+	s := c.start(t, nil)
+	r := s.rotations()
+	started, err := r.StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "intermediate", Successors: 2})
+	must(t, err)
+	for i, m := range started.Requests {
+		s.signed(c.root, m, func(x *x509.Certificate) {
+			x.NotBefore = time.Now().Add(time.Duration(i+1) * 600 * time.Hour).Truncate(time.Second)
+			x.NotAfter = x.NotBefore.Add(1000 * time.Hour)
+		})
+	}
+	old, b := c.root, newRoot(t)
+	ends := func(next []*adminv1.RotationStep, what string) {
+		t.Helper()
+		n := 0
+		for _, step := range next {
+			said := step.Because
+			for _, w := range step.Waits {
+				said += " " + w.For
+			}
+			if (step.Authority == "intermediate-2" || step.Authority == "intermediate-3") && strings.Contains(said, what) {
+				n++
+			}
+		}
+		if n != 2 {
+			t.Errorf("%d of two are said to be %q: %v", n, what, next)
+		}
+	}
+	for _, dry := range []bool{true, false} {
+		began, err := r.StartRotation(t.Context(), &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint(), DryRun: dry})
+		must(t, err)
+		ends(began.Next, "only if no other root is signed under by then")
+	}
+	s.signed(b, s.requested(), nil)
+	soon(t, "the switch", func() bool { return s.state(old.id()) == ca.Retired })
+	status, err := r.RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})
+	must(t, err)
+	ends(status.Steps, "it is kept until "+old.id()+" is removed")
+	_, err = r.AbortRotation(t.Context(), &adminv1.AbortRotationRequest{Authority: b.id()})
+	must(t, err)
+	if s.state("intermediate-1") != ca.Active {
+		t.Fatalf("after the abort intermediate-1 is %s", s.state("intermediate-1"))
+	}
+	c.ahead.Store(int64(700 * time.Hour))
+	soon(t, "one of the ceremony signs", func() bool { return s.state("intermediate-2") == ca.Active })
 }
 
 func TestAReportIsBounded(t *testing.T) {

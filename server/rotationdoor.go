@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -31,6 +32,11 @@ type rotationService struct {
 // maxReason bounds what a person gives as a reason, in bytes.
 const maxReason = 512
 
+// undone is why a change that was not refused could not be made: the database or the log takes no write.
+type undone struct{ error }
+
+func (u undone) Unwrap() error { return u.error }
+
 // answer tells what a change has done, or why it was not made.
 func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeResponse, error) {
 	if err != nil && o.changed {
@@ -40,7 +46,7 @@ func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeRe
 	case err == nil:
 	case errors.Is(err, store.ErrConflict):
 		return nil, plainly(codes.Aborted, "store_unavailable", err)
-	case errors.Is(err, errNotLogged), errors.Is(err, errNotTaken), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, errNotLogged), errors.Is(err, errNotTaken), errors.Is(err, context.DeadlineExceeded), errors.As(err, new(undone)), errors.As(err, new(syscall.Errno)):
 		return nil, plainly(codes.Unavailable, s.whyNot(err), err)
 	default:
 		return nil, plainly(codes.FailedPrecondition, "invalid", err)
@@ -192,7 +198,20 @@ func (s rotationService) ListAuthorities(ctx context.Context, _ *adminv1.ListAut
 	}
 	set := s.keeper.current.Load()
 	digest := set.bundle.Digest()
-	return &adminv1.ListAuthoritiesResponse{Authorities: set.messages(), BundleSequence: set.bundle.Sequence(), BundleDigest: digest[:]}, nil
+	return &adminv1.ListAuthoritiesResponse{
+		Authorities: set.messages(), BundleSequence: set.bundle.Sequence(), BundleDigest: digest[:], Stopped: s.stoppedMessage(set, s.now()),
+	}, nil
+}
+
+// stoppedMessage says why no leaf can be made; nil = one can.
+func (s *Server) stoppedMessage(set *authorities, now time.Time) *adminv1.IssuingStopped {
+	look := s.lookAtRotation(set, now)
+	look.Halt = s.halt(set)
+	h := look.Stopped(now)
+	if h == nil {
+		return nil
+	}
+	return &adminv1.IssuingStopped{Since: timestampOf(h.Since), Why: h.Why, Mend: h.Mend}
 }
 
 // RotationStatus shows how the CAs stand, what comes next and what it waits for, in all clusters.
@@ -204,8 +223,15 @@ func (s rotationService) RotationStatus(ctx context.Context, _ *adminv1.Rotation
 	set, now := k.current.Load(), s.now()
 	w := k.world(set, now)
 	r := &adminv1.RotationStatusResponse{Cluster: s.config.Cluster, Automatic: k.policy.Automatic, Authorities: set.messages()}
+	failed := k.failedSteps(func(error) bool { return false })
 	for _, step := range rotation.Next(k.policy.Policy, w, now) {
-		r.Steps = append(r.Steps, stepMessage(step, now))
+		m := stepMessage(step, now)
+		for _, f := range failed {
+			if f.Authority == step.Authority && f.To == step.To && step.Ready(false) {
+				m.At, m.Waits = nil, []*adminv1.RotationWait{{Code: waitFailed, For: f.String()}}
+			}
+		}
+		r.Steps = append(r.Steps, m)
 	}
 	for _, c := range append([]rotation.Report{w.Own}, w.Peers...) {
 		m := &adminv1.ClusterTrust{Cluster: c.Cluster, At: timestampOf(c.At)}
@@ -219,6 +245,7 @@ func (s rotationService) RotationStatus(ctx context.Context, _ *adminv1.Rotation
 	}
 	r.Tainted = k.tainted(set, w, now)
 	r.Reissue = k.reissueStatus(set, now)
+	r.Stopped = s.stoppedMessage(set, now)
 	return r, nil
 }
 
@@ -544,6 +571,9 @@ func (s rotationService) AddTrust(ctx context.Context, req *adminv1.AddTrustRequ
 	}
 	d := decision{verb: "add", reason: "an admin trusts it", by: by, dry: req.DryRun}
 	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
+		if err := begun(root, s.keeper.policy.Skew, now); err != nil {
+			return nil, nil, err
+		}
 		next, err := set.addRoot(s.keeper.policy.Policy, w, root, now)
 		return next, nil, err
 	}))

@@ -117,6 +117,7 @@ type Server struct {
 	acks      *acks
 	directory *directory
 	outbox    outbox
+	logTried  logTried
 	banBook   banBook
 	witness   witness
 	quotas    quotas
@@ -323,9 +324,7 @@ func (s *Server) loadAuthorities(ctx context.Context) (err error) {
 // foundation refuses to start without what a cluster stands on. A successor that is ready takes over first: the server may
 // have been away for long.
 func (s *Server) foundation(ctx context.Context) error {
-	if _, err := s.keeper.do(ctx, scheduled(), nil); err != nil {
-		s.log.Error("could not take a step in the life of a CA; it is tried again", "err", err)
-	}
+	_, _ = s.keeper.do(ctx, scheduled(), nil) // what fails is told of where it does
 	set := s.keeper.current.Load()
 	for _, a := range set.rows {
 		if a.Kind == ca.KindControl {
@@ -443,6 +442,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	work.Go(func() { s.own.keep(ctx) })
 	work.Go(func() { s.upkeep(ctx) })
+	work.Go(func() { s.tryLogOften(ctx) })
 	work.Go(func() { s.lookBack(ctx) })
 	work.Go(func() { s.lookAtKeys(ctx) })
 	work.Go(func() { s.keeper.keep(ctx, s.upkeepEvery, s.acks.woken) })

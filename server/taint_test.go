@@ -87,7 +87,7 @@ func TestATaintIsNotOverForASilentAgentWhoseLeavesHaveEnded(t *testing.T) {
 			c.ahead.Store(int64(10 * time.Minute))
 			silent.say()
 			soon(t, "its last word", func() bool { return s.acks.of("node-2").at.After(c.now().Add(-time.Minute)) })
-			must(t, silent.stream.CloseSend())
+			must(t, silent.leaves())
 			soon(t, "node-2 is gone", func() bool { return s.sessions.of("node-2") == 0 })
 			s.taint("intermediate-1")
 			if got := s.accepting(); got != "east (its trust bundle, 2 agents) node-2 node-1" {

@@ -64,6 +64,7 @@ func (s *Server) duties(now time.Time) check.Duties {
 	d := check.Duties{
 		LeafSpare: rotation.LeastLeft(s.config.TTL), ControlSpare: rotation.LeastLeft(s.config.ControlTTL),
 		Upstream: s.config.Upstream != nil, Shared: s.config.Exchange != nil,
+		None: len(s.directory.current.Load().agents) == 0,
 	}
 	for _, a := range set.rows {
 		if a.State != ca.Active || a.Kind == ca.KindRoot {

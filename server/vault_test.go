@@ -14,6 +14,8 @@ import (
 
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/identity"
+	"github.com/signet-ca/signet/internal/store"
 	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 	"github.com/signet-ca/signet/test/doors"
@@ -33,16 +35,21 @@ func TestAVaultThatIsAwayIsFeltWhereTheSigningKeyIs(t *testing.T) {
 		return check.Vault{Address: "https://v:8200", Away: true, Since: time.Now(), Why: "Vault is sealed"}
 	}
 	var mesh rotation.Authority
+	const agentsThere = "nothing can be issued: the first certificates of workloads end at "
 	for _, try := range []struct {
 		mesh, control string
 		upstream      ca.Upstream
 		ready         bool
 		about, words  string
 	}{
-		{"vault-transit", keystore.BackendFile, nil, false, "vault-transit", "nothing can be issued: the first certificates of workloads end at "},
+		{"vault-transit", keystore.BackendFile, nil, false, "vault-transit", "nothing can be issued: there are no certificates of workloads yet"},
+		{"vault-transit", keystore.BackendFile, nil, false, "vault-transit", agentsThere},
 		{keystore.BackendFile, "vault-transit", nil, true, "vault-control", "no agent can enrol"},
 		{keystore.BackendMemory, keystore.BackendFile, unasked{}, true, "vault-pki", "nor after a restart of this server (Vault is sealed)"},
 	} {
+		if try.words == agentsThere {
+			s.directory.enrolled(store.Agent{AgentRow: identity.AgentRow{Name: "node-1"}, Enrolled: time.Now()})
+		}
 		set := *s.keeper.current.Load()
 		set.rows = slices.Clone(set.rows)
 		for i := range set.rows {

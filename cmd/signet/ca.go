@@ -40,7 +40,7 @@ type authorityShown struct {
 	Root  string    `json:"root,omitempty"`
 	State string    `json:"state"`
 	Since time.Time `json:"since"`
-	// Signing: leaves are signed by it now, or under it.
+	// Signing: leaves are signed by it now, or under it. It is false while nothing can be issued.
 	Signing        bool       `json:"signing"`
 	Wanted         bool       `json:"wanted"`
 	NotBefore      *time.Time `json:"not_before,omitempty"`
@@ -56,6 +56,32 @@ type authorityShown struct {
 
 	chain []*x509.Certificate
 	csr   []byte
+	// stopped is why it does not sign although its time is now; nil = it does, or it is not its time.
+	stopped *stoppedShown
+}
+
+// stoppedShown says that nothing can be issued.
+type stoppedShown struct {
+	// Since is missing where it is not known.
+	Since *time.Time `json:"since,omitempty"`
+	Why   string     `json:"why"`
+	// Mend is a command that helps.
+	Mend string `json:"mend,omitempty"`
+}
+
+func describeStopped(m *adminv1.IssuingStopped) *stoppedShown {
+	if m == nil {
+		return nil
+	}
+	return &stoppedShown{Since: timeOf(m.Since), Why: printableText(m.Why), Mend: printableText(m.Mend)}
+}
+
+func (s stoppedShown) text() string {
+	since := ""
+	if s.Since != nil {
+		since = " since " + clock(*s.Since)
+	}
+	return "NOTHING CAN BE ISSUED" + since + ", because " + s.Why
 }
 
 // authorities asks the server for its CAs.
@@ -64,11 +90,11 @@ func authorities(ctx context.Context, r adminv1.RotationClient) ([]authorityShow
 	if err != nil {
 		return nil, err
 	}
-	return describeAuthorities(answer.Authorities)
+	return describeAuthorities(answer.Authorities, describeStopped(answer.Stopped))
 }
 
-// describeAuthorities says which sign as well.
-func describeAuthorities(list []*adminv1.AuthorityInfo) ([]authorityShown, error) {
+// describeAuthorities says which sign as well, or what stops those that should.
+func describeAuthorities(list []*adminv1.AuthorityInfo, stopped *stoppedShown) ([]authorityShown, error) {
 	signing := map[string]bool{}
 	for _, m := range list {
 		if m.Kind == ca.KindIntermediate && m.State == string(ca.Active) {
@@ -78,9 +104,12 @@ func describeAuthorities(list []*adminv1.AuthorityInfo) ([]authorityShown, error
 	all := []authorityShown{}
 	for _, m := range list {
 		a := authorityShown{
-			ID: m.Id, Kind: m.Kind, Root: m.Root, State: m.State, Since: m.Since.AsTime(), Signing: signing[m.Id], Wanted: m.Wanted,
+			ID: m.Id, Kind: m.Kind, Root: m.Root, State: m.State, Since: m.Since.AsTime(), Signing: signing[m.Id] && stopped == nil, Wanted: m.Wanted,
 			NotBefore: timeOf(m.NotBefore), NotAfter: timeOf(m.NotAfter), Leaving: timeOf(m.Leaving), Tainted: timeOf(m.Tainted),
 			LeavesUntil: timeOf(m.LeavesUntil), Key: m.Key, csr: m.Csr,
+		}
+		if signing[m.Id] {
+			a.stopped = stopped
 		}
 		for _, der := range m.Chain {
 			cert, err := x509.ParseCertificate(der)
@@ -116,6 +145,17 @@ func (a authorityShown) stands() string {
 	return strings.Join(words, ", ")
 }
 
+// signs is the cell of a table that says whether it signs.
+func (a authorityShown) signs() string {
+	switch {
+	case a.Signing:
+		return "yes"
+	case a.stopped != nil:
+		return "STOPPED"
+	}
+	return ""
+}
+
 // authorityList is CAs as a table; a zero now leaves out what is said relative to it.
 type authorityList struct {
 	list []authorityShown
@@ -129,12 +169,8 @@ func (authorityList) columns() []string {
 func (l authorityList) rows() [][]string {
 	var rows [][]string
 	for _, a := range l.list {
-		signs := ""
-		if a.Signing {
-			signs = "yes"
-		}
 		rows = append(rows, []string{
-			a.ID, a.stands(), moment(a.Since, l.now), signs, momentOf(a.NotAfter, l.now), a.Root, a.Kind, clockOf(a.NotAfter), clockOf(a.LeavesUntil),
+			a.ID, a.stands(), moment(a.Since, l.now), a.signs(), momentOf(a.NotAfter, l.now), a.Root, a.Kind, clockOf(a.NotAfter), clockOf(a.LeavesUntil),
 			a.Subject, a.Key, a.Fingerprint,
 		})
 	}
@@ -158,7 +194,7 @@ func (c *cli) caListCommand() *cobra.Command {
 		Short: "List the roots and intermediates",
 		Long: `Lists all CAs, roots first. STATE is prepared (made), published (agents get it), active (may be used), retired (no longer
 used, still believed) or removed; a root that is being replaced is leaving, a CA whose key is lost is TAINTED. SIGNS says
-which intermediate signs now, and under which root.`,
+which intermediate signs now, and under which root; STOPPED where nothing can be issued: signet rotation status says why.`,
 		Example: `  signet ca list --config east.yaml
   signet ca list --config east.yaml -o wide`,
 		Args: cobra.NoArgs,
@@ -192,8 +228,11 @@ func (s caShown) names() []string { return []string{"ca/" + s.ID} }
 func (s caShown) facts(now time.Time) facts {
 	f := facts{{"ca", s.ID}, {"kind", s.Kind}, {"state", s.stands() + ", since " + until(&s.Since, now)}}
 	signs := "no"
-	if s.Signing {
+	switch {
+	case s.Signing:
 		signs = "yes"
+	case s.stopped != nil:
+		signs += ": " + s.stopped.text()
 	}
 	f = append(f, [2]string{"signs", signs})
 	for _, one := range []struct {

@@ -128,8 +128,8 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	found = append(found, check.Log(ctx, logDir, shown.LogVerifierKey, now)...)
 	// What agents have acknowledged, and how it goes with Vault, only the server knows; where it can't be asked, the folder alone
 	// is looked at, and Vault is asked from here.
-	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes, sharedCodes))
-	b, unopened := openBacking(cfg, slog.New(slog.DiscardHandler))
+	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes, keyCodes, sharedCodes))
+	b, unopened := openBacking(ctx, cfg, slog.New(slog.DiscardHandler))
 	conf := serverConfig(cfg, folderOf(cfg, nil, nil))
 	if unopened == nil {
 		defer b.Close()
@@ -141,13 +141,21 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 		}
 	}
 	if unopened != nil {
-		return append(append(found, named(own, file)...), check.Unusable(check.CodeKey, "keys", unopened, "")...)
+		keys := check.Unusable(check.CodeKey, "keys", unopened, "")
+		if errors.Is(unopened, errOtherKeys) {
+			keys[0].Level = check.Error
+		}
+		return append(append(found, named(own, file)...), keys...)
 	}
 	if !running {
 		own = append(own, b.check(ctx, cfg, shown, now)...)
 	}
 	found = append(found, own...)
-	return named(append(found, checkAuthorities(ctx, conf, shown, helps(own), running, now)...), file)
+	authorities := slices.DeleteFunc(checkAuthorities(ctx, conf, shown, helps(own), running, now), func(f check.Finding) bool {
+		// What is left to the server it may have said.
+		return f.Code == check.CodeKey && slices.ContainsFunc(own, func(o check.Finding) bool { return o.Code == f.Code && o.About == f.About })
+	})
+	return named(append(found, authorities...), file)
 }
 
 // helps is what helps against the end of the intermediate that signs: what does against the end of issuing.
@@ -184,9 +192,10 @@ func (o *openedOnce) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, 
 var (
 	rotationCodes = []string{
 		check.CodeIssuing, check.CodeSuccessor, check.CodeSignature, check.CodeRootEnd, check.CodePeer, check.CodeTaint, check.CodeStep, check.CodeRestored,
-		check.CodeRivals,
+		check.CodeRivals, check.CodeApart,
 	}
 	clockCodes  = []string{check.CodeClock}
+	keyCodes    = []string{check.CodeKey}
 	sharedCodes = []string{check.CodeShared, check.CodeUpstream, check.CodeVault, check.CodePolicy, check.CodeToken}
 )
 
@@ -252,8 +261,10 @@ func checkAuthorities(ctx context.Context, conf server.Config, shown server.Clus
 		installed = installed || mesh
 		switch {
 		case a.State == ca.Retired: // it signs nothing more, and is removed when its leaves have ended
+		case mesh && a.State == ca.Active:
+			found = append(found, check.IssuerLife(a.ID, *a.NotBefore, *a.NotAfter, conf.LeastLife(conf.TTL), now, mend)...)
 		case mesh:
-			found = append(found, check.IssuerLife(a.ID, a.Certificate.NotBefore, a.Certificate.NotAfter, conf.LeastLife(conf.TTL), now, mend)...)
+			found = append(found, check.Successor(a.ID, *a.NotBefore, *a.NotAfter, conf.LeastLife(conf.TTL), now, mend)...)
 		default:
 			found = append(found, check.Expiry(a.ID, a.Certificate, now, "")...) // no command renews it
 		}
@@ -261,13 +272,22 @@ func checkAuthorities(ctx context.Context, conf server.Config, shown server.Clus
 			found = append(found, check.Finding{Code: check.CodeKey, Level: check.OK, About: a.ID, Message: "its key is " + a.Ref.String() + ", which is left to the server"})
 			continue
 		}
-		found = append(found, check.Key(a.ID, a.Certificate, func() (crypto.PublicKey, error) {
-			key, err := conf.Keys.Open(ctx, a.Ref)
-			if err != nil {
+		var key keystore.Key
+		belongs := check.Key(a.ID, a.Certificate, func() (_ crypto.PublicKey, err error) {
+			if key, err = conf.Keys.Open(ctx, a.Ref); err != nil {
 				return nil, err
 			}
 			return key.Public(), nil
-		}, "")...)
+		}, "")
+		if a.State == ca.Retired && belongs.Worst() != check.OK {
+			belongs[0].Level, belongs[0].Message = check.OK, belongs[0].Message+"; nothing is signed with it any more"
+			found = append(found, belongs...)
+			continue
+		}
+		if exposed := check.Exposed(a.ID, !mesh, a.State, key); belongs.Worst() == check.OK && len(exposed) > 0 {
+			belongs = exposed
+		}
+		found = append(found, belongs...)
 	}
 	if !installed || len(shown.RootCertificates) == 0 {
 		found = append(found, notInstalled(shown, conf.Upstream != nil, running))

@@ -86,7 +86,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 				return err
 			}
 			logger := c.logger(cfg.Logging)
-			b, err := openBacking(cfg, logger)
+			b, err := openBacking(cmd.Context(), cfg, logger)
 			if err != nil {
 				return err
 			}
@@ -229,7 +229,7 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			if err != nil {
 				return err
 			}
-			b, err := openBacking(cfg, c.logger(cfg.Logging))
+			b, err := openBacking(cmd.Context(), cfg, c.logger(cfg.Logging))
 			if err != nil {
 				return err
 			}
@@ -292,7 +292,7 @@ func (c *cli) installAtServer(ctx context.Context, cfg *config.Server, inUse err
 	if err != nil {
 		return answered(err)
 	}
-	list, err := describeAuthorities(all.Authorities)
+	list, err := describeAuthorities(all.Authorities, describeStopped(all.Stopped))
 	if err != nil {
 		return err
 	}
@@ -319,9 +319,14 @@ func (c *cli) printInstalled(text []byte, stands map[string]string, r installed,
 	var what facts
 	for _, chain := range chains {
 		own, root := chain[0], chain[len(chain)-1]
+		end := slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
+		expires := clock(end)
+		if end.Before(own.NotAfter) {
+			expires += ", cut short: its root ends then"
+		}
 		what = append(what, facts{
 			{"issuer", stands[ca.KeyFingerprint(own.RawSubjectPublicKeyInfo)]},
-			{"expires", clock(own.NotAfter)},
+			{"expires", expires},
 			{"root", ca.CertificateFingerprint(root.Raw)},
 		}...)
 	}

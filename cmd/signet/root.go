@@ -498,13 +498,18 @@ func planFacts(p ca.Plan, root *ceremony.Root, holder *rootHolder) facts {
 	}
 }
 
-// days writes whole days as such.
+// days writes a life of days as such; what is cut short ends within an hour of that.
 func days(d time.Duration) string {
 	const day = 24 * time.Hour
-	if d >= 2*day && d%day == 0 {
-		return fmt.Sprintf("%d days", d/day)
+	if d < 2*day {
+		return d.String()
 	}
-	return d.String()
+	d = d.Round(time.Hour)
+	text := fmt.Sprintf("%d days", d/day)
+	if hours := d % day / time.Hour; hours > 0 {
+		text += fmt.Sprintf(" %dh", hours)
+	}
+	return text
 }
 
 // lifeFlag writes a life as flags take it.

@@ -98,8 +98,8 @@ func dryRunFlag(cmd *cobra.Command, dryRun *bool) {
 
 // stepShown is one move of one CA.
 type stepShown struct {
-	// Authority is missing for one that is to be made.
-	Authority string      `json:"authority,omitempty"`
+	// Authority is empty for one that is to be made.
+	Authority string      `json:"authority"`
 	Kind      string      `json:"kind"`
 	From      string      `json:"from,omitempty"`
 	To        string      `json:"to"`
@@ -467,11 +467,13 @@ func (c *cli) rotationStartCommand() *cobra.Command {
 		Use:   "start --config FILE intermediate|root",
 		Short: "Start replacing the intermediate or the root",
 		Long: `start intermediate makes the key of a successor, and the request for its certificate, or takes the successor that stands
-ready; it takes over as soon as it is signed and may, instead of when its predecessor is old.
+ready; it takes over as soon as it is signed and may, instead of when its predecessor is old. Where those that stand ready
+begin later, one more is requested, and they keep their turns.
 
 start root begins to trust a new root, marks the one in use as leaving, and makes a request for an intermediate under the
 new one. The fingerprint must have come from the new root's holder by another way than the file. While one new root is not
-in use yet, another is refused: turn the first back with signet rotation abort.
+in use yet, another is refused: turn the first back with signet rotation abort. Successors that stand ready under the old root
+end with the switch to the new one, which it says; they are kept until the old root is removed, and an abort brings them back.
 
 The requests go to stdout, or with --csr-out to a file; then stdout gets the fingerprints of their keys, one a line.
 signet root sign wants both. With --successors several are requested at once, to be signed in one ceremony; the command for it
@@ -541,7 +543,7 @@ signet rotation advance, and signet ca show prints it.`,
 	f := cmd.Flags()
 	f.StringVar(&rootFile, "root", "", "certificate of the new root, PEM, or - for stdin")
 	f.StringVar(&fingerprint, "fingerprint", "", "fingerprint of the new root, from its holder")
-	f.Uint32Var(&successors, "successors", 1, "how many intermediates to request")
+	f.Uint32Var(&successors, "successors", 1, "how many intermediates shall stand ready or be requested")
 	f.StringVar(&out, "csr-out", "", "write the certificate requests to this file")
 	_ = cmd.MarkFlagFilename("root", "pem")
 	dryRunFlag(cmd, &dryRun)
@@ -696,7 +698,8 @@ func (c *cli) rotationAbortCommand() *cobra.Command {
 		Use:   "abort --config FILE ID",
 		Short: "Turn a rotation back",
 		Long: `Turns back what was started with a CA. One that was never used is dropped; an intermediate that has taken over gives back
-to the one before it; a new root leaves in place of the old one; a root that is leaving stays.
+to the one before it; a new root leaves in place of the old one; a root that is leaving stays. With a root come back the
+successors that stood ready under it.
 
 What can't be turned back is refused (exit status 1). Where only acknowledgements or reports are missing, --force does it
 nevertheless; what that breaks is said, and written in the audit log.`,

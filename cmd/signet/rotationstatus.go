@@ -26,6 +26,8 @@ type rotationShown struct {
 	Next        []stepShown      `json:"next"`
 	Clusters    []clusterTrusts  `json:"clusters"`
 	Tainted     []taintShown     `json:"tainted"`
+	// Stopped is missing while leaves can be made.
+	Stopped *stoppedShown `json:"issuing_stopped,omitempty"`
 	// Reissue is missing when nothing is replaced after a taint.
 	Reissue *reissueShown `json:"reissue,omitempty"`
 }
@@ -89,10 +91,10 @@ type reissueShown struct {
 
 func describeRotation(r *adminv1.RotationStatusResponse) (rotationShown, error) {
 	s := rotationShown{
-		Cluster: r.Cluster, Automatic: r.Automatic, Next: describeSteps(r.Steps), Clusters: []clusterTrusts{}, Tainted: []taintShown{},
+		Cluster: r.Cluster, Automatic: r.Automatic, Next: describeSteps(r.Steps), Clusters: []clusterTrusts{}, Tainted: []taintShown{}, Stopped: describeStopped(r.Stopped),
 	}
 	var err error
-	if s.Authorities, err = describeAuthorities(r.Authorities); err != nil {
+	if s.Authorities, err = describeAuthorities(r.Authorities, s.Stopped); err != nil {
 		return s, err
 	}
 	for _, m := range r.Clusters {
@@ -157,6 +159,14 @@ func (s rotationShown) print(w io.Writer, wide bool, now time.Time) error {
 		how = "steps are taken by signet rotation advance only (rotation.automatic is false)"
 	}
 	fmt.Fprintf(w, "cluster %s: %s\n", s.Cluster, how)
+
+	if s.Stopped != nil {
+		fmt.Fprint(w, "\nSTOPPED\n")
+		folded(w, "  ", "    ", s.Stopped.text())
+		if s.Stopped.Mend != "" {
+			folded(w, "    - ", "      ", "to do: "+s.Stopped.Mend)
+		}
+	}
 
 	fmt.Fprint(w, "\nCAs\n")
 	format := "table"
@@ -346,12 +356,13 @@ func (c *cli) rotationStatusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status --config FILE",
 		Short: "Show where every CA stands and what is waited for",
-		Long: `Shows the CAs with their states; which steps come next, what each waits for and who is missing; how many agents of each
-cluster believe each root, as of its last report; and for each tainted CA who accepts a forged certificate, until when: trust
-bundles that hold the root above it, agents that may have it and are not banned, and clusters of which it is not known.
+		Long: `Shows, while nothing can be issued, since when, why, and what helps; the CAs with their states; which steps come next,
+what each waits for and who is missing; how many agents of each cluster believe each root, as of its last report; and for each
+tainted CA who accepts a forged certificate, until when: trust bundles that hold the root above it, agents that may have it and
+are not banned, and clusters of which it is not known.
 
-Exit status: 0 nobody accepts what a tainted CA has signed; 1 somebody does, or may; 2 the server could not be asked. With
---watch it is shown again whenever it has changed, until interrupted, and the exit status is 0.`,
+Exit status: 0 nobody accepts what a tainted CA has signed; 1 somebody does, or may, or nothing can be issued; 2 the server
+could not be asked. With --watch it is shown again whenever it has changed, until interrupted, and the exit status is 0.`,
 		Example: `  signet rotation status --config east.yaml
   signet rotation status --config east.yaml --watch
   signet rotation status --config east.yaml -o json`,
@@ -370,6 +381,9 @@ Exit status: 0 nobody accepts what a tainted CA has signed; 1 somebody does, or 
 			if n := s.accepted(); n > 0 {
 				return no("certificates forged with the key of %s are accepted", count(uint32(n), "tainted CA"))
 			}
+			if s.Stopped != nil {
+				return no("nothing can be issued")
+			}
 			return nil
 		},
 	}
@@ -384,6 +398,9 @@ func (c *cli) rotationStatus(ctx context.Context, file string) (s rotationShown,
 		answer, err := r.RotationStatus(ctx, &adminv1.RotationStatusRequest{})
 		if err == nil {
 			s, err = describeRotation(answer)
+		}
+		if s.Stopped != nil {
+			s.Stopped.Mend = strings.ReplaceAll(s.Stopped.Mend, "--config FILE", "--config "+file)
 		}
 		return err
 	})

@@ -61,7 +61,7 @@ func (c *cli) serve(ctx context.Context, file string, clockIsRight bool) error {
 	}
 	collectLess(serverGarbage)
 	logger := c.logger(cfg.Logging)
-	b, err := openBacking(cfg, logger)
+	b, err := openBacking(ctx, cfg, logger)
 	if err != nil {
 		return err
 	}

@@ -52,12 +52,8 @@ func (trustShown) columns() []string {
 func (s trustShown) rows() [][]string {
 	var rows [][]string
 	for _, a := range s.Roots {
-		signs := ""
-		if a.Signing {
-			signs = "yes"
-		}
 		rows = append(rows, []string{
-			a.ID, a.stands(), moment(a.Since, s.now), signs, momentOf(a.NotAfter, s.now), a.Subject, clockOf(a.NotAfter), clockOf(a.LeavesUntil), a.Fingerprint,
+			a.ID, a.stands(), moment(a.Since, s.now), a.signs(), momentOf(a.NotAfter, s.now), a.Subject, clockOf(a.NotAfter), clockOf(a.LeavesUntil), a.Fingerprint,
 		})
 	}
 	return rows
@@ -79,7 +75,7 @@ func trusted(ctx context.Context, r adminv1.RotationClient) (trustShown, error) 
 		return s, err
 	}
 	s.BundleSequence, s.BundleDigest = answer.BundleSequence, hex.EncodeToString(answer.BundleDigest)
-	all, err := describeAuthorities(answer.Authorities)
+	all, err := describeAuthorities(answer.Authorities, describeStopped(answer.Stopped))
 	for _, a := range all {
 		if a.Kind == ca.KindRoot && a.State != string(ca.Removed) {
 			s.Roots = append(s.Roots, a)

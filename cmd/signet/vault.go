@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,7 +48,8 @@ type backing struct {
 	// metrics are those of the connection, which outlive a server that could not begin.
 	metrics *prometheus.Registry
 	log     *slog.Logger
-	token   string
+	// at is how Vault is reached.
+	at config.Vault
 
 	mu sync.Mutex
 	// asked is when Vault last said which of the needs are missing; unasked is why it could not be asked since.
@@ -56,8 +58,8 @@ type backing struct {
 	missing []vault.Need
 }
 
-// openBacking talks to nobody. What it returns has to be closed.
-func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error) {
+// openBacking talks to nobody, and refuses what keys at work in Vault can't go with. What it returns has to be closed.
+func openBacking(ctx context.Context, cfg *config.Server, logger *slog.Logger) (_ *backing, err error) {
 	files, err := cfg.OpenKeys()
 	if err != nil {
 		return nil, err
@@ -70,12 +72,12 @@ func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error
 			Homes:   homes(cfg),
 			Default: keystore.BackendFile,
 		},
-		metrics: prometheus.NewRegistry(), log: logger, token: cfg.Vault.Login.TokenFile,
+		metrics: prometheus.NewRegistry(), log: logger, at: cfg.Vault,
 	}
 	if !cfg.UsesVault() {
 		return b, nil
 	}
-	if b.needs, err = needsOf(cfg); err != nil {
+	if b.needs, err = needsOf(ctx, cfg); err != nil {
 		return nil, err
 	}
 	if b.vault, err = vault.New(vaultConfig(cfg.Vault, logger, b.metrics)); err != nil {
@@ -89,9 +91,11 @@ func openBacking(cfg *config.Server, logger *slog.Logger) (_ *backing, err error
 	if cfg.UsesTransit() {
 		t := transitConfig(cfg)
 		t.Vault, t.Logger, t.Metrics = b.vault, logger, b.metrics
-		if backends[transit.Backend], err = transit.New(t); err != nil {
+		store, err := transit.New(t)
+		if err != nil {
 			return nil, err
 		}
+		backends[transit.Backend] = recorded{store, prefixFile(cfg), t.Prefix}
 		b.signing = b.vault.Engine(transit.SigningEngine(t))
 	}
 	if cfg.Upstream.VaultPKI.Mount != "" {
@@ -130,15 +134,16 @@ func kvConfig(cfg *config.Server) kv.Config {
 	return k
 }
 
-// transitUses are what Transit's keys are used for. The control CA's is made once. Where a mount is given in the file, there may
-// be older keys of what is made elsewhere by now.
-func transitUses(cfg *config.Server) (uses []transit.Use) {
+// transitUses are what Transit's keys are used for. The control CA's is made once, and stays what it is. There may be older keys of
+// what is made elsewhere by now, where some are at work, or a mount is given in the file.
+func transitUses(cfg *config.Server, at inTransit) (uses []transit.Use) {
 	for _, name := range slices.Sorted(maps.Keys(homes(cfg))) {
 		u := transit.Use{Name: name, Shrinks: name == server.IntermediateKey}
+		have, works := at.algorithms[name]
 		switch {
 		case homes(cfg)[name] == config.KeysTransit:
-			u.Algorithm, u.Made, u.Grows = cfg.Keystore.Algorithm, true, u.Shrinks
-		case !cfg.OlderInTransit():
+			u.Algorithm, u.Made, u.Grows = cmp.Or(have, cfg.Keystore.Algorithm), true, u.Shrinks
+		case !works && !cfg.OlderInTransit():
 			continue
 		}
 		uses = append(uses, u)
@@ -151,11 +156,18 @@ func homes(cfg *config.Server) map[string]string {
 	return map[string]string{server.ControlKey: cfg.Keystore.ControlCA, server.IntermediateKey: cfg.Keystore.Intermediates}
 }
 
-// needsOf is all that a server of this configuration will ask of Vault.
-func needsOf(cfg *config.Server) (needs []vault.Need, err error) {
+// needsOf is all that a server of this configuration will ask of Vault, with the keys that are at work.
+func needsOf(ctx context.Context, cfg *config.Server) (needs []vault.Need, err error) {
 	needs = vault.Needs()
 	if cfg.UsesTransit() {
-		of, err := transit.Needs(transitConfig(cfg), transitUses(cfg)...)
+		at, err := keysInTransit(ctx, cfg)
+		if err == nil {
+			err = at.refuses(cfg)
+		}
+		if err != nil {
+			return nil, err
+		}
+		of, err := transit.Needs(transitConfig(cfg), transitUses(cfg, at)...)
 		if err != nil {
 			return nil, err
 		}
@@ -265,7 +277,7 @@ func (b *backing) look() check.Vault {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	v := check.Vault{
-		Address: s.Address, Away: s.Away || s.Refused && !s.LoggedIn, Refused: s.Refused, Since: s.Since, Ends: s.TokenUntil, Why: s.Why, Mend: s.Mend,
+		Address: s.Address, CAFile: b.at.CAFile, ServerName: b.at.ServerName, Away: s.Away || s.Refused && !s.LoggedIn, Refused: s.Refused, Since: s.Since, Ends: s.TokenUntil, Why: s.Why, Mend: s.Mend,
 		Asked: b.asked, Unasked: b.unasked,
 		Signing: troubleOf(b.signing), Certifying: troubleOf(b.certifying), Sharing: troubleOf(b.sharing),
 	}
@@ -273,7 +285,7 @@ func (b *backing) look() check.Vault {
 		v.Missing = append(v.Missing, check.Lack{Path: n.Path, Capabilities: n.Capabilities, Why: n.Why})
 	}
 	if s.LoggedIn {
-		v.Token = check.Token{File: b.token, Begins: s.TokenBegan, Ends: s.TokenEnds}
+		v.Token = check.Token{File: b.at.Login.TokenFile, Begins: s.TokenBegan, Ends: s.TokenEnds}
 	}
 	return v
 }
@@ -294,6 +306,7 @@ func (b *backing) check(ctx context.Context, cfg *config.Server, shown server.Cl
 	d := check.Duties{
 		LeafSpare: rotation.LeastLeft(cfg.Leaf.TTL), ControlSpare: rotation.LeastLeft(cfg.Control.TTL),
 		Upstream: b.upstream != nil, Shared: b.exchange != nil, Volatile: cfg.Keystore.Intermediates == config.KeysMemory,
+		None: shown.Agents == 0,
 	}
 	for _, a := range shown.Authorities {
 		if a.State != ca.Active || a.Certificate == nil {
@@ -411,14 +424,15 @@ func (c *cli) configVaultPolicyCommand() *cobra.Command {
 		Use:   "vault-policy --config FILE",
 		Short: "Print the policy that a server needs in Vault",
 		Long: `Prints the smallest policy for Vault with which the server of this configuration can do all that it will ever ask for, the
-next rotation included, with what each line is for. It is made from the configuration alone: no Vault is asked.
+next rotation included, with what each line is for. No Vault is asked. Where the cluster has been made, the keys that it has in
+Vault are read from its state folder: run it there, as the server's user, when the configuration has changed.
 
 A running server asks Vault itself whether its token may do all of this, and says what is missing: signet check.
 Exit status 2 if the configuration uses no Vault.`,
 		Example: `  signet config vault-policy --config east.yaml
   signet config vault-policy --config east.yaml | vault policy write signet-east -`,
 		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.LoadServer(file)
 			if err != nil {
 				return err
@@ -426,7 +440,7 @@ Exit status 2 if the configuration uses no Vault.`,
 			if !cfg.UsesVault() {
 				return fmt.Errorf("%s uses no Vault: nothing in keystore, upstream or trust names it, so no policy is needed", file)
 			}
-			needs, err := needsOf(cfg)
+			needs, err := needsOf(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}

@@ -37,6 +37,8 @@ type fakeVault struct {
 	// token is what lookup-self says of it; denied are paths that it may not use.
 	token  map[string]any
 	denied map[string]bool
+	// asked counts the calls.
+	asked int
 }
 
 func newFakeVault(t *testing.T) *fakeVault {
@@ -55,6 +57,7 @@ func (v *fakeVault) set(change func()) {
 func (v *fakeVault) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.asked++
 	if v.status != 0 {
 		w.WriteHeader(v.status)
 		fmt.Fprint(w, `{"errors":["permission denied"]}`)
@@ -95,7 +98,7 @@ func (h here) backing(address string, log io.Writer) *backing {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	b, err := openBacking(cfg, slog.New(slog.NewTextHandler(log, nil)))
+	b, err := openBacking(h.t.Context(), cfg, slog.New(slog.NewTextHandler(log, nil)))
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -265,7 +268,7 @@ func TestWhatAPolicyIsNeededForIsSomethingToDo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	needs, err := needsOf(cfg)
+	needs, err := needsOf(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -286,7 +289,7 @@ func TestWithoutVaultNothingOfItIsThere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := openBacking(cfg, slog.New(slog.DiscardHandler))
+	b, err := openBacking(t.Context(), cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

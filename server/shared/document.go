@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -72,7 +74,12 @@ func Open(signed []byte, td spiffeid.TrustDomain, writers []Writer) (Trust, erro
 		}
 		return parse(body, td, w.Cluster)
 	}
-	return Trust{}, errors.New("it is not signed by this cluster, nor by one that rotation.peers names: name the cluster that has written it, or if none has, find out who did and delete it; the clusters then write it again")
+	by := "nobody"
+	if names := audit.Signers(signed); len(names) > 0 {
+		by = strconv.Quote(clip(strings.Join(names, ", ")))
+	}
+	return Trust{}, fmt.Errorf("it is not signed by this cluster, nor with the key of one that rotation.peers names, but by %s: if that is a cluster of yours, see to it that in each the rotation.peers name all the others, with the keys that `signet cluster show` prints there; "+
+		"if not, find out who has written it, and delete it: the clusters write it again", by)
 }
 
 // parse reads what stands behind the title.

@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -231,8 +232,8 @@ func TestOnlyWhatAWriterHasSignedIsRead(t *testing.T) {
 		want   string
 	}{
 		"nothing":                  {nil, "not signed by"},
-		"no signature":             {[]byte(text), "not signed by"},
-		"a stranger's":             {stranger.sign(t, text), "rotation.peers"},
+		"no signature":             {[]byte(text), "but by nobody: "},
+		"a stranger's":             {stranger.sign(t, text), "but by " + strconv.Quote(stranger.origin) + ": if that is a cluster of yours, see to it that in each the rotation.peers name all the others"},
 		"another writer's":         {east.sign(t, text), `of cluster "west", and signed by east`},
 		"changed on its way":       {bytes.Replace(good, []byte(`"decision": 7`), []byte(`"decision": 8`), 1), "not signed by"},
 		"cut":                      {good[:len(good)/2], "not signed by"},

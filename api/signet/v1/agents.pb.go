@@ -983,6 +983,8 @@ type RegistrationSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	Registrations []*Registration        `protobuf:"bytes,2,rep,name=registrations,proto3" json:"registrations,omitempty"`
+	// Registrations of this agent whose identities are banned, so that it can say why it serves none of them.
+	Banned        []*Registration `protobuf:"bytes,3,rep,name=banned,proto3" json:"banned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1027,6 +1029,13 @@ func (x *RegistrationSet) GetRevision() uint64 {
 func (x *RegistrationSet) GetRegistrations() []*Registration {
 	if x != nil {
 		return x.Registrations
+	}
+	return nil
+}
+
+func (x *RegistrationSet) GetBanned() []*Registration {
+	if x != nil {
+		return x.Banned
 	}
 	return nil
 }
@@ -1243,10 +1252,11 @@ const file_api_signet_v1_agents_proto_rawDesc = "" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x14\n" +
-	"\x05roots\x18\x03 \x03(\fR\x05roots\"l\n" +
+	"\x05roots\x18\x03 \x03(\fR\x05roots\"\x9d\x01\n" +
 	"\x0fRegistrationSet\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12=\n" +
-	"\rregistrations\x18\x02 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations\"\xb2\x01\n" +
+	"\rregistrations\x18\x02 \x03(\v2\x17.signet.v1.RegistrationR\rregistrations\x12/\n" +
+	"\x06banned\x18\x03 \x03(\v2\x17.signet.v1.RegistrationR\x06banned\"\xb2\x01\n" +
 	"\fRegistration\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1c\n" +
@@ -1315,17 +1325,18 @@ var file_api_signet_v1_agents_proto_depIdxs = []int32{
 	18, // 11: signet.v1.SyncResponse.checkpoint:type_name -> signet.v1.Checkpoint
 	14, // 12: signet.v1.SyncResponse.reissue:type_name -> signet.v1.Reissue
 	17, // 13: signet.v1.RegistrationSet.registrations:type_name -> signet.v1.Registration
-	1,  // 14: signet.v1.Agents.Issue:input_type -> signet.v1.IssueRequest
-	7,  // 15: signet.v1.Agents.Renew:input_type -> signet.v1.RenewRequest
-	9,  // 16: signet.v1.Agents.Sync:input_type -> signet.v1.SyncRequest
-	3,  // 17: signet.v1.Agents.Issue:output_type -> signet.v1.IssueResponse
-	8,  // 18: signet.v1.Agents.Renew:output_type -> signet.v1.RenewResponse
-	13, // 19: signet.v1.Agents.Sync:output_type -> signet.v1.SyncResponse
-	17, // [17:20] is the sub-list for method output_type
-	14, // [14:17] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	17, // 14: signet.v1.RegistrationSet.banned:type_name -> signet.v1.Registration
+	1,  // 15: signet.v1.Agents.Issue:input_type -> signet.v1.IssueRequest
+	7,  // 16: signet.v1.Agents.Renew:input_type -> signet.v1.RenewRequest
+	9,  // 17: signet.v1.Agents.Sync:input_type -> signet.v1.SyncRequest
+	3,  // 18: signet.v1.Agents.Issue:output_type -> signet.v1.IssueResponse
+	8,  // 19: signet.v1.Agents.Renew:output_type -> signet.v1.RenewResponse
+	13, // 20: signet.v1.Agents.Sync:output_type -> signet.v1.SyncResponse
+	18, // [18:21] is the sub-list for method output_type
+	15, // [15:18] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_v1_agents_proto_init() }

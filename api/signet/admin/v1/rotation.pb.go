@@ -65,8 +65,10 @@ type ListAuthoritiesResponse struct {
 	Authorities    []*AuthorityInfo `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	BundleSequence uint64           `protobuf:"varint,2,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	BundleDigest   []byte           `protobuf:"bytes,3,opt,name=bundle_digest,json=bundleDigest,proto3" json:"bundle_digest,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Unset = leaves can be made.
+	Stopped       *IssuingStopped `protobuf:"bytes,4,opt,name=stopped,proto3" json:"stopped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListAuthoritiesResponse) Reset() {
@@ -116,6 +118,13 @@ func (x *ListAuthoritiesResponse) GetBundleSequence() uint64 {
 func (x *ListAuthoritiesResponse) GetBundleDigest() []byte {
 	if x != nil {
 		return x.BundleDigest
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse) GetStopped() *IssuingStopped {
+	if x != nil {
+		return x.Stopped
 	}
 	return nil
 }
@@ -324,7 +333,9 @@ type RotationStatusResponse struct {
 	// Tainted CAs, ours and those that peers report.
 	Tainted []*TaintStatus `protobuf:"bytes,6,rep,name=tainted,proto3" json:"tainted,omitempty"`
 	// Leaves that are being replaced after a taint.
-	Reissue       *ReissueStatus `protobuf:"bytes,7,opt,name=reissue,proto3" json:"reissue,omitempty"`
+	Reissue *ReissueStatus `protobuf:"bytes,7,opt,name=reissue,proto3" json:"reissue,omitempty"`
+	// Unset = leaves can be made.
+	Stopped       *IssuingStopped `protobuf:"bytes,8,opt,name=stopped,proto3" json:"stopped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -408,6 +419,76 @@ func (x *RotationStatusResponse) GetReissue() *ReissueStatus {
 	return nil
 }
 
+func (x *RotationStatusResponse) GetStopped() *IssuingStopped {
+	if x != nil {
+		return x.Stopped
+	}
+	return nil
+}
+
+// IssuingStopped says that no leaf can be made now.
+type IssuingStopped struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unset = that is not known.
+	Since *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	Why   string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
+	// A command that helps; empty where there is none. FILE in it is the server's configuration.
+	Mend          string `protobuf:"bytes,3,opt,name=mend,proto3" json:"mend,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuingStopped) Reset() {
+	*x = IssuingStopped{}
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuingStopped) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuingStopped) ProtoMessage() {}
+
+func (x *IssuingStopped) ProtoReflect() protoreflect.Message {
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuingStopped.ProtoReflect.Descriptor instead.
+func (*IssuingStopped) Descriptor() ([]byte, []int) {
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *IssuingStopped) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *IssuingStopped) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *IssuingStopped) GetMend() string {
+	if x != nil {
+		return x.Mend
+	}
+	return ""
+}
+
 type RotationStep struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty = one is to be made.
@@ -427,7 +508,7 @@ type RotationStep struct {
 
 func (x *RotationStep) Reset() {
 	*x = RotationStep{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[5]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -439,7 +520,7 @@ func (x *RotationStep) String() string {
 func (*RotationStep) ProtoMessage() {}
 
 func (x *RotationStep) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[5]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -452,7 +533,7 @@ func (x *RotationStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotationStep.ProtoReflect.Descriptor instead.
 func (*RotationStep) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{5}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RotationStep) GetAuthority() string {
@@ -513,7 +594,7 @@ func (x *RotationStep) GetAssumed() []*RotationWait {
 
 type RotationWait struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// time, signature, quorum, peer, root, issuer, leaves, no_other, short_life.
+	// time, signature, quorum, peer, root, issuer, leaves, no_other, short_life; failed.
 	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
 	For  string `protobuf:"bytes,2,opt,name=for,proto3" json:"for,omitempty"`
 	// Unset = not by the clock.
@@ -526,7 +607,7 @@ type RotationWait struct {
 
 func (x *RotationWait) Reset() {
 	*x = RotationWait{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[6]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +619,7 @@ func (x *RotationWait) String() string {
 func (*RotationWait) ProtoMessage() {}
 
 func (x *RotationWait) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[6]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +632,7 @@ func (x *RotationWait) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotationWait.ProtoReflect.Descriptor instead.
 func (*RotationWait) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{6}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RotationWait) GetCode() string {
@@ -601,7 +682,7 @@ type ClusterTrust struct {
 
 func (x *ClusterTrust) Reset() {
 	*x = ClusterTrust{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[7]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -613,7 +694,7 @@ func (x *ClusterTrust) String() string {
 func (*ClusterTrust) ProtoMessage() {}
 
 func (x *ClusterTrust) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[7]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -626,7 +707,7 @@ func (x *ClusterTrust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterTrust.ProtoReflect.Descriptor instead.
 func (*ClusterTrust) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{7}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ClusterTrust) GetCluster() string {
@@ -666,7 +747,7 @@ type RootTrust struct {
 
 func (x *RootTrust) Reset() {
 	*x = RootTrust{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[8]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -678,7 +759,7 @@ func (x *RootTrust) String() string {
 func (*RootTrust) ProtoMessage() {}
 
 func (x *RootTrust) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[8]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -691,7 +772,7 @@ func (x *RootTrust) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootTrust.ProtoReflect.Descriptor instead.
 func (*RootTrust) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{8}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RootTrust) GetId() string {
@@ -770,7 +851,7 @@ type TaintStatus struct {
 
 func (x *TaintStatus) Reset() {
 	*x = TaintStatus{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[9]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -782,7 +863,7 @@ func (x *TaintStatus) String() string {
 func (*TaintStatus) ProtoMessage() {}
 
 func (x *TaintStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[9]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -795,7 +876,7 @@ func (x *TaintStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintStatus.ProtoReflect.Descriptor instead.
 func (*TaintStatus) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{9}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TaintStatus) GetId() string {
@@ -874,7 +955,7 @@ type Acceptance struct {
 
 func (x *Acceptance) Reset() {
 	*x = Acceptance{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +967,7 @@ func (x *Acceptance) String() string {
 func (*Acceptance) ProtoMessage() {}
 
 func (x *Acceptance) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[10]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +980,7 @@ func (x *Acceptance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Acceptance.ProtoReflect.Descriptor instead.
 func (*Acceptance) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{10}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Acceptance) GetCluster() string {
@@ -955,7 +1036,7 @@ type AcceptingAgent struct {
 
 func (x *AcceptingAgent) Reset() {
 	*x = AcceptingAgent{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -967,7 +1048,7 @@ func (x *AcceptingAgent) String() string {
 func (*AcceptingAgent) ProtoMessage() {}
 
 func (x *AcceptingAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[11]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -980,7 +1061,7 @@ func (x *AcceptingAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptingAgent.ProtoReflect.Descriptor instead.
 func (*AcceptingAgent) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{11}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AcceptingAgent) GetAgent() string {
@@ -1013,7 +1094,7 @@ type ReissueStatus struct {
 
 func (x *ReissueStatus) Reset() {
 	*x = ReissueStatus{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1025,7 +1106,7 @@ func (x *ReissueStatus) String() string {
 func (*ReissueStatus) ProtoMessage() {}
 
 func (x *ReissueStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[12]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1038,7 +1119,7 @@ func (x *ReissueStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReissueStatus.ProtoReflect.Descriptor instead.
 func (*ReissueStatus) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{12}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReissueStatus) GetHolding() uint32 {
@@ -1093,7 +1174,7 @@ type PlanRotationRequest struct {
 
 func (x *PlanRotationRequest) Reset() {
 	*x = PlanRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1105,7 +1186,7 @@ func (x *PlanRotationRequest) String() string {
 func (*PlanRotationRequest) ProtoMessage() {}
 
 func (x *PlanRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[13]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1118,7 +1199,7 @@ func (x *PlanRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRotationRequest.ProtoReflect.Descriptor instead.
 func (*PlanRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{13}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PlanRotationRequest) GetKind() string {
@@ -1137,7 +1218,7 @@ type PlanRotationResponse struct {
 
 func (x *PlanRotationResponse) Reset() {
 	*x = PlanRotationResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1230,7 @@ func (x *PlanRotationResponse) String() string {
 func (*PlanRotationResponse) ProtoMessage() {}
 
 func (x *PlanRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[14]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1243,7 @@ func (x *PlanRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRotationResponse.ProtoReflect.Descriptor instead.
 func (*PlanRotationResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{14}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PlanRotationResponse) GetSteps() []*RotationStep {
@@ -1188,7 +1269,7 @@ type StartRotationRequest struct {
 
 func (x *StartRotationRequest) Reset() {
 	*x = StartRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1281,7 @@ func (x *StartRotationRequest) String() string {
 func (*StartRotationRequest) ProtoMessage() {}
 
 func (x *StartRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[15]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1294,7 @@ func (x *StartRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRotationRequest.ProtoReflect.Descriptor instead.
 func (*StartRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{15}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StartRotationRequest) GetKind() string {
@@ -1267,7 +1348,7 @@ type AdvanceRotationRequest struct {
 
 func (x *AdvanceRotationRequest) Reset() {
 	*x = AdvanceRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1360,7 @@ func (x *AdvanceRotationRequest) String() string {
 func (*AdvanceRotationRequest) ProtoMessage() {}
 
 func (x *AdvanceRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[16]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1373,7 @@ func (x *AdvanceRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdvanceRotationRequest.ProtoReflect.Descriptor instead.
 func (*AdvanceRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{16}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AdvanceRotationRequest) GetReports() [][]byte {
@@ -1341,7 +1422,7 @@ type AbortRotationRequest struct {
 
 func (x *AbortRotationRequest) Reset() {
 	*x = AbortRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1353,7 +1434,7 @@ func (x *AbortRotationRequest) String() string {
 func (*AbortRotationRequest) ProtoMessage() {}
 
 func (x *AbortRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[17]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1366,7 +1447,7 @@ func (x *AbortRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRotationRequest.ProtoReflect.Descriptor instead.
 func (*AbortRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{17}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AbortRotationRequest) GetAuthority() string {
@@ -1401,7 +1482,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1494,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[18]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1507,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{18}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TaintAuthorityRequest) GetAuthority() string {
@@ -1464,7 +1545,7 @@ type InstallAuthoritiesRequest struct {
 
 func (x *InstallAuthoritiesRequest) Reset() {
 	*x = InstallAuthoritiesRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1476,7 +1557,7 @@ func (x *InstallAuthoritiesRequest) String() string {
 func (*InstallAuthoritiesRequest) ProtoMessage() {}
 
 func (x *InstallAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[19]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1489,7 +1570,7 @@ func (x *InstallAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*InstallAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{19}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InstallAuthoritiesRequest) GetChains() []byte {
@@ -1533,7 +1614,7 @@ type TrustSet struct {
 
 func (x *TrustSet) Reset() {
 	*x = TrustSet{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1545,7 +1626,7 @@ func (x *TrustSet) String() string {
 func (*TrustSet) ProtoMessage() {}
 
 func (x *TrustSet) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[20]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1558,7 +1639,7 @@ func (x *TrustSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustSet.ProtoReflect.Descriptor instead.
 func (*TrustSet) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{20}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TrustSet) GetCluster() string {
@@ -1596,7 +1677,7 @@ type TrustedRoot struct {
 
 func (x *TrustedRoot) Reset() {
 	*x = TrustedRoot{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1689,7 @@ func (x *TrustedRoot) String() string {
 func (*TrustedRoot) ProtoMessage() {}
 
 func (x *TrustedRoot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[21]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1702,7 @@ func (x *TrustedRoot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustedRoot.ProtoReflect.Descriptor instead.
 func (*TrustedRoot) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{21}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TrustedRoot) GetCertificate() []byte {
@@ -1664,7 +1745,7 @@ type AddTrustRequest struct {
 
 func (x *AddTrustRequest) Reset() {
 	*x = AddTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1757,7 @@ func (x *AddTrustRequest) String() string {
 func (*AddTrustRequest) ProtoMessage() {}
 
 func (x *AddTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[22]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1770,7 @@ func (x *AddTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddTrustRequest.ProtoReflect.Descriptor instead.
 func (*AddTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{22}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AddTrustRequest) GetRoot() []byte {
@@ -1723,7 +1804,7 @@ type RemoveTrustRequest struct {
 
 func (x *RemoveTrustRequest) Reset() {
 	*x = RemoveTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1735,7 +1816,7 @@ func (x *RemoveTrustRequest) String() string {
 func (*RemoveTrustRequest) ProtoMessage() {}
 
 func (x *RemoveTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[23]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1748,7 +1829,7 @@ func (x *RemoveTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTrustRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{23}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RemoveTrustRequest) GetRoot() string {
@@ -1796,7 +1877,7 @@ type RotationChangeResponse struct {
 
 func (x *RotationChangeResponse) Reset() {
 	*x = RotationChangeResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +1889,7 @@ func (x *RotationChangeResponse) String() string {
 func (*RotationChangeResponse) ProtoMessage() {}
 
 func (x *RotationChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[24]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +1902,7 @@ func (x *RotationChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotationChangeResponse.ProtoReflect.Descriptor instead.
 func (*RotationChangeResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{24}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RotationChangeResponse) GetChanged() bool {
@@ -1913,7 +1994,7 @@ type ReportTaken struct {
 
 func (x *ReportTaken) Reset() {
 	*x = ReportTaken{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1925,7 +2006,7 @@ func (x *ReportTaken) String() string {
 func (*ReportTaken) ProtoMessage() {}
 
 func (x *ReportTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[25]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1938,7 +2019,7 @@ func (x *ReportTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportTaken.ProtoReflect.Descriptor instead.
 func (*ReportTaken) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{25}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ReportTaken) GetCluster() string {
@@ -1974,7 +2055,7 @@ type PendingRequest struct {
 
 func (x *PendingRequest) Reset() {
 	*x = PendingRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1986,7 +2067,7 @@ func (x *PendingRequest) String() string {
 func (*PendingRequest) ProtoMessage() {}
 
 func (x *PendingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[26]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1999,7 +2080,7 @@ func (x *PendingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingRequest.ProtoReflect.Descriptor instead.
 func (*PendingRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{26}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PendingRequest) GetAuthority() string {
@@ -2032,7 +2113,7 @@ type RepublishTrustRequest struct {
 
 func (x *RepublishTrustRequest) Reset() {
 	*x = RepublishTrustRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2044,7 +2125,7 @@ func (x *RepublishTrustRequest) String() string {
 func (*RepublishTrustRequest) ProtoMessage() {}
 
 func (x *RepublishTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[27]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2057,7 +2138,7 @@ func (x *RepublishTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepublishTrustRequest.ProtoReflect.Descriptor instead.
 func (*RepublishTrustRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{27}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RepublishTrustRequest) GetDryRun() bool {
@@ -2083,7 +2164,7 @@ type RepublishTrustResponse struct {
 
 func (x *RepublishTrustResponse) Reset() {
 	*x = RepublishTrustResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2176,7 @@ func (x *RepublishTrustResponse) String() string {
 func (*RepublishTrustResponse) ProtoMessage() {}
 
 func (x *RepublishTrustResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[28]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2189,7 @@ func (x *RepublishTrustResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepublishTrustResponse.ProtoReflect.Descriptor instead.
 func (*RepublishTrustResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{28}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RepublishTrustResponse) GetBefore() uint64 {
@@ -2154,7 +2235,7 @@ type ReportRotationRequest struct {
 
 func (x *ReportRotationRequest) Reset() {
 	*x = ReportRotationRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2247,7 @@ func (x *ReportRotationRequest) String() string {
 func (*ReportRotationRequest) ProtoMessage() {}
 
 func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[29]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2260,7 @@ func (x *ReportRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationRequest.ProtoReflect.Descriptor instead.
 func (*ReportRotationRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{29}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
 }
 
 type ReportRotationResponse struct {
@@ -2192,7 +2273,7 @@ type ReportRotationResponse struct {
 
 func (x *ReportRotationResponse) Reset() {
 	*x = ReportRotationResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2204,7 +2285,7 @@ func (x *ReportRotationResponse) String() string {
 func (*ReportRotationResponse) ProtoMessage() {}
 
 func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[30]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2217,7 +2298,7 @@ func (x *ReportRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRotationResponse.ProtoReflect.Descriptor instead.
 func (*ReportRotationResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{30}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ReportRotationResponse) GetReport() []byte {
@@ -2238,7 +2319,7 @@ type BanIdentityRequest struct {
 
 func (x *BanIdentityRequest) Reset() {
 	*x = BanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2250,7 +2331,7 @@ func (x *BanIdentityRequest) String() string {
 func (*BanIdentityRequest) ProtoMessage() {}
 
 func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[31]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2263,7 +2344,7 @@ func (x *BanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*BanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{31}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BanIdentityRequest) GetSpiffeId() string {
@@ -2299,7 +2380,7 @@ type BanIdentityResponse struct {
 
 func (x *BanIdentityResponse) Reset() {
 	*x = BanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2392,7 @@ func (x *BanIdentityResponse) String() string {
 func (*BanIdentityResponse) ProtoMessage() {}
 
 func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[32]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2405,7 @@ func (x *BanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*BanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{32}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *BanIdentityResponse) GetChanged() bool {
@@ -2358,7 +2439,7 @@ type UnbanIdentityRequest struct {
 
 func (x *UnbanIdentityRequest) Reset() {
 	*x = UnbanIdentityRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2451,7 @@ func (x *UnbanIdentityRequest) String() string {
 func (*UnbanIdentityRequest) ProtoMessage() {}
 
 func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[33]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2464,7 @@ func (x *UnbanIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityRequest.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{33}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UnbanIdentityRequest) GetSpiffeId() string {
@@ -2409,7 +2490,7 @@ type UnbanIdentityResponse struct {
 
 func (x *UnbanIdentityResponse) Reset() {
 	*x = UnbanIdentityResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2421,7 +2502,7 @@ func (x *UnbanIdentityResponse) String() string {
 func (*UnbanIdentityResponse) ProtoMessage() {}
 
 func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[34]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2434,7 +2515,7 @@ func (x *UnbanIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanIdentityResponse.ProtoReflect.Descriptor instead.
 func (*UnbanIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{34}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UnbanIdentityResponse) GetChanged() bool {
@@ -2452,7 +2533,7 @@ type ListBannedIdentitiesRequest struct {
 
 func (x *ListBannedIdentitiesRequest) Reset() {
 	*x = ListBannedIdentitiesRequest{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[35]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2545,7 @@ func (x *ListBannedIdentitiesRequest) String() string {
 func (*ListBannedIdentitiesRequest) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[35]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2558,7 @@ func (x *ListBannedIdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{35}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{36}
 }
 
 type ListBannedIdentitiesResponse struct {
@@ -2489,7 +2570,7 @@ type ListBannedIdentitiesResponse struct {
 
 func (x *ListBannedIdentitiesResponse) Reset() {
 	*x = ListBannedIdentitiesResponse{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[36]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2582,7 @@ func (x *ListBannedIdentitiesResponse) String() string {
 func (*ListBannedIdentitiesResponse) ProtoMessage() {}
 
 func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[36]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2595,7 @@ func (x *ListBannedIdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBannedIdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*ListBannedIdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{36}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListBannedIdentitiesResponse) GetIdentities() []*BannedIdentity {
@@ -2535,7 +2616,7 @@ type BannedIdentity struct {
 
 func (x *BannedIdentity) Reset() {
 	*x = BannedIdentity{}
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[37]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2547,7 +2628,7 @@ func (x *BannedIdentity) String() string {
 func (*BannedIdentity) ProtoMessage() {}
 
 func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[37]
+	mi := &file_api_signet_admin_v1_rotation_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2560,7 +2641,7 @@ func (x *BannedIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BannedIdentity.ProtoReflect.Descriptor instead.
 func (*BannedIdentity) Descriptor() ([]byte, []int) {
-	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{37}
+	return file_api_signet_admin_v1_rotation_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *BannedIdentity) GetSpiffeId() string {
@@ -2589,11 +2670,12 @@ var File_api_signet_admin_v1_rotation_proto protoreflect.FileDescriptor
 const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\n" +
 	"\"api/signet/admin/v1/rotation.proto\x12\x0fsignet.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x18\n" +
-	"\x16ListAuthoritiesRequest\"\xa9\x01\n" +
+	"\x16ListAuthoritiesRequest\"\xe4\x01\n" +
 	"\x17ListAuthoritiesResponse\x12@\n" +
 	"\vauthorities\x18\x01 \x03(\v2\x1e.signet.admin.v1.AuthorityInfoR\vauthorities\x12'\n" +
 	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12#\n" +
-	"\rbundle_digest\x18\x03 \x01(\fR\fbundleDigest\"\x80\x04\n" +
+	"\rbundle_digest\x18\x03 \x01(\fR\fbundleDigest\x129\n" +
+	"\astopped\x18\x04 \x01(\v2\x1f.signet.admin.v1.IssuingStoppedR\astopped\"\x80\x04\n" +
 	"\rAuthorityInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2611,7 +2693,7 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x05chain\x18\f \x03(\fR\x05chain\x12\x10\n" +
 	"\x03csr\x18\r \x01(\fR\x03csr\x12\x10\n" +
 	"\x03key\x18\x0e \x01(\tR\x03key\"\x17\n" +
-	"\x15RotationStatusRequest\"\xf4\x02\n" +
+	"\x15RotationStatusRequest\"\xaf\x03\n" +
 	"\x16RotationStatusResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x1c\n" +
 	"\tautomatic\x18\x02 \x01(\bR\tautomatic\x12@\n" +
@@ -2619,7 +2701,12 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x05steps\x18\x04 \x03(\v2\x1d.signet.admin.v1.RotationStepR\x05steps\x129\n" +
 	"\bclusters\x18\x05 \x03(\v2\x1d.signet.admin.v1.ClusterTrustR\bclusters\x126\n" +
 	"\atainted\x18\x06 \x03(\v2\x1c.signet.admin.v1.TaintStatusR\atainted\x128\n" +
-	"\areissue\x18\a \x01(\v2\x1e.signet.admin.v1.ReissueStatusR\areissue\"\x98\x02\n" +
+	"\areissue\x18\a \x01(\v2\x1e.signet.admin.v1.ReissueStatusR\areissue\x129\n" +
+	"\astopped\x18\b \x01(\v2\x1f.signet.admin.v1.IssuingStoppedR\astopped\"h\n" +
+	"\x0eIssuingStopped\x120\n" +
+	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x10\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\x12\x12\n" +
+	"\x04mend\x18\x03 \x01(\tR\x04mend\"\x98\x02\n" +
 	"\fRotationStep\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2810,125 +2897,129 @@ func file_api_signet_admin_v1_rotation_proto_rawDescGZIP() []byte {
 	return file_api_signet_admin_v1_rotation_proto_rawDescData
 }
 
-var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_api_signet_admin_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_api_signet_admin_v1_rotation_proto_goTypes = []any{
 	(*ListAuthoritiesRequest)(nil),       // 0: signet.admin.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil),      // 1: signet.admin.v1.ListAuthoritiesResponse
 	(*AuthorityInfo)(nil),                // 2: signet.admin.v1.AuthorityInfo
 	(*RotationStatusRequest)(nil),        // 3: signet.admin.v1.RotationStatusRequest
 	(*RotationStatusResponse)(nil),       // 4: signet.admin.v1.RotationStatusResponse
-	(*RotationStep)(nil),                 // 5: signet.admin.v1.RotationStep
-	(*RotationWait)(nil),                 // 6: signet.admin.v1.RotationWait
-	(*ClusterTrust)(nil),                 // 7: signet.admin.v1.ClusterTrust
-	(*RootTrust)(nil),                    // 8: signet.admin.v1.RootTrust
-	(*TaintStatus)(nil),                  // 9: signet.admin.v1.TaintStatus
-	(*Acceptance)(nil),                   // 10: signet.admin.v1.Acceptance
-	(*AcceptingAgent)(nil),               // 11: signet.admin.v1.AcceptingAgent
-	(*ReissueStatus)(nil),                // 12: signet.admin.v1.ReissueStatus
-	(*PlanRotationRequest)(nil),          // 13: signet.admin.v1.PlanRotationRequest
-	(*PlanRotationResponse)(nil),         // 14: signet.admin.v1.PlanRotationResponse
-	(*StartRotationRequest)(nil),         // 15: signet.admin.v1.StartRotationRequest
-	(*AdvanceRotationRequest)(nil),       // 16: signet.admin.v1.AdvanceRotationRequest
-	(*AbortRotationRequest)(nil),         // 17: signet.admin.v1.AbortRotationRequest
-	(*TaintAuthorityRequest)(nil),        // 18: signet.admin.v1.TaintAuthorityRequest
-	(*InstallAuthoritiesRequest)(nil),    // 19: signet.admin.v1.InstallAuthoritiesRequest
-	(*TrustSet)(nil),                     // 20: signet.admin.v1.TrustSet
-	(*TrustedRoot)(nil),                  // 21: signet.admin.v1.TrustedRoot
-	(*AddTrustRequest)(nil),              // 22: signet.admin.v1.AddTrustRequest
-	(*RemoveTrustRequest)(nil),           // 23: signet.admin.v1.RemoveTrustRequest
-	(*RotationChangeResponse)(nil),       // 24: signet.admin.v1.RotationChangeResponse
-	(*ReportTaken)(nil),                  // 25: signet.admin.v1.ReportTaken
-	(*PendingRequest)(nil),               // 26: signet.admin.v1.PendingRequest
-	(*RepublishTrustRequest)(nil),        // 27: signet.admin.v1.RepublishTrustRequest
-	(*RepublishTrustResponse)(nil),       // 28: signet.admin.v1.RepublishTrustResponse
-	(*ReportRotationRequest)(nil),        // 29: signet.admin.v1.ReportRotationRequest
-	(*ReportRotationResponse)(nil),       // 30: signet.admin.v1.ReportRotationResponse
-	(*BanIdentityRequest)(nil),           // 31: signet.admin.v1.BanIdentityRequest
-	(*BanIdentityResponse)(nil),          // 32: signet.admin.v1.BanIdentityResponse
-	(*UnbanIdentityRequest)(nil),         // 33: signet.admin.v1.UnbanIdentityRequest
-	(*UnbanIdentityResponse)(nil),        // 34: signet.admin.v1.UnbanIdentityResponse
-	(*ListBannedIdentitiesRequest)(nil),  // 35: signet.admin.v1.ListBannedIdentitiesRequest
-	(*ListBannedIdentitiesResponse)(nil), // 36: signet.admin.v1.ListBannedIdentitiesResponse
-	(*BannedIdentity)(nil),               // 37: signet.admin.v1.BannedIdentity
-	(*timestamppb.Timestamp)(nil),        // 38: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 39: google.protobuf.Duration
+	(*IssuingStopped)(nil),               // 5: signet.admin.v1.IssuingStopped
+	(*RotationStep)(nil),                 // 6: signet.admin.v1.RotationStep
+	(*RotationWait)(nil),                 // 7: signet.admin.v1.RotationWait
+	(*ClusterTrust)(nil),                 // 8: signet.admin.v1.ClusterTrust
+	(*RootTrust)(nil),                    // 9: signet.admin.v1.RootTrust
+	(*TaintStatus)(nil),                  // 10: signet.admin.v1.TaintStatus
+	(*Acceptance)(nil),                   // 11: signet.admin.v1.Acceptance
+	(*AcceptingAgent)(nil),               // 12: signet.admin.v1.AcceptingAgent
+	(*ReissueStatus)(nil),                // 13: signet.admin.v1.ReissueStatus
+	(*PlanRotationRequest)(nil),          // 14: signet.admin.v1.PlanRotationRequest
+	(*PlanRotationResponse)(nil),         // 15: signet.admin.v1.PlanRotationResponse
+	(*StartRotationRequest)(nil),         // 16: signet.admin.v1.StartRotationRequest
+	(*AdvanceRotationRequest)(nil),       // 17: signet.admin.v1.AdvanceRotationRequest
+	(*AbortRotationRequest)(nil),         // 18: signet.admin.v1.AbortRotationRequest
+	(*TaintAuthorityRequest)(nil),        // 19: signet.admin.v1.TaintAuthorityRequest
+	(*InstallAuthoritiesRequest)(nil),    // 20: signet.admin.v1.InstallAuthoritiesRequest
+	(*TrustSet)(nil),                     // 21: signet.admin.v1.TrustSet
+	(*TrustedRoot)(nil),                  // 22: signet.admin.v1.TrustedRoot
+	(*AddTrustRequest)(nil),              // 23: signet.admin.v1.AddTrustRequest
+	(*RemoveTrustRequest)(nil),           // 24: signet.admin.v1.RemoveTrustRequest
+	(*RotationChangeResponse)(nil),       // 25: signet.admin.v1.RotationChangeResponse
+	(*ReportTaken)(nil),                  // 26: signet.admin.v1.ReportTaken
+	(*PendingRequest)(nil),               // 27: signet.admin.v1.PendingRequest
+	(*RepublishTrustRequest)(nil),        // 28: signet.admin.v1.RepublishTrustRequest
+	(*RepublishTrustResponse)(nil),       // 29: signet.admin.v1.RepublishTrustResponse
+	(*ReportRotationRequest)(nil),        // 30: signet.admin.v1.ReportRotationRequest
+	(*ReportRotationResponse)(nil),       // 31: signet.admin.v1.ReportRotationResponse
+	(*BanIdentityRequest)(nil),           // 32: signet.admin.v1.BanIdentityRequest
+	(*BanIdentityResponse)(nil),          // 33: signet.admin.v1.BanIdentityResponse
+	(*UnbanIdentityRequest)(nil),         // 34: signet.admin.v1.UnbanIdentityRequest
+	(*UnbanIdentityResponse)(nil),        // 35: signet.admin.v1.UnbanIdentityResponse
+	(*ListBannedIdentitiesRequest)(nil),  // 36: signet.admin.v1.ListBannedIdentitiesRequest
+	(*ListBannedIdentitiesResponse)(nil), // 37: signet.admin.v1.ListBannedIdentitiesResponse
+	(*BannedIdentity)(nil),               // 38: signet.admin.v1.BannedIdentity
+	(*timestamppb.Timestamp)(nil),        // 39: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 40: google.protobuf.Duration
 }
 var file_api_signet_admin_v1_rotation_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
-	38, // 1: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
-	38, // 2: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
-	38, // 3: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
-	38, // 4: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
-	38, // 5: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
-	38, // 6: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
-	2,  // 7: signet.admin.v1.RotationStatusResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
-	5,  // 8: signet.admin.v1.RotationStatusResponse.steps:type_name -> signet.admin.v1.RotationStep
-	7,  // 9: signet.admin.v1.RotationStatusResponse.clusters:type_name -> signet.admin.v1.ClusterTrust
-	9,  // 10: signet.admin.v1.RotationStatusResponse.tainted:type_name -> signet.admin.v1.TaintStatus
-	12, // 11: signet.admin.v1.RotationStatusResponse.reissue:type_name -> signet.admin.v1.ReissueStatus
-	6,  // 12: signet.admin.v1.RotationStep.waits:type_name -> signet.admin.v1.RotationWait
-	38, // 13: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
-	6,  // 14: signet.admin.v1.RotationStep.assumed:type_name -> signet.admin.v1.RotationWait
-	38, // 15: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
-	38, // 16: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
-	8,  // 17: signet.admin.v1.ClusterTrust.roots:type_name -> signet.admin.v1.RootTrust
-	38, // 18: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
-	38, // 19: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
-	38, // 20: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
-	10, // 21: signet.admin.v1.TaintStatus.accepted_by:type_name -> signet.admin.v1.Acceptance
-	11, // 22: signet.admin.v1.Acceptance.named:type_name -> signet.admin.v1.AcceptingAgent
-	38, // 23: signet.admin.v1.Acceptance.reported:type_name -> google.protobuf.Timestamp
-	38, // 24: signet.admin.v1.AcceptingAgent.last_heard:type_name -> google.protobuf.Timestamp
-	38, // 25: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
-	5,  // 26: signet.admin.v1.PlanRotationResponse.steps:type_name -> signet.admin.v1.RotationStep
-	20, // 27: signet.admin.v1.InstallAuthoritiesRequest.trust:type_name -> signet.admin.v1.TrustSet
-	21, // 28: signet.admin.v1.TrustSet.roots:type_name -> signet.admin.v1.TrustedRoot
-	5,  // 29: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
-	5,  // 30: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
-	26, // 31: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
-	25, // 32: signet.admin.v1.RotationChangeResponse.reports:type_name -> signet.admin.v1.ReportTaken
-	39, // 33: signet.admin.v1.RotationChangeResponse.life:type_name -> google.protobuf.Duration
-	39, // 34: signet.admin.v1.RotationChangeResponse.stagger:type_name -> google.protobuf.Duration
-	38, // 35: signet.admin.v1.ReportTaken.at:type_name -> google.protobuf.Timestamp
-	38, // 36: signet.admin.v1.ReportTaken.held:type_name -> google.protobuf.Timestamp
-	38, // 37: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
-	37, // 38: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
-	38, // 39: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
-	0,  // 40: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
-	3,  // 41: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
-	13, // 42: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
-	15, // 43: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
-	16, // 44: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
-	17, // 45: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
-	18, // 46: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
-	19, // 47: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
-	22, // 48: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
-	23, // 49: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
-	27, // 50: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
-	29, // 51: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
-	31, // 52: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
-	33, // 53: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
-	35, // 54: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
-	1,  // 55: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
-	4,  // 56: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
-	14, // 57: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
-	24, // 58: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 59: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 60: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 61: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 62: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 63: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	24, // 64: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
-	28, // 65: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
-	30, // 66: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
-	32, // 67: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
-	34, // 68: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
-	36, // 69: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
-	55, // [55:70] is the sub-list for method output_type
-	40, // [40:55] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	5,  // 1: signet.admin.v1.ListAuthoritiesResponse.stopped:type_name -> signet.admin.v1.IssuingStopped
+	39, // 2: signet.admin.v1.AuthorityInfo.since:type_name -> google.protobuf.Timestamp
+	39, // 3: signet.admin.v1.AuthorityInfo.not_before:type_name -> google.protobuf.Timestamp
+	39, // 4: signet.admin.v1.AuthorityInfo.not_after:type_name -> google.protobuf.Timestamp
+	39, // 5: signet.admin.v1.AuthorityInfo.leaving:type_name -> google.protobuf.Timestamp
+	39, // 6: signet.admin.v1.AuthorityInfo.tainted:type_name -> google.protobuf.Timestamp
+	39, // 7: signet.admin.v1.AuthorityInfo.leaves_until:type_name -> google.protobuf.Timestamp
+	2,  // 8: signet.admin.v1.RotationStatusResponse.authorities:type_name -> signet.admin.v1.AuthorityInfo
+	6,  // 9: signet.admin.v1.RotationStatusResponse.steps:type_name -> signet.admin.v1.RotationStep
+	8,  // 10: signet.admin.v1.RotationStatusResponse.clusters:type_name -> signet.admin.v1.ClusterTrust
+	10, // 11: signet.admin.v1.RotationStatusResponse.tainted:type_name -> signet.admin.v1.TaintStatus
+	13, // 12: signet.admin.v1.RotationStatusResponse.reissue:type_name -> signet.admin.v1.ReissueStatus
+	5,  // 13: signet.admin.v1.RotationStatusResponse.stopped:type_name -> signet.admin.v1.IssuingStopped
+	39, // 14: signet.admin.v1.IssuingStopped.since:type_name -> google.protobuf.Timestamp
+	7,  // 15: signet.admin.v1.RotationStep.waits:type_name -> signet.admin.v1.RotationWait
+	39, // 16: signet.admin.v1.RotationStep.at:type_name -> google.protobuf.Timestamp
+	7,  // 17: signet.admin.v1.RotationStep.assumed:type_name -> signet.admin.v1.RotationWait
+	39, // 18: signet.admin.v1.RotationWait.until:type_name -> google.protobuf.Timestamp
+	39, // 19: signet.admin.v1.ClusterTrust.at:type_name -> google.protobuf.Timestamp
+	9,  // 20: signet.admin.v1.ClusterTrust.roots:type_name -> signet.admin.v1.RootTrust
+	39, // 21: signet.admin.v1.RootTrust.leaves_until:type_name -> google.protobuf.Timestamp
+	39, // 22: signet.admin.v1.TaintStatus.since:type_name -> google.protobuf.Timestamp
+	39, // 23: signet.admin.v1.TaintStatus.accepted_until:type_name -> google.protobuf.Timestamp
+	11, // 24: signet.admin.v1.TaintStatus.accepted_by:type_name -> signet.admin.v1.Acceptance
+	12, // 25: signet.admin.v1.Acceptance.named:type_name -> signet.admin.v1.AcceptingAgent
+	39, // 26: signet.admin.v1.Acceptance.reported:type_name -> google.protobuf.Timestamp
+	39, // 27: signet.admin.v1.AcceptingAgent.last_heard:type_name -> google.protobuf.Timestamp
+	39, // 28: signet.admin.v1.ReissueStatus.until:type_name -> google.protobuf.Timestamp
+	6,  // 29: signet.admin.v1.PlanRotationResponse.steps:type_name -> signet.admin.v1.RotationStep
+	21, // 30: signet.admin.v1.InstallAuthoritiesRequest.trust:type_name -> signet.admin.v1.TrustSet
+	22, // 31: signet.admin.v1.TrustSet.roots:type_name -> signet.admin.v1.TrustedRoot
+	6,  // 32: signet.admin.v1.RotationChangeResponse.taken:type_name -> signet.admin.v1.RotationStep
+	6,  // 33: signet.admin.v1.RotationChangeResponse.next:type_name -> signet.admin.v1.RotationStep
+	27, // 34: signet.admin.v1.RotationChangeResponse.requests:type_name -> signet.admin.v1.PendingRequest
+	26, // 35: signet.admin.v1.RotationChangeResponse.reports:type_name -> signet.admin.v1.ReportTaken
+	40, // 36: signet.admin.v1.RotationChangeResponse.life:type_name -> google.protobuf.Duration
+	40, // 37: signet.admin.v1.RotationChangeResponse.stagger:type_name -> google.protobuf.Duration
+	39, // 38: signet.admin.v1.ReportTaken.at:type_name -> google.protobuf.Timestamp
+	39, // 39: signet.admin.v1.ReportTaken.held:type_name -> google.protobuf.Timestamp
+	39, // 40: signet.admin.v1.BanIdentityResponse.valid_until:type_name -> google.protobuf.Timestamp
+	38, // 41: signet.admin.v1.ListBannedIdentitiesResponse.identities:type_name -> signet.admin.v1.BannedIdentity
+	39, // 42: signet.admin.v1.BannedIdentity.since:type_name -> google.protobuf.Timestamp
+	0,  // 43: signet.admin.v1.Rotation.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
+	3,  // 44: signet.admin.v1.Rotation.RotationStatus:input_type -> signet.admin.v1.RotationStatusRequest
+	14, // 45: signet.admin.v1.Rotation.PlanRotation:input_type -> signet.admin.v1.PlanRotationRequest
+	16, // 46: signet.admin.v1.Rotation.StartRotation:input_type -> signet.admin.v1.StartRotationRequest
+	17, // 47: signet.admin.v1.Rotation.AdvanceRotation:input_type -> signet.admin.v1.AdvanceRotationRequest
+	18, // 48: signet.admin.v1.Rotation.AbortRotation:input_type -> signet.admin.v1.AbortRotationRequest
+	19, // 49: signet.admin.v1.Rotation.TaintAuthority:input_type -> signet.admin.v1.TaintAuthorityRequest
+	20, // 50: signet.admin.v1.Rotation.InstallAuthorities:input_type -> signet.admin.v1.InstallAuthoritiesRequest
+	23, // 51: signet.admin.v1.Rotation.AddTrust:input_type -> signet.admin.v1.AddTrustRequest
+	24, // 52: signet.admin.v1.Rotation.RemoveTrust:input_type -> signet.admin.v1.RemoveTrustRequest
+	28, // 53: signet.admin.v1.Rotation.RepublishTrust:input_type -> signet.admin.v1.RepublishTrustRequest
+	30, // 54: signet.admin.v1.Rotation.ReportRotation:input_type -> signet.admin.v1.ReportRotationRequest
+	32, // 55: signet.admin.v1.Rotation.BanIdentity:input_type -> signet.admin.v1.BanIdentityRequest
+	34, // 56: signet.admin.v1.Rotation.UnbanIdentity:input_type -> signet.admin.v1.UnbanIdentityRequest
+	36, // 57: signet.admin.v1.Rotation.ListBannedIdentities:input_type -> signet.admin.v1.ListBannedIdentitiesRequest
+	1,  // 58: signet.admin.v1.Rotation.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	4,  // 59: signet.admin.v1.Rotation.RotationStatus:output_type -> signet.admin.v1.RotationStatusResponse
+	15, // 60: signet.admin.v1.Rotation.PlanRotation:output_type -> signet.admin.v1.PlanRotationResponse
+	25, // 61: signet.admin.v1.Rotation.StartRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 62: signet.admin.v1.Rotation.AdvanceRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 63: signet.admin.v1.Rotation.AbortRotation:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 64: signet.admin.v1.Rotation.TaintAuthority:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 65: signet.admin.v1.Rotation.InstallAuthorities:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 66: signet.admin.v1.Rotation.AddTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	25, // 67: signet.admin.v1.Rotation.RemoveTrust:output_type -> signet.admin.v1.RotationChangeResponse
+	29, // 68: signet.admin.v1.Rotation.RepublishTrust:output_type -> signet.admin.v1.RepublishTrustResponse
+	31, // 69: signet.admin.v1.Rotation.ReportRotation:output_type -> signet.admin.v1.ReportRotationResponse
+	33, // 70: signet.admin.v1.Rotation.BanIdentity:output_type -> signet.admin.v1.BanIdentityResponse
+	35, // 71: signet.admin.v1.Rotation.UnbanIdentity:output_type -> signet.admin.v1.UnbanIdentityResponse
+	37, // 72: signet.admin.v1.Rotation.ListBannedIdentities:output_type -> signet.admin.v1.ListBannedIdentitiesResponse
+	58, // [58:73] is the sub-list for method output_type
+	43, // [43:58] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_rotation_proto_init() }
@@ -2942,7 +3033,7 @@ func file_api_signet_admin_v1_rotation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_signet_admin_v1_rotation_proto_rawDesc), len(file_api_signet_admin_v1_rotation_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
