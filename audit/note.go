@@ -36,6 +36,17 @@ func SignNote(origin string, key crypto.Signer, text string) ([]byte, error) {
 	return note.Sign(&note.Note{Text: text}, noteSigner{v, key})
 }
 
+// Signers are the names in whose a note is signed, for people: nothing of it is verified.
+func Signers(signed []byte) (names []string) {
+	_, err := note.Open(signed, note.VerifierList())
+	if other := (*note.UnverifiedNoteError)(nil); errors.As(err, &other) {
+		for _, s := range other.Note.UnverifiedSigs {
+			names = append(names, s.Name)
+		}
+	}
+	return names
+}
+
 // OpenNote returns the text of a note that the key has signed.
 func OpenNote(signed []byte, verifierKey string) (string, error) {
 	if len(signed) > maxNote {

@@ -36,6 +36,9 @@ type limit struct {
 	whose string
 }
 
+// ErrOtherKey: what is there now is not the key that the certificate was made for.
+var ErrOtherKey = errors.New("does not match certificate")
+
 // NewIssuer checks that key, certificate, chain and roots belong together and may sign leaves of the trust domain.
 // Whether the chain is valid now is not checked here but whenever it is used, see Usable.
 func NewIssuer(c IssuerConfig) (*Issuer, error) {
@@ -45,10 +48,10 @@ func NewIssuer(c IssuerConfig) (*Issuer, error) {
 	fail := func(format string, args ...any) (*Issuer, error) {
 		return nil, fmt.Errorf("issuer "+c.Name+": "+format, args...)
 	}
-	if err := identity.AllowedKey(c.Key.Public()); err != nil {
+	if err := c.matchKey(); err != nil {
 		return fail("%w", err)
 	}
-	if err := c.matchKey(); err != nil {
+	if err := identity.AllowedKey(c.Key.Public()); err != nil {
 		return fail("%w", err)
 	}
 	for n, cert := range c.Chain {
@@ -152,8 +155,12 @@ func (c *IssuerConfig) matchKey() error {
 				n+2, nameOf(cert), c.Key.Ref())
 		}
 	}
-	return fmt.Errorf("key %s does not match certificate %s; install the certificate that was made for this key, or open the key it was made for",
-		c.Key.Ref(), nameOf(c.Chain[0]))
+	mend := ", or rotate to a new intermediate"
+	if c.Hierarchy == identity.ControlPlane {
+		mend = ": a control CA has no successor"
+	}
+	return fmt.Errorf("key %s %w %s: it was deleted and made anew, has come back from another backup, or was swapped; put the right one back%s",
+		c.Key.Ref(), ErrOtherKey, nameOf(c.Chain[0]), mend)
 }
 
 // checkCA checks one CA certificate by itself; issuer = it is the one that signs leaves.

@@ -40,13 +40,16 @@ func TestAnIssuerThatDoesNotFitIsRefused(t *testing.T) {
 		"no hierarchy":         {func(c *config) { c.Hierarchy = 0 }, []string{"mesh or of the control"}},
 		"unknown state":        {func(c *config) { c.State = "done" }, []string{`unknown state "done"`}},
 		"a bad name":           {func(c *config) { c.Name = "East 1" }, []string{`"East 1"`, "use 1 to 63"}},
-		"a weak key":           {func(c *config) { c.Key = &signerKey{Signer: weakKey(t), name: "weak"} }, []string{"unsupported key", "use P-256"}},
-		"another key":          {func(c *config) { c.Key = newKey("stray", keystore.ECDSAP384, 0) }, []string{"memory:stray@1", `"CN=East`, "open the key it was made for"}},
-		"chain upside down":    {func(c *config) { c.Chain = []*x509.Certificate{upper, own} }, []string{"wrong order", "certificate 2", "put it first"}},
-		"chain out of order":   {func(c *config) { c.Chain = []*x509.Certificate{own, own} }, []string{"wrong order", "put the issuer's certificate first"}},
-		"chain with the root":  {func(c *config) { c.Chain = append(c.Chain, root) }, []string{`holds the root "CN=Root`, "leave it out"}},
-		"chain with a gap":     {func(c *config) { c.Chain = c.Chain[:1] }, []string{"another root", `"CN=Upper`, "have it signed by one of them"}},
-		"no root":              {func(c *config) { c.Roots = nil }, []string{"no root was given", `"CN=Root`, "install that root"}},
+		"a weak key": {func(c *config) {
+			weak := &signerKey{Signer: weakKey(t), name: "weak"}
+			c.Key, c.Chain[0] = weak, signCA(t, caTemplate("East", 0), upper, weak.Public(), upperKey)
+		}, []string{"unsupported key", "use P-256"}},
+		"another key":         {func(c *config) { c.Key = newKey("stray", keystore.ECDSAP384, 0) }, []string{"memory:stray@1", `"CN=East`, "put the right one back, or rotate"}},
+		"chain upside down":   {func(c *config) { c.Chain = []*x509.Certificate{upper, own} }, []string{"wrong order", "certificate 2", "put it first"}},
+		"chain out of order":  {func(c *config) { c.Chain = []*x509.Certificate{own, own} }, []string{"wrong order", "put the issuer's certificate first"}},
+		"chain with the root": {func(c *config) { c.Chain = append(c.Chain, root) }, []string{`holds the root "CN=Root`, "leave it out"}},
+		"chain with a gap":    {func(c *config) { c.Chain = c.Chain[:1] }, []string{"another root", `"CN=Upper`, "have it signed by one of them"}},
+		"no root":             {func(c *config) { c.Roots = nil }, []string{"no root was given", `"CN=Root`, "install that root"}},
 		"another root": {func(c *config) {
 			c.Roots = []*x509.Certificate{signCA(t, caTemplate("Foreign", 2), nil, other.Public(), other)}
 		}, []string{"of another root", `"CN=Root`, `"CN=Foreign`}},

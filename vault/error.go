@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -180,7 +181,11 @@ func (e *Error) refusal(took, timeout time.Duration) bool {
 	return !slices.ContainsFunc(illness, func(word string) bool { return strings.Contains(said, word) })
 }
 
-const notVault = "its answer (%d) is not Vault's JSON: check that vault.address is Vault's API, and that no other server or proxy answers there"
+const (
+	notVault = "its answer (%d) is not Vault's JSON: check that vault.address is Vault's API, and that no other server or proxy answers there"
+	// A load balancer says so where it finds no Vault.
+	notItsError = "its answer (%d) is not Vault's JSON: another server or a proxy answers in its place, as a load balancer does that finds no Vault behind it: look there, and at vault.address"
+)
 
 // judge turns an answer, or its absence, into one or the other.
 func (c *Client) judge(ctx context.Context, r request, resp *api.Response, err error, took time.Duration, hide []string) (*api.Secret, *Error) {
@@ -220,6 +225,9 @@ func (c *Client) judge(ctx context.Context, r request, resp *api.Response, err e
 		// 474: a standby that does not see the active node. 501 of sys/health: not initialised.
 		e.away, e.passing = true, true
 		e.retryAfter = retryAfter(resp.Header.Get("Retry-After"), c.now())
+		if said != nil && said.RawError && strings.TrimSpace(strings.Join(said.Errors, "")) != "" {
+			e.why = fmt.Sprintf(notItsError, e.Status)
+		}
 		return nil, e
 	case e.Status >= 400:
 		return nil, e
@@ -281,12 +289,25 @@ func (c *Client) unanswered(ctx context.Context, e *Error, err error, took time.
 			err = ue.Err
 		}
 		e.why = "Vault is not reachable: " + strings.Join(cleanAll([]string{err.Error()}, hide), "")
-		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		var invalid x509.CertificateInvalidError
+		switch _, unverified := errors.AsType[*tls.CertificateVerificationError](err); {
+		case errors.As(err, &invalid) && invalid.Reason == x509.Expired && invalid.Cert != nil:
+			e.why = "Vault is not reachable: " + c.untimely(invalid.Cert)
+		case unverified:
 			e.why += ": check vault.ca_file and vault.server_name"
 		}
 		e.away, e.passing = true, true
 	}
 	return e
+}
+
+// untimely is what a certificate that is not valid now needs.
+func (c *Client) untimely(cert *x509.Certificate) string {
+	name := clean(cert.Subject.String())
+	if c.now().Before(cert.NotBefore) {
+		return fmt.Sprintf("the certificate %q that it shows begins on %s only: set the clock right, here or where it was made", name, cert.NotBefore.UTC().Format(time.RFC3339))
+	}
+	return fmt.Sprintf("the certificate %q that it shows has expired on %s: renew it there (tls_cert_file of its listener, or the CA above it)", name, cert.NotAfter.UTC().Format(time.RFC3339))
 }
 
 func (c *Client) redirected(e *Error, resp *api.Response, hide []string) *Error {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -100,6 +101,9 @@ const (
 	maxLife = 10 * 365 * 24 * time.Hour
 )
 
+// aToken is what Vault's tokens begin with: service, batch, recovery; before Vault 1.10 by one letter.
+var aToken = regexp.MustCompile(`^(hv[sbr]\.[A-Za-z0-9_-]{16,}|[sbr]\.[A-Za-z0-9]{24}(\.[A-Za-z0-9]+)?)$`)
+
 // credential is what a login shows, read just now.
 type credential struct {
 	// digest tells it from another.
@@ -139,6 +143,8 @@ func (c *Client) credential() (credential, error) {
 	switch {
 	case s == "" || !printable(s):
 		return credential{}, fmt.Errorf("%s: %s is empty or has more in it than the one secret", what, path)
+	case l.Method != loginToken && aToken.MatchString(s):
+		return credential{}, fmt.Errorf("%s: %s holds a token of Vault, which is neither a secret-id nor a JWT; if it is a wrapping token, put there what it wraps (vault unwrap)", what, path)
 	case l.Method == loginToken && !usable(s):
 		return credential{}, fmt.Errorf("%s: %s does not hold a token", what, path)
 	}
@@ -214,7 +220,7 @@ func (c *Client) adopt(ctx context.Context, with credential) (*session, *Error) 
 	if verr != nil {
 		verr.Op = opLogin
 		if verr.denied() {
-			verr.why = fmt.Sprintf("Vault does not accept the token in %s, or it may not look itself up (403): put a living token there, whose policy lets it read %s", c.login.TokenFile, lookupPath)
+			verr.why = fmt.Sprintf("Vault does not accept the token in %s, or it may not look itself up (403): put a living token there, whose policy lets it read %s, and of a wrapping token what it wraps (vault unwrap)", c.login.TokenFile, lookupPath)
 		}
 		return nil, verr
 	}

@@ -210,7 +210,10 @@ func TestABrokenAnswerEndsACallInTime(t *testing.T) {
 		{"an HTML error", func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(502)
 			_, _ = w.Write([]byte("<html>bad gateway</html>"))
-		}, true, "(502)"},
+		}, true, "(502) is not Vault's JSON: another server or a proxy answers in its place"},
+		{"a load balancer without a Vault", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "<html>no server is available</html>", http.StatusServiceUnavailable)
+		}, true, "(503) is not Vault's JSON: another server or a proxy answers in its place"},
 		{"oversized", func(w http.ResponseWriter, _ *http.Request) {
 			_, _ = w.Write(bytes.Repeat([]byte(" "), maxAnswer+1))
 		}, false, "larger than 1 MiB"},
@@ -866,6 +869,32 @@ func TestASecretFileHoldsOneSecret(t *testing.T) {
 		f := newFakeVault()
 		if _, err := connect(t, config, f).Read(t.Context(), "a"); err == nil || !strings.Contains(err.Error(), "secret_id_file") || f.loginCount() != 0 {
 			t.Errorf("%.10q: %v", content, err)
+		}
+	}
+}
+
+// TestATokenWhereASecretIDBelongsIsNotShown: whoever has wrapped a secret-id has a token in hand, and Vault would only say that the
+// login is refused, and after a few times lock the role.
+func TestATokenWhereASecretIDBelongsIsNotShown(t *testing.T) {
+	for _, token := range []string{"hvs.CAESIJzWrapped0Token0That0Is0Long", "hvb.AAAAAQJzBatch0Token0That0Is0Long", "s.9zDx2bYkWrapped0Token012", "s.9zDx2bYkWrapped0Token012.nsid1"} {
+		config := appRole(t)
+		write(t, config.Login.SecretIDFile, token+"\n")
+		f := newFakeVault()
+		_, err := connect(t, config, f).Read(t.Context(), "a")
+		if err == nil || !strings.Contains(err.Error(), config.Login.SecretIDFile+" holds a token of Vault") || !strings.Contains(err.Error(), "vault unwrap") || f.loginCount() != 0 {
+			t.Errorf("%.4s: %v after %d logins", token, err, f.loginCount())
+		}
+		if err != nil && strings.Contains(err.Error(), token[4:]) {
+			t.Errorf("the token is said: %v", err)
+		}
+	}
+	// Who makes secret-ids of his own may begin them like that.
+	for _, id := range []string{"s.short", "hvs.", "hvsx.CAESIJzWrapped0Token0That0Is0Long"} {
+		config := appRole(t)
+		write(t, config.Login.SecretIDFile, id)
+		f := newFakeVault()
+		if _, err := connect(t, config, f).Read(t.Context(), "a"); err != nil && strings.Contains(err.Error(), "holds a token") {
+			t.Errorf("%s: %v", id, err)
 		}
 	}
 }

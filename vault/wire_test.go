@@ -68,12 +68,17 @@ func (p keyPair) parsed(t testing.TB) *tls.Certificate {
 // issue makes a certificate for 127.0.0.1 and vault.test.
 func (a authority) issue(t testing.TB, name string) keyPair {
 	t.Helper()
+	return a.issueFor(t, name, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
+}
+
+func (a authority) issueFor(t testing.TB, name string, from, until time.Time) keyPair {
+	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, NotBefore: from, NotAfter: until,
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"vault.test"},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
@@ -112,6 +117,10 @@ func TestVaultMustBeTheOneThatIsMeant(t *testing.T) {
 	current.Store(ca.issue(t, "server").parsed(t))
 	address := secure(t, f, &current, tls.NoClientCert, 0)
 	old := secure(t, f, &current, tls.NoClientCert, tls.VersionTLS11)
+	at := time.Now().Truncate(time.Second)
+	var ended, early atomic.Pointer[tls.Certificate]
+	ended.Store(ca.issueFor(t, "server", at.Add(-time.Hour), at.Add(-time.Minute)).parsed(t))
+	early.Store(ca.issueFor(t, "server", at.Add(time.Hour), at.Add(2*time.Hour)).parsed(t))
 	for _, c := range []struct {
 		address, ca, name, says string
 	}{
@@ -121,6 +130,8 @@ func TestVaultMustBeTheOneThatIsMeant(t *testing.T) {
 		{address, ca.pem(), "other.test", "check vault.ca_file and vault.server_name"},
 		{address, other.pem(), "", "check vault.ca_file and vault.server_name"},
 		{address, "", "", "check vault.ca_file and vault.server_name"},
+		{secure(t, f, &ended, tls.NoClientCert, 0), ca.pem(), "", `"CN=server" that it shows has expired on ` + at.Add(-time.Minute).UTC().Format(time.RFC3339) + ": renew it there"},
+		{secure(t, f, &early, tls.NoClientCert, 0), ca.pem(), "", "begins on " + at.Add(time.Hour).UTC().Format(time.RFC3339) + " only: set the clock right"},
 		{old, ca.pem(), "", "protocol version"},
 		{strings.Replace(address, "https", "http", 1), "", "", "400"},
 	} {

@@ -422,6 +422,11 @@ func (u *Upstream) sign(ctx context.Context, c candidate, p ca.Plan, csr []byte)
 	if err := check.Check(chain, []*x509.Certificate{root}); err != nil {
 		return unusable(err)
 	}
+	// The leaves name their issuer by it: with another one they would not find it when the same key is certified anew, or find another.
+	// A subject with other parts beside the common name harms nobody.
+	if !bytes.Equal(own.SubjectKeyId, id) {
+		return unusable(fmt.Errorf("%s has the subject key identifier %x, and %x was asked for, which is of its key", nameOf(own), own.SubjectKeyId, id))
+	}
 	if end := own.NotAfter; end.Before(asked.NotAfter) && end.Sub(now) < least(p, now) {
 		return unusable(fmt.Errorf("it is signed only until %s, and %s was asked for: look at leaf_not_after_behavior and at what is above that issuer", stamp(end), stamp(asked.NotAfter)))
 	}

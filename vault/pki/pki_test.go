@@ -136,12 +136,13 @@ func TestABrokenOrHostileVaultIsRefused(t *testing.T) {
 		"two names": {fakeVault{spoil: func(c *x509.Certificate) {
 			c.URIs = append(c.URIs, &url.URL{Scheme: "spiffe", Host: "example.com"})
 		}}, "must carry exactly one name"},
-		"another subject":   {fakeVault{spoil: func(c *x509.Certificate) { c.Subject.CommonName = "of the request" }}, "is not named as planned"},
-		"path length 3":     {fakeVault{spoil: func(c *x509.Certificate) { c.MaxPathLen = 3 }}, "has path length 3; planned is 0"},
-		"no path length":    {fakeVault{spoil: func(c *x509.Certificate) { c.MaxPathLen = -1; c.MaxPathLenZero = false }}, "has no path length"},
-		"not a CA":          {fakeVault{spoil: func(c *x509.Certificate) { c.IsCA = false; c.MaxPathLen = -1; c.MaxPathLenZero = false }}, "is not a CA certificate"},
-		"name constraints":  {fakeVault{spoil: func(c *x509.Certificate) { c.PermittedURIDomains = []string{"example.org"} }}, "carries name constraints"},
-		"further key usage": {fakeVault{spoil: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageDigitalSignature }}, "exactly the key usages"},
+		"another subject":          {fakeVault{spoil: func(c *x509.Certificate) { c.Subject.CommonName = "of the request" }}, "is not named as planned"},
+		"another key's identifier": {fakeVault{spoil: func(c *x509.Certificate) { c.SubjectKeyId = []byte{1, 2, 3} }}, "has the subject key identifier 010203, and "},
+		"path length 3":            {fakeVault{spoil: func(c *x509.Certificate) { c.MaxPathLen = 3 }}, "has path length 3; planned is 0"},
+		"no path length":           {fakeVault{spoil: func(c *x509.Certificate) { c.MaxPathLen = -1; c.MaxPathLenZero = false }}, "has no path length"},
+		"not a CA":                 {fakeVault{spoil: func(c *x509.Certificate) { c.IsCA = false; c.MaxPathLen = -1; c.MaxPathLenZero = false }}, "is not a CA certificate"},
+		"name constraints":         {fakeVault{spoil: func(c *x509.Certificate) { c.PermittedURIDomains = []string{"example.org"} }}, "carries name constraints"},
+		"further key usage":        {fakeVault{spoil: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageDigitalSignature }}, "exactly the key usages"},
 		"bound to a purpose": {fakeVault{spoil: func(c *x509.Certificate) {
 			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		}}, "bound to extended key usages"},

@@ -47,7 +47,7 @@ func (s *Store) read(ctx context.Context, name string) (*keyInfo, error) {
 	case errors.Is(err, vault.ErrTooLarge):
 		return nil, fmt.Errorf("%s has too many versions, Vault's description of it is over 1 MiB: hide those that are older than any in use (`vault write %s/config min_decryption_version=N`), and see to it that nobody rotates it by hand or by auto_rotate_period (%w)", path, path, err)
 	case errors.Is(err, vault.ErrNotFound):
-		return nil, fmt.Errorf("%w: there is no %s in Vault; if it was deleted, restore it from Vault's backup, or, where it is an intermediate's, rotate to a new one", keystore.ErrNotFound, path)
+		return nil, fmt.Errorf("%w: there is no %s in Vault; if the mount or the prefix in the configuration was changed, put back what it was; if the key was deleted, restore it from Vault's backup, or, where it is an intermediate's, rotate to a new one", keystore.ErrNotFound, path)
 	case errors.Is(err, vault.ErrDenied):
 		return nil, denied(err, path, "read", nil)
 	case err != nil:
@@ -117,10 +117,14 @@ func (i *keyInfo) leaves() string {
 	return ""
 }
 
+// replace is how to come away from a key that is to have no further version. Another prefix is none for a cluster that has keys: they
+// are not found under it.
+const replace = "delete it in Vault if no CA has a key of it; else have the next key made elsewhere (keystore.intermediates: memory or file, with keystore.transit.mount in the file still), rotate to it, and delete this one when the last CA with a key of it is removed"
+
 // imported refuses a key that was made elsewhere: whoever imported it has had the private key, and may have it still.
 func (i *keyInfo) imported() error {
 	if i.Imported {
-		return fmt.Errorf("%s was imported into Vault (imported_key), so that whoever did that has had its private key in hand: use a key that Vault has made, under another prefix, and find out who imported this one; if a CA has been made with it, taint that", i.where)
+		return fmt.Errorf("%s was imported into Vault (imported_key), so that whoever did that has had its private key in hand: find out who did; if a CA has been made with it, taint that; let Vault make another: %s", i.where, replace)
 	}
 	return nil
 }
@@ -132,13 +136,13 @@ func (i *keyInfo) mayGrow(alg keystore.Algorithm, after int) error {
 	}
 	switch what := i.leaves(); {
 	case i.Type != string(alg):
-		return fmt.Errorf("%s is of type %s and stays so in all its versions, wanted is %s: keep that algorithm, or use another prefix", i.where, bounded(i.Type), alg)
+		return fmt.Errorf("%s is of type %s and stays so in all its versions, wanted is %s: keep that algorithm, or %s", i.where, bounded(i.Type), alg, replace)
 	case i.Derived:
-		return fmt.Errorf("%s is derived, so that it has no public key of its own: delete it in Vault, or use another prefix", i.where)
+		return fmt.Errorf("%s is derived, so that it has no public key of its own: no CA can have a key of it: delete it in Vault", i.where)
 	case what != "":
-		return fmt.Errorf("%s: %s, which can't be taken back, so a new version would not be safe in Vault: use another prefix", i.where, what)
+		return fmt.Errorf("%s: %s, which can't be taken back, so a new version would not be safe in Vault: %s", i.where, what, replace)
 	case i.signsFrom(after+1)-i.Latest > maxVersions+1:
-		return fmt.Errorf("%s has %d versions, and more than %d beyond %d would have to be skipped: use another prefix", i.where, i.Latest, maxVersions, after)
+		return fmt.Errorf("%s has %d versions, and more than %d beyond %d would have to be skipped: %s", i.where, i.Latest, maxVersions, after, replace)
 	}
 	return nil
 }

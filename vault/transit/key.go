@@ -37,6 +37,8 @@ type Key struct {
 	// refused is why Vault did not sign when it was last asked, until when that is taken to hold.
 	refused      error
 	refusedUntil time.Time
+	// exposed is why the private key can have left Vault; "" = it can't.
+	exposed string
 }
 
 // refusalHolds is how long a refusal is remembered: long beside the tries of many who ask again, short beside the time in
@@ -79,11 +81,32 @@ func (k *Key) heed(err error) {
 	}
 }
 
+// Exposed says why the private key can have left Vault, as it was seen when the key was opened and at each Look; "" = it can't.
+// Such a key signs all the same.
+func (k *Key) Exposed() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.exposed
+}
+
+// expose keeps, and says once, that the private key can leave Vault. What could be taken once may have been, whatever is said
+// of the key later.
+func (k *Key) expose(info *keyInfo) {
+	what := info.leaves()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if what == "" || k.exposed != "" {
+		return
+	}
+	k.exposed = fmt.Sprintf("%s: %s, for good; Vault's audit log tells by requests to %s/export and %[3]s/backup of it whether somebody has", info.where, what, k.store.mount)
+	k.store.logger.Warn("the private key can be taken out of Vault: take it for lost unless it is known that nobody has", "key", k.ref.String(), "because", k.exposed)
+}
+
 // probeAfter is how long nobody must have asked for a signature for Look to try whether one could be had: those who ask for
 // one find out themselves.
 const probeAfter = 10 * time.Second
 
-// Look asks Vault whether the key would still sign, without a signature. An error that wraps keystore.ErrAway is none of the
+// Look asks Vault whether the key would still sign, without a signature, and whether it can leave (Exposed). An error that wraps keystore.ErrAway is none of the
 // key: it could not be told. Any other is one that will not pass by itself.
 func (k *Key) Look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, k.store.timeout)
@@ -105,6 +128,7 @@ func (k *Key) Look(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("key %s: %w", k.ref, err)
 	}
+	k.expose(info)
 	return nil
 }
 

@@ -294,10 +294,7 @@ func (s *Store) Open(ctx context.Context, ref keystore.Ref) (keystore.Key, error
 		return nil, fmt.Errorf("open key %s: %w", ref, err)
 	}
 	// Not refused: the key is at work, and who could take a copy has had the time to. A version more it does not get.
-	if what := info.leaves(); what != "" {
-		s.logger.Warn("the private key can be taken out of Vault: make a new one under another prefix, and taint the CA if a copy may have been made",
-			"key", ref.String(), "path", info.where, "because", what)
-	}
+	k.expose(info)
 	if info.AutoRotate != 0 {
 		s.logger.Warn("Vault rotates the key by itself, which leaves versions that nobody uses: set auto_rotate_period to 0",
 			"key", ref.String(), "path", info.where)

@@ -398,6 +398,9 @@ func TestRealAnExportableKeyGoesOnButDoesNotGrow(t *testing.T) {
 			t.Fatalf("%v, %s", err, log.String())
 		}
 		r.admin(t, "config", name, map[string]any{flag: true})
+		if err := k.(*Key).Look(t.Context()); err != nil || k.(*Key).Exposed() == "" {
+			t.Errorf("%s: a look says %v and %q", flag, err, k.(*Key).Exposed())
+		}
 		again, err := s.Open(t.Context(), k.Ref())
 		if err != nil {
 			t.Fatal(err)
@@ -410,7 +413,7 @@ func TestRealAnExportableKeyGoesOnButDoesNotGrow(t *testing.T) {
 		}
 		log.Reset()
 		_, err = s.Create(t.Context(), name, keystore.ECDSAP256, 0)
-		says(t, err, "use another prefix")
+		says(t, err, "delete it in Vault if no CA has a key of it")
 	}
 	_, err := s.Create(t.Context(), "exportable", keystore.RSA2048, 0)
 	says(t, err, "is of type \"ecdsa-p256\"", "wanted is rsa-2048")
@@ -437,7 +440,7 @@ func TestRealAKeyThatWasImportedIsNotTaken(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 		_, err = s.Create(t.Context(), name, keystore.ECDSAP256, 0)
-		says(t, err, path+" was imported into Vault", "private key in hand", "another prefix")
+		says(t, err, path+" was imported into Vault", "private key in hand", "delete it in Vault if no CA has a key of it")
 		_, err = s.Create(t.Context(), name, keystore.ECDSAP256, 1)
 		says(t, err, "was imported")
 		_, err = s.Open(t.Context(), keystore.Ref{Backend: Backend, Name: name, Version: 1})

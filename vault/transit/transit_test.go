@@ -386,17 +386,17 @@ func TestCreateRefusesAKeyThatIsNotAsOurs(t *testing.T) {
 	s := f.store(t)
 	create(t, s, "ca", keystore.ECDSAP256, 0)
 	_, err := s.Create(t.Context(), "ca", keystore.RSA2048, 0)
-	says(t, err, "ecdsa-p256", "wanted is rsa-2048", "another prefix")
+	says(t, err, "ecdsa-p256", "wanted is rsa-2048", "delete it in Vault if no CA has a key of it", "keystore.intermediates: memory or file")
 	f.set(func() { f.keys["signet-east-ca"].exportable = true })
 	_, err = s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
-	says(t, err, "exportable")
+	says(t, err, "exportable", "delete it in Vault if no CA has a key of it", "keystore.intermediates: memory or file")
 	f.set(func() { f.keys["signet-east-ca"].exportable, f.keys["signet-east-ca"].backup = false, true })
 	_, err = s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
 	says(t, err, "plaintext backup")
 	// Whoever imported it has had its private half: a version of it is not even opened.
 	f.set(func() { f.keys["signet-east-ca"].backup, f.keys["signet-east-ca"].imported = false, true })
 	_, err = s.Create(t.Context(), "ca", keystore.ECDSAP256, 0)
-	says(t, err, "transit/keys/signet-east-ca was imported", "private key in hand", "another prefix")
+	says(t, err, "transit/keys/signet-east-ca was imported", "private key in hand", "keystore.intermediates: memory or file")
 	_, err = s.Open(t.Context(), keystore.Ref{Backend: Backend, Name: "ca", Version: 1})
 	says(t, err, "transit/keys/signet-east-ca was imported", "taint")
 	if n := f.count("write transit/keys/signet-east-ca/rotate"); n != 0 {
@@ -517,6 +517,45 @@ func TestAKeyThatCanLeaveVaultIsOpenedWithAWarning(t *testing.T) {
 	f.set(func() { f.keys["signet-east-ca"].exportable, f.keys["signet-east-ca"].autoRotate = false, 3600 })
 	if l := open(); !strings.Contains(l, "auto_rotate_period") {
 		t.Errorf("a key that rotates by itself: %s", l)
+	}
+}
+
+// A key may be made exportable while it is at work.
+func TestALookFindsAKeyThatCanLeaveVault(t *testing.T) {
+	for name, opens := range map[string]func(*fakeKey){
+		"exportable":       func(k *fakeKey) { k.exportable = true },
+		"plaintext backup": func(k *fakeKey) { k.backup = true },
+	} {
+		f := newFakeTransit(t)
+		var log bytes.Buffer
+		s := f.store(t, func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+		k := create(t, s, "ca", keystore.ECDSAP256, 0).(*Key)
+		look := func() string {
+			t.Helper()
+			if err := k.Look(t.Context()); err != nil {
+				t.Errorf("%s: it is said not to sign: %v", name, err)
+			}
+			return k.Exposed()
+		}
+		if said := look(); said != "" || log.Len() > 0 {
+			t.Errorf("of a good key: %s, %s", said, log.String())
+		}
+		f.set(func() { opens(f.keys["signet-east-ca"]) })
+		for range 3 {
+			says(t, errors.New(look()), "transit/keys/signet-east-ca: the key ", name, "requests to transit/export and transit/backup of it")
+		}
+		if n := strings.Count(log.String(), "can be taken out of Vault"); n != 1 {
+			t.Errorf("%s: the log is told %d times: %s", name, n, log.String())
+		}
+		again, err := s.Open(t.Context(), k.Ref())
+		if err != nil || again.(*Key).Exposed() != k.Exposed() {
+			t.Errorf("%s: opened again: %v", name, err)
+		}
+		// A copy that was taken is not given back.
+		f.set(func() { f.keys["signet-east-ca"].exportable, f.keys["signet-east-ca"].backup = false, false })
+		if look() == "" {
+			t.Errorf("%s: forgotten", name)
+		}
 	}
 }
 
