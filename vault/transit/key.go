@@ -106,8 +106,8 @@ func (k *Key) expose(info *keyInfo) {
 // one find out themselves.
 const probeAfter = 10 * time.Second
 
-// Look asks Vault whether the key would still sign, without a signature, and whether it can leave (Exposed). An error that wraps keystore.ErrAway is none of the
-// key: it could not be told. Any other is one that will not pass by itself.
+// Look asks Vault whether the key would still sign, without a signature, and whether it can leave (Exposed). An error that wraps
+// keystore.ErrAway is none of the key: it could not be told. Any other is one that will not pass by itself.
 func (k *Key) Look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, k.store.timeout)
 	defer cancel()
