@@ -64,7 +64,7 @@ test: lint $(ENVOY) $(ENVOYS) $(BIN)/vault ## Every test, the real parts include
 	@# at the end, below all that those have logged.
 	@set -o pipefail; { $(GO) test $(RACE) -tags real -timeout 18m $$($(GO) list ./... | grep -v /test/); parts=$$?; \
 	  $(GO) test $(RACE) -tags real -timeout 18m -parallel 4 ./test/e2e ./test/... && exit $$parts; } 2>&1 | tee $(TOOLS)/test.log || { \
-	  echo "what failed:"; grep -aE '^ *--- FAIL|^ +[a-z0-9_]+_test\.go:[0-9]+:|DATA RACE|^panic:|^FAIL.' $(TOOLS)/test.log | cut -c1-500 | tail -60; exit 1; }
+	  echo "what failed:"; grep -aE '^ *--- FAIL|^ +[a-z0-9_]+_test\.go:[0-9]+:|DATA RACE|^panic:|^FAIL.' $(TOOLS)/test.log | grep -avF '[rapid] draw' | cut -c1-500 | tail -60; exit 1; }
 
 .PHONY: soak
 soak: ## What takes longer: faults at every call, ten thousand worlds of rotation, a greedy agent, then each fuzz target for FUZZTIME (default 2m)

@@ -129,8 +129,8 @@ type Local struct {
 // Meet puts together what this cluster knows, what the document says, and what was decided here since the last look; what comes
 // of it is to be kept, then followed, and written if the document lacks some of it. It was decided here about a root that
 // stands otherwise than at the last look, and otherwise than is known, unless another decision about it has come meanwhile
-// that is at least as strong; of what was not known here, how it stands is the first decision. gone reports whether all clusters
-// are known to have removed a root; cluster is this one.
+// that is at least as strong; that one which was leaving is removed now was not decided, but came by itself. Of what was not known
+// here, how it stands is the first decision. gone reports whether all clusters are known to have removed a root; cluster is this one.
 func (r Replica) Meet(theirs []Root, here []Local, cluster string, gone func(id string) bool, now time.Time) Replica {
 	all := Join(r.Roots(), theirs)
 	stands := map[string]Standing{}
@@ -150,7 +150,7 @@ func (r Replica) Meet(theirs []Root, here []Local, cluster string, gone func(id 
 			if both := all[i].join(ours); both.Standing() != all[i].Standing() {
 				all[i] = both
 			}
-		case l.Stands != before.Here && decided != before.Standing().Decided() && decided != all[i].Standing().Decided() &&
+		case decided != before.Here.Decided() && decided != before.Standing().Decided() && decided != all[i].Standing().Decided() &&
 			// Of two that decide at the same time the stronger one prevails.
 			(all[i].Decision == before.Decision && all[i].Decision < MaxDecisions || decided.strength() > all[i].Standing().strength()):
 			ours.Decision = min(all[i].Decision+1, MaxDecisions)

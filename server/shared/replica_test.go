@@ -56,6 +56,7 @@ func TestWhatClustersDecideComesTogether(t *testing.T) {
 		{"it began to leave there", knows(rootOf(a, Believed, 1, "west"), Believed), []Root{rootOf(a, Leaving, 2, "west")}, []Local{hereOf(a, Believed)}, false, "a leaving 2 west"},
 		{"it was followed, then there was a crash", knows(rootOf(a, Leaving, 2, "west"), Believed), []Root{rootOf(a, Leaving, 2, "west")}, []Local{hereOf(a, Leaving)}, false, "a leaving 2 west"},
 		{"and meanwhile it was taken back there", knows(rootOf(a, Leaving, 2, "west"), Believed), []Root{rootOf(a, Believed, 3, "west")}, []Local{hereOf(a, Leaving)}, false, "a believed 3 west"},
+		{"it is taken back there, and before that was followed its time here was over", knows(rootOf(a, Believed, 3, "west"), Leaving), []Root{rootOf(a, Believed, 3, "west")}, []Local{hereOf(a, Removed)}, false, "a believed 3 west"},
 		{"it could not be followed", knows(rootOf(a, Leaving, 2, "west"), Believed), []Root{rootOf(a, Leaving, 2, "west")}, []Local{hereOf(a, Believed)}, false, "a leaving 2 west"},
 		{"it is taken back here", knows(rootOf(a, Leaving, 2, "west"), Leaving), []Root{rootOf(a, Leaving, 2, "west")}, []Local{hereOf(a, Believed)}, false, "a believed 3 east"},
 		{"both at once, here it begins to leave", knows(rootOf(a, Believed, 3, "west"), Believed), []Root{rootOf(a, Believed, 5, "west")}, []Local{hereOf(a, Leaving)}, false, "a leaving 6 east"},
