@@ -68,6 +68,14 @@ func databasePath(dir string) string { return filepath.Join(dir, "signet.db") }
 // ErrNoCluster: Init has never been in the state folder.
 var ErrNoCluster = errors.New("holds no cluster yet")
 
+// hasCluster refuses a state folder in which Init has never been.
+func hasCluster(dir string) error {
+	if _, err := os.Stat(databasePath(dir)); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("folder %s %w: make one with: signet cluster init", dir, ErrNoCluster)
+	}
+	return nil
+}
+
 // LogDir is where the audit log of a state folder is.
 func LogDir(dir string) string { return filepath.Join(dir, "log") }
 
@@ -113,8 +121,8 @@ func (f *Folder) open(ctx context.Context, init bool) (*opened, error) {
 		if err := durable.Dir(f.Dir); err != nil {
 			return nil, err
 		}
-	} else if _, err := os.Stat(databasePath(f.Dir)); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("folder %s %w: make one with: signet cluster init", f.Dir, ErrNoCluster)
+	} else if err := hasCluster(f.Dir); err != nil {
+		return nil, err
 	}
 	o := &opened{}
 	var err error
@@ -667,8 +675,8 @@ type AuthorityInfo struct {
 
 // Show reads a folder, also while a server works on it or where nothing can be written, and needs no key.
 func Show(ctx context.Context, dir string) (_ Cluster, err error) {
-	if _, err := os.Stat(databasePath(dir)); errors.Is(err, fs.ErrNotExist) {
-		return Cluster{}, fmt.Errorf("folder %s %w: make one with: signet cluster init", dir, ErrNoCluster)
+	if err := hasCluster(dir); err != nil {
+		return Cluster{}, err
 	}
 	st, err := store.Open(ctx, store.Config{Path: databasePath(dir), ReadOnly: true})
 	if err != nil {

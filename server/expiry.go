@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"net"
-	"os"
 	"slices"
 	"time"
 
@@ -314,8 +312,8 @@ func (set *authorities) issuing() (store.Authority, bool) {
 // acknowledged only the server knows; here they count as not having said anything. With c.Keys it is looked whether the key of
 // the intermediate that signs is there.
 func CheckRotation(ctx context.Context, c Config, now time.Time) (_ check.Findings, err error) {
-	if _, err := os.Stat(databasePath(c.Dir)); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("folder %s %w: make one with: signet cluster init", c.Dir, ErrNoCluster)
+	if err := hasCluster(c.Dir); err != nil {
+		return nil, err
 	}
 	c.Rotation.LongestLeaf = c.MaxTTL
 	st, err := store.Open(ctx, store.Config{Path: databasePath(c.Dir), ReadOnly: true})

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -160,14 +161,14 @@ It is safe to run again: what is missing is completed, and the same request and 
 
 // printInit says what a dry run of init would make.
 func (c *cli) printInit(r server.InitResult) error {
-	lines := []string{"unchanged"}
-	if len(r.Would) > 0 {
-		lines = nil
-	}
+	var b strings.Builder
 	for _, line := range r.Would {
-		lines = append(lines, would(true)+line)
+		b.WriteString(would(true) + line + "\n")
 	}
-	if _, err := fmt.Fprintln(c.out, strings.Join(lines, "\n")); err != nil {
+	if b.Len() == 0 {
+		b.WriteString("unchanged\n")
+	}
+	if _, err := io.WriteString(c.out, b.String()); err != nil {
 		return err
 	}
 	fmt.Fprintln(c.err, "this was a dry run: nothing is changed")

@@ -354,8 +354,13 @@ const (
 // its argument before the server opens its own doors.
 func (b *backing) begin(ctx context.Context, cfg *config.Server, start func(opening func()) (*server.Server, error)) (*server.Server, error) {
 	var door *waitingDoor
-	shut := func() { door.close(); door = nil }
-	defer func() { shut() }()
+	shut := func() {
+		if door != nil {
+			door.close()
+			door = nil
+		}
+	}
+	defer shut()
 	for wait := firstWait; ; wait = min(2*wait, mostWait) {
 		s, err := start(shut)
 		if err == nil || !errors.Is(err, keystore.ErrAway) && !errors.Is(err, vault.ErrLogin) || ctx.Err() != nil {
@@ -366,8 +371,9 @@ func (b *backing) begin(ctx context.Context, cfg *config.Server, start func(open
 		}
 		if door == nil {
 			door = b.openWaitingDoor(cfg.Listen.HTTP, err)
+		} else {
+			door.why.Store(&err)
 		}
-		door.say(err)
 		wait := wait/2 + rand.N(wait/2+1)
 		notify(b.log, fmt.Sprintf("STATUS=waiting for Vault\nEXTEND_TIMEOUT_USEC=%d", (wait+time.Minute).Microseconds()))
 		bell.Wait(ctx, wait, nil)
@@ -392,7 +398,7 @@ func (b *backing) openWaitingDoor(address string, why error) *waitingDoor {
 		return nil
 	}
 	d := &waitingDoor{}
-	d.say(why)
+	d.why.Store(&why)
 	d.http = health.NewServer(health.Config{
 		Checks: func() []check.Part {
 			return []check.Part{{Look: func(context.Context) check.Findings {
@@ -405,17 +411,9 @@ func (b *backing) openWaitingDoor(address string, why error) *waitingDoor {
 	return d
 }
 
-func (d *waitingDoor) say(why error) {
-	if d != nil {
-		d.why.Store(&why)
-	}
-}
-
 func (d *waitingDoor) close() {
-	if d != nil {
-		d.http.Close()
-		d.serving.Wait()
-	}
+	d.http.Close()
+	d.serving.Wait()
 }
 
 func (c *cli) configVaultPolicyCommand() *cobra.Command {
