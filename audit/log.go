@@ -229,6 +229,12 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries, its checkpoint has %d; restore the folder from its newest backup", c.Dir, ErrDamaged, size, last.Size)
 	case !exists && size > 0:
 		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries and no checkpoint; restore the file %s from its newest backup", c.Dir, ErrDamaged, size, layout.CheckpointPath)
+	case size > last.Size:
+		// What came after the checkpoint was written before the state that tells of it.
+		end := (size - 1) / layout.EntryBundleWidth
+		if _, path, err := l.folder.readBundle(end, layout.PartialTileSize(0, end, size)); errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("open the audit log in %s: %w: its state tells of %d entries, and %s is missing; restore the folder from its newest backup", c.Dir, ErrDamaged, size, path)
+		}
 	}
 	l.metrics.size.Set(float64(size))
 
@@ -258,6 +264,8 @@ func (l *Log) identify() error {
 		return fmt.Errorf("open the audit log in %s: %w", l.dir, err)
 	case string(bytes.TrimSpace(was)) != l.vkey:
 		return fmt.Errorf("open the audit log in %s: the folder holds the log %.300q, not %q: each server has a log, and a key for it, of its own", l.dir, bytes.TrimSpace(was), l.vkey)
+	case string(was) != l.vkey+"\n": // as Verify has it
+		return fmt.Errorf("open the audit log in %s: %w: its %s is not as it was written; restore it from its newest backup", l.dir, ErrDamaged, verifierKeyFile)
 	}
 	return nil
 }

@@ -240,7 +240,7 @@ func TestAFolderOfAnotherLogIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return []byte(vkey)
+		return []byte(vkey + "\n")
 	})
 	if _, err := Open(t.Context(), other); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a checkpoint of another log: %v", err)
@@ -296,6 +296,7 @@ func TestAFolderThatContradictsItsCheckpointIsNotOpened(t *testing.T) {
 	for name, change := range map[string]func(t *testing.T, dir string){
 		"state set back":          setState(299),
 		"state set to nothing":    setState(0),
+		"state set ahead":         setState(301),
 		"no state":                remove(".state"),
 		"no checkpoint":           remove("checkpoint"),
 		"no tiles":                remove("tile"),
@@ -303,6 +304,9 @@ func TestAFolderThatContradictsItsCheckpointIsNotOpened(t *testing.T) {
 		"another checkpoint byte": flip("checkpoint"),
 		"another tile byte":       flip("tile/1/000.p/1"),
 		"another key byte":        flip(verifierKeyFile),
+		"a key without its end": func(t *testing.T, dir string) {
+			rewrite(t, filepath.Join(dir, verifierKeyFile), func(b []byte) []byte { return b[:len(b)-1] })
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := duplicate(t, was)
