@@ -306,7 +306,7 @@ func TestRealASecretIDOfOneUseIsReplacedInItsFile(t *testing.T) {
 
 func TestRealAJWTIsReadAnewAtEachLogin(t *testing.T) {
 	v, name := realVault(t)
-	l := logins["jwt"](t, v, name, lab.VaultLife{Policies: []string{name}, TTL: time.Second, MaxTTL: time.Second})
+	l := logins["jwt"](t, v, name, lab.VaultLife{Policies: []string{name}, TTL: time.Hour})
 	cl := dial(t, realConfig(v, l))
 	readUntil(t, cl, "secret/data/"+name+"/a", 0)
 	// Another key, which is the one that Vault believes from now on.
@@ -525,11 +525,19 @@ func TestRealSealedAndUnsealedAndHungAndBack(t *testing.T) {
 		}
 		g.Wait()
 	})
-	within(t, config.Timeout/2, func() {
-		if _, err := cl.Read(t.Context(), path); !errors.Is(err, ErrAway) || !strings.Contains(err.Error(), "left alone") {
-			t.Errorf("hung for long: %v", err)
+	// Where this process was held up until Vault may be tried again, the first call tries it.
+	for tries := 3; ; tries-- {
+		began := time.Now()
+		_, err := cl.Read(t.Context(), path)
+		took := time.Since(began)
+		if errors.Is(err, ErrAway) && strings.Contains(err.Error(), "left alone") && took <= config.Timeout/2 {
+			break
 		}
-	})
+		if tries == 1 {
+			t.Errorf("hung for long: after %s: %v", took, err)
+			break
+		}
+	}
 	if err := v.Resume(); err != nil {
 		t.Fatal(err)
 	}

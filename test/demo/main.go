@@ -55,7 +55,7 @@ func main() {
 }
 
 // limit bounds a demo's own time; the marks are 60 s and 120 s, and a machine may be slow.
-const limit = 4 * time.Minute
+const limit = 8 * time.Minute
 
 // step is one part of a story; it says what was seen.
 type step struct {

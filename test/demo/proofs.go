@@ -16,7 +16,7 @@ import (
 func (d *demo) prove(ctx context.Context) (string, error) {
 	for _, c := range d.clusters() {
 		for _, serial := range d.seen.serials(c) {
-			if err := lab.Until(ctx, "serial "+serial+" in "+c.Name+"'s log", lab.CheckpointLag, func() error {
+			if err := lab.Until(ctx, "serial "+serial+" in "+c.Name+"'s log", 30*time.Second, func() error {
 				_, err := d.Run(ctx, "log", "prove", "--config", c.Config(), "--serial", serial)
 				return err
 			}); err != nil {

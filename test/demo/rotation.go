@@ -271,7 +271,7 @@ func (r *rotating) report(ctx context.Context, from *cluster) (file string, err 
 
 // exchange carries a report each way until something has come about by it.
 func (r *rotating) exchange(ctx context.Context, what string, ok func() error) error {
-	return lab.Until(ctx, what, time.Minute, func() error {
+	return lab.Until(ctx, what, 2*time.Minute, func() error {
 		for _, from := range r.clusters() {
 			file, err := r.report(ctx, from)
 			if err != nil {
@@ -369,7 +369,7 @@ func (r *rotating) shows(s *sidecar, chain []*x509.Certificate) (*issuer, error)
 // untilShown waits until the newest issuer of each cluster stands behind both sides of fresh handshakes: what sidecars
 // show when asked, and what they have shown each other. It says how long it took since then.
 func (r *rotating) untilShown(ctx context.Context, began time.Time) (string, error) {
-	err := lab.Until(ctx, "the newest issuers on both sides of fresh handshakes", 30*time.Second, func() error {
+	err := lab.Until(ctx, "the newest issuers on both sides of fresh handshakes", time.Minute, func() error {
 		for _, s := range r.sidecars() {
 			want := r.newest(s.cluster)
 			chain, err := handshake(ctx, s.in)
@@ -407,7 +407,7 @@ func (r *rotating) replaceIntermediate(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := lab.Until(ctx, next.id+" signs", 10*time.Second, func() error {
+	if err := lab.Until(ctx, next.id+" signs", 30*time.Second, func() error {
 		return errors.Join(r.is(ctx, r.east, next.id, "active"), r.is(ctx, r.east, before.id, "retired", "removed"))
 	}); err != nil {
 		return "", err
@@ -424,11 +424,14 @@ func (r *rotating) addRootB(ctx context.Context) (_ string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if err := lab.Until(ctx, "east believes B", 10*time.Second, func() error { return r.is(ctx, r.east, r.b.id, "published") }); err != nil {
+	if err := lab.Until(ctx, "east believes B", 30*time.Second, func() error { return r.is(ctx, r.east, r.b.id, "published") }); err != nil {
 		return "", err
 	}
 	// West believes B too, but its agent, which is stopped meanwhile, has not heard of it. That is for no longer than needed: leaves
 	// live for seconds here, and a stopped agent renews none.
+	if err := r.untilYoung(ctx, r.west); err != nil {
+		return "", err
+	}
 	if err := r.west.agent.Halt(ctx); err != nil {
 		return "", err
 	}
@@ -444,6 +447,23 @@ func (r *rotating) addRootB(ctx context.Context) (_ string, err error) {
 	}
 	r.refused++
 	return fmt.Sprintf("%s stands ready; refused: %s", next, refusal), nil
+}
+
+// untilYoung waits until both sidecars of a cluster show leaves that have most of their life before them.
+func (r *rotating) untilYoung(ctx context.Context, c *cluster) error {
+	return lab.Until(ctx, c.Name+"'s sidecars show young leaves", time.Minute, func() error {
+		for _, s := range []*sidecar{c.frontend, c.backend} {
+			chain, err := handshake(ctx, s.in)
+			if err != nil {
+				return fmt.Errorf("%s: %w", s, err)
+			}
+			made := chain[0].NotBefore.Add(time.Second) // by the backdate of rotationPolicy
+			if age := time.Since(made); age > r.ttl*3/10 {
+				return fmt.Errorf("%s shows one that is %s old", s, age.Round(time.Millisecond))
+			}
+		}
+		return nil
+	})
 }
 
 // refusedWithoutWest starts the rotation in west, and shows that east knows who doesn't have the root. West's request is still to be
@@ -585,7 +605,7 @@ func (r *rotating) removedAndRefused(ctx context.Context, old, stays *root, made
 	if err := r.removed(ctx, old, stays); err != nil {
 		return err
 	}
-	if err := lab.Until(ctx, "certificates under "+old.name+" are refused", 5*time.Second, func() error { return r.everyEnvoy(ctx, made, false) }); err != nil {
+	if err := lab.Until(ctx, "certificates under "+old.name+" are refused", 20*time.Second, func() error { return r.everyEnvoy(ctx, made, false) }); err != nil {
 		return err
 	}
 	r.refused += len(r.sidecars())

@@ -271,7 +271,7 @@ func (d *demo) unharmed() error {
 // firstAnswers waits until each way is open once; from then on nothing may fail.
 func (d *demo) firstAnswers(ctx context.Context) error {
 	for _, w := range d.ways {
-		if err := lab.Until(ctx, "the first request from "+w.String(), 15*time.Second, func() error { return d.request(ctx, w) }); err != nil {
+		if err := lab.Until(ctx, "the first request from "+w.String(), time.Minute, func() error { return d.request(ctx, w) }); err != nil {
 			return err
 		}
 	}

@@ -319,7 +319,8 @@ func (v *vaulted) since(s *sidecar, t time.Time) (n int) {
 
 // renewed waits until both sidecars of a cluster show certificates that were made after some time.
 func (v *vaulted) renewed(ctx context.Context, c *cluster, since time.Time) error {
-	return v.until(ctx, c.Name+"'s sidecars show new certificates", v.life(c)+5*time.Second, func() error {
+	// Requests fail once the old ones have ended.
+	return v.until(ctx, c.Name+"'s sidecars show new certificates", v.life(c)+20*time.Second, func() error {
 		for _, s := range []*sidecar{c.frontend, c.backend} {
 			if v.since(s, since) == 0 {
 				return fmt.Errorf("%s does not", s)
@@ -534,10 +535,12 @@ func (v *vaulted) seal(ctx context.Context) (string, error) {
 	if err := v.missesNothing(ctx); err != nil {
 		return "", err
 	}
-	// Both of west's leaves are to become due without Vault before either ends, so they must be of about one age.
-	if err := v.until(ctx, "west's sidecars are renewed as often as each other", v.west.ttl, func() error {
-		if f, b := v.seen.renewed(v.west.frontend), v.seen.renewed(v.west.backend); f != b {
-			return fmt.Errorf("%d and %d times", f, b)
+	// Both of west's leaves are to become due without Vault, and Vault is to be back for some time before either ends.
+	if err := v.until(ctx, "west's sidecars show young certificates", 2*v.west.ttl, func() error {
+		for _, s := range []*sidecar{v.west.frontend, v.west.backend} {
+			if v.since(s, time.Now().Add(-v.west.ttl/3)) == 0 {
+				return fmt.Errorf("that of %s is older than a third of its life", s)
+			}
 		}
 		return nil
 	}); err != nil {
@@ -645,7 +648,7 @@ func (v *vaulted) logins(ctx context.Context) (string, error) {
 		return "", err
 	}
 	var next string
-	if err := v.until(ctx, "another intermediate signs in east", 20*time.Second, func() (err error) {
+	if err := v.until(ctx, "another intermediate signs in east", time.Minute, func() (err error) {
 		if next, err = v.signsUnder(ctx, v.east, v.b); err == nil && next == before {
 			err = errors.New(before + " still does")
 		}
@@ -653,16 +656,20 @@ func (v *vaulted) logins(ctx context.Context) (string, error) {
 	}); err != nil {
 		return "", err
 	}
-	token, err := v.newestToken(ctx)
-	if err != nil {
+	// There may be none for a moment, see start; and Vault, which has just come back, clears away by and by what has ended.
+	if err := v.until(ctx, "Vault knows a newer token of east's, and its first no more", 20*time.Second, func() error {
+		tokens, err := v.vault.Tokens(ctx, v.first.Path)
+		switch {
+		case err != nil:
+			return err
+		case slices.ContainsFunc(tokens, func(t lab.VaultToken) bool { return t.Accessor == v.first.Accessor }):
+			return fmt.Errorf("the token of %s, which was to live until %s, lives", v.first.Made.Format(time.TimeOnly), v.first.Expires.Format(time.TimeOnly))
+		case !slices.ContainsFunc(tokens, func(t lab.VaultToken) bool { return t.Made.After(v.first.Expires) }):
+			return errors.New("it knows no newer one")
+		}
+		return nil
+	}); err != nil {
 		return "", err
-	}
-	tokens, err := v.vault.Tokens(ctx, v.first.Path)
-	if err != nil {
-		return "", err
-	}
-	if slices.ContainsFunc(tokens, func(t lab.VaultToken) bool { return t.Accessor == v.first.Accessor }) || !token.Made.After(v.first.Expires) {
-		return "", fmt.Errorf("the token of %s, which was to live until %s, lives", v.first.Made.Format(time.TimeOnly), v.first.Expires.Format(time.TimeOnly))
 	}
 	n, err := metric(ctx, v.east.HTTP, `signet_vault_requests_total{op="login",result="ok"}`)
 	if err != nil {
@@ -706,20 +713,25 @@ func (v *vaulted) endLoad(ctx context.Context) (string, error) {
 	}); err != nil {
 		return "", err
 	}
+	if err := v.until(ctx, "root A is retired in both clusters", 20*time.Second, func() error {
+		for _, c := range v.clusters() {
+			all, err := v.authorities(ctx, c)
+			if err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(all, func(a standingCA) bool {
+				return a.ID == v.a.id && slices.Contains([]string{string(ca.Retired), string(ca.Removed)}, a.State)
+			}) {
+				return fmt.Errorf("in %s it is not", c.Name)
+			}
+		}
+		return nil
+	}); err != nil {
+		return "", err
+	}
 	v.stopLoad()
 	if err := v.unharmed(); err != nil {
 		return "", err
-	}
-	for _, c := range v.clusters() {
-		all, err := v.authorities(ctx, c)
-		if err != nil {
-			return "", err
-		}
-		if !slices.ContainsFunc(all, func(a standingCA) bool {
-			return a.ID == v.a.id && slices.Contains([]string{string(ca.Retired), string(ca.Removed)}, a.State)
-		}) {
-			return "", fmt.Errorf("in %s root A is not retired", c.Name)
-		}
 	}
 	return fmt.Sprintf("%d requests, 0 failed; root A is retired in both clusters; %s", v.requests(), v.renewedSoFar()), nil
 }

@@ -226,7 +226,7 @@ func TestAnIntermediateThatHasExpiredIssuesNothingAndSaysSo(t *testing.T) {
 	t.Parallel() // it mostly waits
 	w := newWorld(t, "leaf: { ttl: 5s, max_ttl: 5s }\n")
 	root := newRoot(t, goodFor)
-	const life = 40 * time.Second // enough to install it and start with it on a busy machine
+	const life = time.Minute // enough to install it and start with it on a busy machine
 	cert := root.sign(t, readCSR(t, w.west.Path("intermediate.csr")), validity{-time.Hour, life})
 	w.write(t, "chain.pem", chainPEM(cert, root.cert))
 	w.must(t, "cluster", "install", "--config", w.west.Config(), "--chain", "chain.pem", "--root-fingerprint", fingerprint(root.cert.Raw))

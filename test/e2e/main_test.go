@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/signet-ca/signet/internal/durable"
 	"github.com/signet-ca/signet/test/lab"
 )
 
@@ -232,16 +233,15 @@ func (w *world) refusesWith(t *testing.T, wrap []string, code int, says []string
 	})
 }
 
-// changesNothing holds the folder before against the folder after. A server that runs meanwhile may have published the
-// checkpoint of what came before, and an agent have heard of it: where nothing but that differs it is tried again, and the command
-// must have done nothing in one try.
+// changesNothing holds the folder before against the folder after. A server or an agent that runs meanwhile may have written what
+// it writes behind: where nothing but that differs it is tried again, and the command must have done nothing in one try.
 func changesNothing(t *testing.T, dir string, do func() ran) {
 	t.Helper()
 	for tries := 1; ; tries++ {
 		before := snapshot(t, dir)
 		r := do()
 		after := snapshot(t, dir)
-		if tries < 5 && onlyLogsDiffer(before, after) {
+		if tries < 5 && behind(before, after) {
 			time.Sleep(time.Second) // until the next checkpoint
 			continue
 		}
@@ -250,15 +250,18 @@ func changesNothing(t *testing.T, dir string, do func() ran) {
 	}
 }
 
-// onlyLogsDiffer takes the checkpoint that an agent keeps for its log's.
-func onlyLogsDiffer(before, after map[string]string) bool {
+// behind reports whether nothing differs but what others write some time after what it is about: a server its log, an agent what it
+// has heard of that, what it is told, and in its cache what it gives.
+func behind(before, after map[string]string) bool {
 	differ := false
 	for _, pair := range [][2]map[string]string{{before, after}, {after, before}} {
 		for name, was := range pair[0] {
 			if pair[1][name] == was {
 				continue
 			}
-			if !strings.Contains(name, "/log/") && filepath.Base(name) != "checkpoint" {
+			base := filepath.Base(name)
+			if !strings.Contains(name, "/log/") && !strings.Contains(name, "/cache/") && !strings.HasPrefix(base, durable.TempPrefix) &&
+				!slices.Contains([]string{"checkpoint", "bundle.json", "registrations.json"}, base) {
 				return false
 			}
 			differ = true

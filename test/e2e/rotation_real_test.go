@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -276,6 +277,16 @@ func (w *world) under(socket string, r offlineRoot) error {
 	return nil
 }
 
+// alone is nil when the agent at the socket gives certificates under the root, and nothing else to believe. It hears that a root is
+// removed a moment after that is so.
+func (w *world) alone(socket string, r offlineRoot) error {
+	x, err := w.fetch(socket)
+	if err == nil && len(x.bundle) != 1 {
+		err = fmt.Errorf("%d roots are believed", len(x.bundle))
+	}
+	return errors.Join(err, w.under(socket, r))
+}
+
 // web is a registration that this process meets at the agents of the given names.
 func web(agents ...string) string {
 	return "registrations:\n  - { name: web, spiffe_id: spiffe://example.org/web, agents: [" + strings.Join(agents, ", ") + "], selectors: ['unix:uid:" + uid() + "'] }\n"
@@ -374,10 +385,7 @@ func TestAnAgentThatIsCutOffIsNamedThenForcedThenComesBack(t *testing.T) {
 		return nil
 	})
 	w.untilAre(t, w.east, a.id, "removed", "intermediate-1", "removed")
-	x, err := w.fetch(two.Socket)
-	if err != nil || len(x.bundle) != 1 {
-		t.Errorf("node-2 believes %d roots: %v", len(x.bundle), err)
-	}
+	until(t, "node-2 believes the new root alone", time.Minute, func() error { return w.alone(two.Socket, b) })
 	w.logged(t, w.east)
 }
 

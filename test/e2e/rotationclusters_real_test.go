@@ -132,7 +132,7 @@ func (w *world) forged(t *testing.T, c *lab.Cluster, issuer *x509.Certificate) t
 			t.Fatal(err)
 		}
 		der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-			SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(10 * time.Minute),
+			SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
 			URIs: []*url.URL{{Scheme: "spiffe", Host: lab.TrustDomain, Path: "/web"}}, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature,
 			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		}, issuer, own.Public(), key)
@@ -234,12 +234,17 @@ func TestAClusterAStepBehindIsWaitedForAndARemovedRootIsRefused(t *testing.T) {
 		return errors.Join(w.tell(t.Context(), w.west, w.east), w.are(t.Context(), w.east, "intermediate-2", "active"))
 	})
 	until(t, "east shows the new root", time.Minute, func() error { return w.under(east.Socket, b) })
-	if err := errors.Join(w.are(t.Context(), w.west, "intermediate-1", "active"), w.meet(east, west)); err != nil {
+	// A certificate of seconds may be late on a busy machine.
+	until(t, "workloads meet a step apart", time.Minute, func() error { return w.meet(east, west) })
+	if err := w.are(t.Context(), w.west, "intermediate-1", "active"); err != nil {
 		t.Errorf("a step apart: %v", err)
 	}
 	// East keeps the old root for west's sake, long after its own leaves are over.
 	time.Sleep(8 * time.Second)
-	if err := errors.Join(w.tell(t.Context(), w.west, w.east), w.are(t.Context(), w.east, a.id, "retired"), w.meet(east, west), ask(old)); err != nil {
+	until(t, "who is under the old root is let in, since west still signs under it", time.Minute, func() error {
+		return errors.Join(w.tell(t.Context(), w.west, w.east), w.meet(east, west), ask(old))
+	})
+	if err := w.are(t.Context(), w.east, a.id, "retired"); err != nil {
 		t.Errorf("west still signs under the old root: %v", err)
 	}
 	w.must(t, w.installing(w.west, b, w.sign(t, w.west, b, csr, keys))...)
@@ -396,9 +401,7 @@ func TestAServerThatWasAwayThroughAWholeRotationComesBackRight(t *testing.T) {
 		return errors.Join(w.under(east.Socket, b), w.under(west.Socket, b), w.meet(east, west))
 	})
 	for _, x := range []*lab.Agent{east, west} {
-		if got, err := w.fetch(x.Socket); err != nil || len(got.bundle) != 1 {
-			t.Errorf("%d roots are believed: %v", len(got.bundle), err)
-		}
+		until(t, "the new root alone is believed", time.Minute, func() error { return w.alone(x.Socket, b) })
 	}
 	w.logged(t, w.west)
 	server.Stop()

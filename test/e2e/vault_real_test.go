@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -258,8 +259,9 @@ func TestTheSmallestPolicyIsEnoughForAllThatAServerDoes(t *testing.T) {
 	if r := execute(t, w.Dir, nil, "check", "--config", w.east.Config()); !strings.Contains(r.out, "its token may do all that will be asked") || !strings.Contains(r.out, "vault-transit:intermediate@2, which is left to the server") {
 		t.Error(r)
 	}
-	if after, err := w.vault.Root().List(t.Context(), "auth/token/accessors"); err != nil || len(after) != len(before) {
-		t.Errorf("%d tokens before a check, %d after it: %v", len(before), len(after), err)
+	after, err := w.vault.Root().List(t.Context(), "auth/token/accessors")
+	if more := slices.DeleteFunc(after, func(token string) bool { return slices.Contains(before, token) }); err != nil || len(more) > 0 {
+		t.Errorf("a check has logged in %d times: %v", len(more), err)
 	}
 	metrics, err := http.Get("http://" + w.east.HTTP + "/metrics")
 	if err != nil {
@@ -464,7 +466,10 @@ func TestEachLineOfThePolicyIsMissed(t *testing.T) {
 		w.finds(t, pki, says(check.CodeUpstream, "sign-intermediate", "permission denied"))
 		w.finds(t, pki+", said at the start", says(check.CodePolicy, "lacks update on "+pki))
 		w.policy(t, whole)
-		if err := lab.Ready(t.Context(), "east, with all it needs", w.east.HTTP); err != nil {
+		// What was refused for long is asked again after up to 90 s.
+		if err := lab.Until(t.Context(), "east, with all it needs", 3*time.Minute, func() error {
+			return lab.Ready(t.Context(), "east", w.east.HTTP)
+		}); err != nil {
 			t.Error(err)
 		}
 		w.finds(t, "that it is mended", says(check.CodeVault, "its token may do all that will be asked"))

@@ -115,8 +115,14 @@ func TestASickTransitIsSaidAndIsNotHammered(t *testing.T) {
 				}
 			}
 			ends := func(f check.Finding) string { end, _, _ := strings.Cut(f.Message, " ("); return end }
-			time.Sleep(usualTimeout + time.Second) // those who were on their way
-			n = good()
+			until(t, "those who were on their way have come", time.Minute, func() error {
+				n = good()
+				time.Sleep(usualTimeout + time.Second)
+				if more := good() - n; more > 0 {
+					return fmt.Errorf("%d have come", more)
+				}
+				return nil
+			})
 			began := time.Now()
 			seen, unreleasedBefore := west.proxy.Seen(sign), west.metric(t, unreleased)
 			for range 20 {

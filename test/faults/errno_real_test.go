@@ -4,6 +4,7 @@ package faults
 
 import (
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
@@ -36,7 +37,11 @@ func TestOneFailedCallAtRandomReleasesNothing(t *testing.T) {
 	var w sweep
 	for end := time.Now().Add(30 * time.Second); (time.Now().Before(end) || w.hit == 0 && w.tried < leastTries) && !t.Failed(); {
 		p, errno := failures[w.tried%len(failures)], errnos[chance.IntN(len(errnos))]
-		w.try(t, s, p, errno, points[p.name][chance.IntN(len(points[p.name]))])
+		at := points[p.name][chance.IntN(len(points[p.name]))]
+		if !slices.Contains(failing[errno], at.call) {
+			errno = "EIO" // which fails all of them
+		}
+		w.try(t, s, p, errno, at)
 		s.judge(t)
 	}
 	if w.hit == 0 {

@@ -3,6 +3,7 @@
 package hostile
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -20,6 +21,7 @@ import (
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
 	"github.com/signet-ca/signet/test/doors"
+	"github.com/signet-ca/signet/test/lab"
 )
 
 // say puts a text wherever a peer may put one: names at the TLS handshake, paths, headers, messages, node and errors.
@@ -124,8 +126,14 @@ func TestMistake54PeersTextStaysOnOneLine(t *testing.T) {
 	}
 	seen := false
 	for _, path := range []string{"east-server.log", "east-node-1.log"} {
-		log, err := os.ReadFile(site.Lab.Dir + "/" + path)
-		if err != nil {
+		var log []byte
+		if err := lab.Until(t.Context(), path+" read between two lines", 20*time.Second, func() (err error) {
+			// The process goes on writing there: its last line may be half there.
+			if log, err = os.ReadFile(site.Lab.Dir + "/" + path); err == nil && !bytes.HasSuffix(log, []byte("\n")) {
+				err = fmt.Errorf("it ends with %.300q", log[bytes.LastIndexByte(log, '\n')+1:])
+			}
+			return err
+		}); err != nil {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(log)) {

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/signet-ca/signet/test/doors"
 )
@@ -202,6 +201,3 @@ func (c *Cluster) StartAgent(ctx context.Context, name string, sockets ...string
 	}
 	return a, a.Start(ctx)
 }
-
-// CheckpointLag bounds how long a new entry waits for a checkpoint that covers it.
-const CheckpointLag = 5 * time.Second

@@ -161,12 +161,13 @@ func (p *Process) Kill() {
 	<-p.done
 }
 
-// Stop asks the process to end, and ends it after 5 s.
+// Stop asks the process to end, and ends it after 20 s: a server gives calls under way 5 s, and what it would leave behind then, a
+// socket or a journal, is in the way of who comes next.
 func (p *Process) Stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(5 * time.Second):
+	case <-time.After(20 * time.Second):
 		p.Kill()
 	}
 }

@@ -56,7 +56,7 @@ type Vault struct {
 }
 
 // vaultStart bounds a start with all that belongs to it.
-const vaultStart = 30 * time.Second
+const vaultStart = 2 * time.Minute
 
 // StartVault starts a Vault, initialises and unseals it, and waits until it answers. It ends with ctx, with Stop or with this
 // process, whichever comes first.
@@ -223,7 +223,7 @@ func (v *Vault) Unseal(ctx context.Context) error {
 	return v.until(ctx, "active", func() error { return v.As("").do(ctx, http.MethodGet, "sys/health", nil, nil) })
 }
 
-// Stop asks it to end (SIGTERM), by force after 5 s. Twice is once.
+// Stop asks it to end (SIGTERM), by force after 20 s. Twice is once.
 func (v *Vault) Stop() { v.end((*Process).Stop) }
 
 // Kill ends it at once (SIGKILL), as a power cut would.
