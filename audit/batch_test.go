@@ -2,6 +2,8 @@ package audit
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -57,7 +59,8 @@ func appendingAt(t *testing.T, size uint64, callers int, pace time.Duration) (si
 	if err := os.Mkdir(filepath.Join(dir, stateFolder), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, treeLockFile), nil, 0o600); err != nil {
+	state := fmt.Sprintf(`{"size":%d,"root":null}`, size)
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, treeLockFile), nil, 0o600), os.WriteFile(filepath.Join(dir, treeStateFile), []byte(state), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	m, err := newMetrics(dir, nil)
@@ -67,7 +70,7 @@ func appendingAt(t *testing.T, size uint64, callers int, pace time.Duration) (si
 	bubble.Test(t, func(t *testing.T) {
 		disk := &flushes{next: size}
 		l := &Log{
-			dir: dir, logger: slog.New(slog.DiscardHandler), metrics: m, fed: make(chan *call, maxPending),
+			dir: dir, folder: folder{os.DirFS(dir)}, logger: slog.New(slog.DiscardHandler), metrics: m, fed: make(chan *call, maxPending),
 			appender: &tessera.Appender{Add: disk.add},
 		}
 		go l.write(size)

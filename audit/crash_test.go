@@ -14,9 +14,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/transparency-dev/tessera"
 	"github.com/transparency-dev/tessera/api/layout"
 )
 
@@ -183,4 +185,74 @@ func TestALogBegunAndKilledAtOnceBegins(t *testing.T) {
 		}
 		closeLog(t, l)
 	}
+}
+
+// Tessera takes a full tile that begins where the log ends for the beginning of the tile that it makes there.
+func TestTheTilesOfABatchThatWasCutShortAreNotBuiltUpon(t *testing.T) {
+	for _, c := range []struct{ had, cut int }{{0, 256}, {0, 600}, {256, 300}, {100, 600}} {
+		t.Run(fmt.Sprintf("%d after %d", c.cut, c.had), func(t *testing.T) {
+			config := testConfig(filepath.Join(t.TempDir(), "log"), testKey(t))
+			l, err := Open(t.Context(), config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.had > 0 {
+				add(t, l, events(0, c.had)...)
+			}
+			closeLog(t, l)
+			killed, full := duplicate(t, config.Dir), duplicate(t, config.Dir)
+			config.Dir = full
+			if l, err = Open(t.Context(), config); err != nil {
+				t.Fatal(err)
+			}
+			add(t, l, events(c.had, c.cut)...)
+			closeLog(t, l)
+			left := 0
+			for i := uint64(0); i < 3; i++ {
+				name := layout.TilePath(0, i, 0)
+				data, err := os.ReadFile(filepath.Join(full, name))
+				if _, has := os.Stat(filepath.Join(killed, name)); err != nil || has == nil {
+					continue
+				}
+				left++
+				if err := errors.Join(os.MkdirAll(filepath.Join(killed, filepath.Dir(name)), 0o700), os.WriteFile(filepath.Join(killed, name), data, 0o600)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if left == 0 {
+				t.Fatal("the batch made no full tile")
+			}
+
+			config.Dir = killed
+			l = open(t, config)
+			size := c.had
+			for _, n := range []int{(256 - size%256) % 256, 1, 255, 1} { // to the end of a tile, and over it
+				if n > 0 {
+					add(t, l, events(10_000+size, n)...)
+					size += n
+					awaitSize(t, l, uint64(size))
+				}
+			}
+			if err := reader(t, killed, l.VerifierKey()).Verify(t.Context(), nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestTheTilesOfABatchThatFailedAreNotBuiltUpon(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	l := open(t, testConfig(dir, testKey(t)))
+	good := l.appender
+	add(t, l, events(0, 256)...)
+	l.appender = &tessera.Appender{Add: func(context.Context, *tessera.Entry) tessera.IndexFuture {
+		err := os.WriteFile(filepath.Join(dir, layout.TilePath(0, 1, 0)), make([]byte, layout.TileWidth*32), 0o600)
+		return func() (tessera.Index, error) { return tessera.Index{}, errors.Join(syscall.ENOSPC, err) }
+	}}
+	if _, err := l.Append(t.Context(), events(256, 1)); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	l.appender = good
+	add(t, l, events(256, 1)...)
+	awaitSize(t, l, 257)
 }

@@ -1,10 +1,12 @@
 package audit
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -111,6 +113,24 @@ func items(full bool, p uint8) int {
 		return layout.TileWidth
 	}
 	return int(p)
+}
+
+// treeState is Tessera's own word of the tree that it has made, which may be beyond the checkpoint.
+func (f folder) treeState() (size uint64, root []byte, err error) {
+	raw, err := f.read(treeStateFile, maxVerifierKey)
+	if err != nil {
+		return 0, nil, err
+	}
+	var state struct {
+		Size uint64 `json:"size"`
+		Root []byte `json:"root"`
+	}
+	err = json.Unmarshal(raw, &state)
+	again, _ := json.Marshal(state) // can't fail
+	if err != nil || !bytes.Equal(again, raw) {
+		return 0, nil, damage(treeStateFile, "is not as it was written")
+	}
+	return state.Size, state.Root, nil
 }
 
 // checkpoint reads and verifies the published checkpoint.

@@ -184,7 +184,7 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	if err := l.identify(); err != nil {
 		return nil, err
 	}
-	last, exists, err := l.lastCheckpoint(c.Origin, verifier)
+	last, err := l.lastCheckpoint(c.Origin, verifier)
 	if err != nil {
 		return nil, err
 	}
@@ -193,6 +193,13 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	}
 	l.guard.signed, l.guard.refused = l.willPublish, l.willNotPublish
 	l.covered.Store(last.Size)
+	size, err := l.integrated(last)
+	if errors.Is(err, ErrDamaged) {
+		err = fmt.Errorf("%w; restore the folder from its newest backup", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
+	}
 
 	if l.metrics, err = newMetrics(c.Dir, c.Metrics); err != nil {
 		return nil, fmt.Errorf("open the audit log: %w", err)
@@ -207,7 +214,7 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
 	}
-	appender, shutdown, reader, err := tessera.NewAppender(running, driver, tessera.NewAppendOptions().
+	appender, shutdown, _, err := tessera.NewAppender(running, driver, tessera.NewAppendOptions().
 		WithCheckpointSigner(l.guard).
 		WithBatching(handOverEntries, handOver).
 		WithCheckpointInterval(interval).
@@ -219,23 +226,6 @@ func Open(ctx context.Context, c Config) (_ *Log, err error) {
 	}
 	l.appender, l.shutdown = appender, shutdown
 
-	// What was durable but not yet under a checkpoint when the process ended is found by Tessera's own state.
-	size, err := reader.IntegratedSize(running)
-	if err != nil {
-		return nil, fmt.Errorf("open the audit log in %s: %w", c.Dir, err)
-	}
-	switch {
-	case size < last.Size:
-		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries, its checkpoint has %d; restore the folder from its newest backup", c.Dir, ErrDamaged, size, last.Size)
-	case !exists && size > 0:
-		return nil, fmt.Errorf("open the audit log in %s: %w: it has %d entries and no checkpoint; restore the file %s from its newest backup", c.Dir, ErrDamaged, size, layout.CheckpointPath)
-	case size > last.Size:
-		// What came after the checkpoint was written before the state that tells of it.
-		end := (size - 1) / layout.EntryBundleWidth
-		if _, path, err := l.folder.readBundle(end, layout.PartialTileSize(0, end, size)); errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("open the audit log in %s: %w: its state tells of %d entries, and %s is missing; restore the folder from its newest backup", c.Dir, ErrDamaged, size, path)
-		}
-	}
 	l.metrics.size.Set(float64(size))
 
 	go l.follow(running, verifier)
@@ -272,29 +262,52 @@ func (l *Log) identify() error {
 
 // lastCheckpoint is what was published last, if anything was. Tessera would begin anew over a folder whose state file is
 // gone, and sign whatever its state file says where the checkpoint is gone; neither is left to it.
-func (l *Log) lastCheckpoint(origin string, v note.Verifier) (Checkpoint, bool, error) {
+func (l *Log) lastCheckpoint(origin string, v note.Verifier) (Checkpoint, error) {
 	cp, err := l.folder.checkpoint(v)
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, err := fs.Stat(l.folder.files, "tile"); err == nil {
-			return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w: it has tiles and no checkpoint; restore the file %s from its newest backup", l.dir, ErrDamaged, layout.CheckpointPath)
+			return Checkpoint{}, fmt.Errorf("open the audit log in %s: %w: it has tiles and no checkpoint; restore the file %s from its newest backup", l.dir, ErrDamaged, layout.CheckpointPath)
 		}
-		return Checkpoint{Origin: origin, RootHash: rfc6962.DefaultHasher.EmptyRoot()}, false, nil
+		return Checkpoint{Origin: origin, RootHash: rfc6962.DefaultHasher.EmptyRoot()}, nil
 	}
 	if err != nil {
-		return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w", l.dir, err)
+		return Checkpoint{}, fmt.Errorf("open the audit log in %s: %w", l.dir, err)
 	}
 	if _, err := fs.Stat(l.folder.files, treeStateFile); err != nil {
-		return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w: it has a checkpoint and no state: %w; a copy can be read, not appended to", l.dir, ErrDamaged, err)
+		return Checkpoint{}, fmt.Errorf("open the audit log in %s: %w: it has a checkpoint and no state: %w; a copy can be read, not appended to", l.dir, ErrDamaged, err)
 	}
 	path := filepath.Join(l.dir, layout.CheckpointPath)
 	if info, err := os.Stat(path); err == nil && time.Until(info.ModTime()) > 0 {
 		// Tessera publishes when the file is older than the interval, which one from the future (a clock set back, a
 		// copied folder) would not be for a long time.
 		if err := os.Chtimes(path, time.Time{}, time.Now()); err != nil {
-			return Checkpoint{}, false, fmt.Errorf("open the audit log in %s: %w", l.dir, err)
+			return Checkpoint{}, fmt.Errorf("open the audit log in %s: %w", l.dir, err)
 		}
 	}
-	return cp, true, nil
+	return cp, nil
+}
+
+// integrated is how many entries the log has: what was durable but not yet under a checkpoint when the process ended is
+// found by Tessera's own state. Tessera would go on from it whatever it says, so it is held against what the next checkpoint
+// will be held against.
+func (l *Log) integrated(last Checkpoint) (uint64, error) {
+	size, root, err := l.folder.treeState()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return 0, nil // A log that is being begun; lastCheckpoint refuses every other.
+	case err != nil:
+		return 0, err
+	case size < last.Size:
+		return 0, fmt.Errorf("%w: it has %d entries, its checkpoint has %d", ErrDamaged, size, last.Size)
+	}
+	_, is, err := l.guard.grow(size)
+	if err != nil {
+		return 0, fmt.Errorf("its state tells of %d entries: %w", size, err)
+	}
+	if !bytes.Equal(is, root) {
+		return 0, damage(treeStateFile, "says that its %d entries have the root %.32x, they have %x", size, root, is)
+	}
+	return size, nil
 }
 
 // firstCheckpoint waits until there is one; only a log that was killed while it was begun has none at once.
@@ -383,6 +396,7 @@ func (l *Log) append(ctx context.Context, entries []*auditv1.Entry) ([]Receipt, 
 // bounds what a stuck disk can pile up. next is the place of the next entry.
 func (l *Log) write(next uint64) {
 	var waiting []*call
+	cut := true // as far as is known: the batch before may have been cut short, by a crash or by a full disk
 	for {
 		if len(waiting) == 0 {
 			first, fed := <-l.fed
@@ -395,6 +409,10 @@ func (l *Log) write(next uint64) {
 		batch := waiting[:fitting(waiting, next)]
 		// Tessera panics when the folder is gone, so this is asked as late as can be.
 		covered, err := l.covered.Load(), l.Usable()
+		if err == nil && cut {
+			err = l.removeCut()
+		}
+		cut = false
 		if err == nil {
 			for _, c := range batch {
 				c.futures = make([]tessera.IndexFuture, len(c.leaves))
@@ -410,6 +428,8 @@ func (l *Log) write(next uint64) {
 			}
 			if r.err == nil {
 				next = r.receipts[len(r.receipts)-1].Index + 1
+			} else {
+				cut = true
 			}
 			l.report(r.err)
 			l.leave(len(c.leaves), c.size)
@@ -417,6 +437,26 @@ func (l *Log) write(next uint64) {
 		}
 		waiting = slices.Delete(waiting, 0, len(batch))
 	}
+}
+
+// removeCut removes the full tiles that a batch has left which was cut short before the log was said to have its entries.
+// Tessera would take the first of them for the beginning of its next tile, as soon as the log ends where that one begins.
+func (l *Log) removeCut() error {
+	size, _, err := l.folder.treeState()
+	if err != nil {
+		return fmt.Errorf("the log cannot be written: %w", err)
+	}
+	if covered := l.covered.Load(); size < covered {
+		err := fmt.Errorf("%w: its state has %d entries, its last checkpoint %d", ErrDamaged, size, covered)
+		l.condemn(err)
+		return err
+	}
+	for i := (size + layout.TileWidth - 1) / layout.TileWidth; i <= (size+maxPending)/layout.TileWidth; i++ {
+		if err := durable.Remove(filepath.Join(l.dir, layout.TilePath(0, i, 0))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("the log cannot be written: %w", err)
+		}
+	}
+	return nil
 }
 
 // gather waits for others to join those that wait.

@@ -8,11 +8,11 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -265,21 +265,13 @@ func TestAFolderThatContradictsItsCheckpointIsNotOpened(t *testing.T) {
 	}
 	add(t, l, events(0, 300)...)
 	closeLog(t, l)
-	setState := func(size uint64) func(t *testing.T, dir string) {
+	restate := func(old, now string) func(t *testing.T, dir string) {
 		return func(t *testing.T, dir string) {
-			rewrite(t, filepath.Join(dir, treeStateFile), func(raw []byte) []byte {
-				var s map[string]any
-				if err := json.Unmarshal(raw, &s); err != nil {
-					t.Fatal(err)
-				}
-				s["size"] = size
-				raw, err := json.Marshal(s)
-				if err != nil {
-					t.Fatal(err)
-				}
-				return raw
-			})
+			rewrite(t, filepath.Join(dir, treeStateFile), func(b []byte) []byte { return bytes.Replace(b, []byte(old), []byte(now), 1) })
 		}
+	}
+	setState := func(size uint64) func(t *testing.T, dir string) {
+		return restate(`"size":300`, fmt.Sprintf(`"size":%d`, size))
 	}
 	remove := func(name string) func(t *testing.T, dir string) {
 		return func(t *testing.T, dir string) {
@@ -297,6 +289,10 @@ func TestAFolderThatContradictsItsCheckpointIsNotOpened(t *testing.T) {
 		"state set back":          setState(299),
 		"state set to nothing":    setState(0),
 		"state set ahead":         setState(301),
+		"state set far ahead":     setState(math.MaxUint64),
+		"state of another root":   restate(`"root":"`, `"root":"AAAA`),
+		"state without a root":    restate(`"root"`, `"roos"`),
+		"state with a blank more": restate(`}`, `} `),
 		"no state":                remove(".state"),
 		"no checkpoint":           remove("checkpoint"),
 		"no tiles":                remove("tile"),

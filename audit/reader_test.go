@@ -141,7 +141,7 @@ func TestWhatIsMissingOrOfTheWrongLengthIsNamed(t *testing.T) {
 			_, err = f.Write([]byte{'\n'})
 			return errors.Join(err, f.Close())
 		}, []string{"tile/entries/000", "tile/0/000", "tile/1/000.p/1", "checkpoint"}},
-		"huge": {func(p string) error { return os.Truncate(p, 1<<40) }, []string{"tile/entries/000", "tile/0/000", "checkpoint"}},
+		"huge": {func(p string) error { return os.Truncate(p, 1<<40) }, []string{"tile/entries/000", "tile/0/000", "checkpoint", verifierKeyFile, treeStateFile}},
 	} {
 		for _, path := range tc.paths {
 			t.Run(name+" "+path, func(t *testing.T) {

@@ -3,7 +3,6 @@ package audit
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"io/fs"
 	"path"
@@ -58,34 +57,29 @@ func (r *Reader) verifyOwnWord(cp Checkpoint, found func(error) error) error {
 			return err
 		}
 	}
+	if errors.Is(err, ErrDamaged) {
+		err = found(err)
+	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	raw, err = r.folder.read(treeStateFile, maxVerifierKey)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // a copy without it can be read, not appended to
-	}
-	if err != nil {
-		return err
-	}
-	var state struct {
-		Size uint64 `json:"size"`
-		Root []byte `json:"root"`
-	}
-	err = json.Unmarshal(raw, &state)
-	again, _ := json.Marshal(state) // can't fail
+	size, root, err := r.folder.treeState()
 	switch {
-	case err != nil || !bytes.Equal(again, raw):
-		return found(damage(treeStateFile, "is not as it was written"))
-	case state.Size < cp.Size:
-		return found(damage(treeStateFile, "has %d entries, the checkpoint has %d", state.Size, cp.Size))
-	case state.Size == cp.Size && !bytes.Equal(state.Root, cp.RootHash):
+	case errors.Is(err, fs.ErrNotExist):
+		return nil // a copy without it can be read, not appended to
+	case errors.Is(err, ErrDamaged):
+		return found(err)
+	case err != nil:
+		return err
+	case size < cp.Size:
+		return found(damage(treeStateFile, "has %d entries, the checkpoint has %d", size, cp.Size))
+	case size == cp.Size && !bytes.Equal(root, cp.RootHash):
 		return found(damage(treeStateFile, "has another root than the checkpoint"))
-	case state.Size > cp.Size:
+	case size > cp.Size:
 		// What came after the checkpoint was written before the state.
-		last := (state.Size - 1) / layout.TileWidth
-		if _, _, err := r.folder.partialOrFull(layout.PartialTileSize(0, last, state.Size), layout.TileWidth*32, func(p uint8) string { return layout.TilePath(0, last, p) }); errors.Is(err, fs.ErrNotExist) {
-			return found(damage(treeStateFile, "has %d entries, and there are no tiles for them", state.Size))
+		last := (size - 1) / layout.TileWidth
+		if _, _, err := r.folder.partialOrFull(layout.PartialTileSize(0, last, size), layout.TileWidth*32, func(p uint8) string { return layout.TilePath(0, last, p) }); errors.Is(err, fs.ErrNotExist) {
+			return found(damage(treeStateFile, "has %d entries, and there are no tiles for them", size))
 		}
 	}
 	return nil
