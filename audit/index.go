@@ -167,6 +167,9 @@ CREATE INDEX IF NOT EXISTS entries_time ON entries (time);
 
 const indexForget = `DROP TABLE IF EXISTS entries; DROP TABLE IF EXISTS progress;`
 
+// indexPatience is how long another process may be at the index.
+const indexPatience = 20 * time.Second
+
 func openIndex(ctx context.Context, path string) (*index, error) {
 	dsn := ":memory:"
 	if path != "" {
@@ -182,17 +185,27 @@ func openIndex(ctx context.Context, path string) (*index, error) {
 			return nil, &indexError{err}
 		}
 		// WAL survives a kill; what a power failure may lose is made anew. Another process may be at it: wait for it.
-		dsn = (&url.URL{Scheme: "file", Path: abs, RawQuery: "_txlock=immediate&_pragma=busy_timeout(20000)&_pragma=journal_mode(WAL)&_pragma=synchronous(NORMAL)"}).String()
+		dsn = (&url.URL{Scheme: "file", Path: abs, RawQuery: fmt.Sprintf("_txlock=immediate&_pragma=busy_timeout(%d)&_pragma=journal_mode(WAL)&_pragma=synchronous(NORMAL)", indexPatience.Milliseconds())}).String()
 	}
 	db, err := sql.Open("sqlite", dsn)
 	if err != nil {
 		return nil, &indexError{err}
 	}
 	db.SetMaxOpenConns(1) // In memory, every connection is a database of its own.
-	if _, err := db.ExecContext(ctx, indexSchema); err != nil {
-		return nil, errors.Join(&indexError{err}, db.Close())
+	// Who makes a new file is not waited for by SQLite itself: whoever would turn it into one with a WAL too is told so at once.
+	for began := time.Now(); ; {
+		_, err := db.ExecContext(ctx, indexSchema)
+		if err == nil {
+			return &index{db}, nil
+		}
+		if s := (*sqlite.Error)(nil); !errors.As(err, &s) || s.Code()&0xff != sqlite3.SQLITE_BUSY || time.Since(began) > indexPatience {
+			return nil, errors.Join(&indexError{err}, db.Close())
+		}
+		select {
+		case <-ctx.Done(): // which the next try says
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	return &index{db}, nil
 }
 
 func (ix *index) close() error {

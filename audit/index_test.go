@@ -338,6 +338,35 @@ func TestSeveralReadersShareOneIndex(t *testing.T) {
 	wg.Wait()
 }
 
+func TestAnIndexThatSomebodyElseMakesIsWaitedFor(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index.db")
+	maker, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer maker.Close()
+	maker.SetMaxOpenConns(1)
+	if _, err := maker.Exec("BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan error, 1)
+	go func() {
+		ix, err := openIndex(t.Context(), path)
+		opened <- errors.Join(err, ix.close())
+	}()
+	select {
+	case err := <-opened:
+		t.Fatalf("nobody was waited for: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	if _, err := maker.Exec("ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-opened; err != nil {
+		t.Error(err)
+	}
+}
+
 func FuzzEntry(f *testing.F) {
 	entries, _ := mixed(f)
 	for _, e := range entries {
