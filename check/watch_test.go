@@ -112,10 +112,12 @@ func TestADiskThatHangsIsAnAnswerWithinASecond(t *testing.T) {
 }
 
 func TestALookThatPanicsIsAFinding(t *testing.T) {
-	for _, every := range []time.Duration{0, time.Second} {
-		found := NewWatch(Part{Code: CodeLog, About: "log", Every: every, Stops: []string{Issuing}, Look: func(context.Context) Findings { panic("oh") }}).Findings(t.Context())
-		if len(found) != 1 || !found[0].Blocks() || found[0].Message != "looking at it panicked: oh" {
-			t.Errorf("%+v", found)
+	bubble.Test(t, func(t *testing.T) {
+		for _, every := range []time.Duration{0, time.Second} {
+			found := NewWatch(Part{Code: CodeLog, About: "log", Every: every, Stops: []string{Issuing}, Look: func(context.Context) Findings { panic("oh") }}).Findings(t.Context())
+			if len(found) != 1 || !found[0].Blocks() || found[0].Message != "looking at it panicked: oh" {
+				t.Errorf("%+v", found)
+			}
 		}
-	}
+	})
 }

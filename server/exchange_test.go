@@ -683,6 +683,14 @@ func TestWhileNothingCanBeExchangedWorkGoesOn(t *testing.T) {
 	conn := e.dial(member)
 	e.well()
 	w.well()
+	// East has read the document as it was written: before, it would have something to tell.
+	soon(t, "what east believes is told", func() bool { return place.shared(t, east).says(east.root) == shared.Believed })
+	told := e.keeper.folder.Now()
+	soon(t, "east has read it", func() bool {
+		e.exchange.mu.Lock()
+		defer e.exchange.mu.Unlock()
+		return e.exchange.read.After(told)
+	})
 	place.set(func() { place.fail = errAway("Vault is sealed") })
 	e.shares(check.Warning, "since", "Vault is sealed", "nothing waits for it now", "can rely on our last report until")
 	e.leaf(conn, "x")

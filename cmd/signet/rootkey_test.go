@@ -89,7 +89,7 @@ func vaultFile(t *testing.T, engine string) string {
 	t.Helper()
 	dir := t.TempDir()
 	write(t, filepath.Join(dir, "token"), "s.secret")
-	return write(t, filepath.Join(dir, "vault.yaml"), "vault:\n  address: http://127.0.0.1:1\n  timeout: 200ms\n  login: {method: token, token_file: token}\n"+engine)
+	return write(t, filepath.Join(dir, "vault.yaml"), "vault:\n  address: http://127.0.0.1:1\n  timeout: 20s\n  login: {method: token, token_file: token}\n"+engine)
 }
 
 func TestADryRunSaysWhereTheKeyWillBeAndWhichPolicyThatNeeds(t *testing.T) {

@@ -43,7 +43,7 @@ func (d *demo) refusals(ctx context.Context) (string, error) {
 		{"an agent gets nothing that is registered for another agent", d.othersRegistration},
 		{"a CSR with a subject, a SAN or CA:TRUE is refused", d.greedyCSRs},
 	} {
-		tryCtx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		tryCtx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 		err := try.do(tryCtx)
 		cancel()
 		if err != nil {

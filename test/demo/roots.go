@@ -9,8 +9,7 @@ import (
 // rootsStory replaces the root again and again under load: A by A and B, then B alone, then by C, then by D, while every
 // Envoy is served incrementally.
 func rootsStory(d *demo) ([]step, func(), func()) {
-	// Half the usual life halves what the end of the last leaf under an old root is waited for.
-	d.ttl, d.delta = 6*time.Second, true
+	d.delta = true
 	r := newRotating(d)
 	steps := []step{
 		{"an offline root A for example.org", r.makeRootA},

@@ -322,7 +322,7 @@ func get(ctx context.Context, client *http.Client, url string) (answer http.Head
 // request goes through both Envoys of a way to the other cluster's workload. The Envoys add to the response which
 // certificate each has seen on the other side.
 func (d *demo) request(ctx context.Context, w way) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	answer, err := get(ctx, http.DefaultClient, fmt.Sprintf("http://127.0.0.1:%d/", w.from.out))
 	if err != nil {

@@ -91,7 +91,7 @@ func (v *Vault) Proxy() (*VaultProxy, error) {
 	// A fresh connection for each request, as one that is kept may be dead when Vault was restarted.
 	transport := &http.Transport{DisableKeepAlives: true}
 	p.client = &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	p.server = &http.Server{Handler: p, ReadHeaderTimeout: 5 * time.Second, ErrorLog: log.New(io.Discard, "", 0)}
+	p.server = &http.Server{Handler: p, ReadHeaderTimeout: time.Minute, ErrorLog: log.New(io.Discard, "", 0)}
 	serve := func() { _ = p.server.Serve(l) }
 	if v.authority != nil {
 		cert, key, err := v.authority.issue(listenerCertificate)
