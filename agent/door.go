@@ -225,10 +225,13 @@ func call[Q, R any](ctx context.Context, l *link, method func(signetv1.AgentsCli
 	var header metadata.MD
 	r, err := method(signetv1.NewAgentsClient(c.grpc), ctx, request, grpc.WaitForReady(true), grpc.Header(&header))
 	l.hearTime(header)
+	// A refusal is an answer too: what Sync has to say first, as after the server's start, doesn't wait for its next try.
+	if err == nil || c.grpc.GetState() == connectivity.Ready {
+		l.heard()
+	}
 	if err != nil {
 		return nil, c.explain(err)
 	}
-	l.heard()
 	return r, nil
 }
 

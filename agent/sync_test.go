@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"testing"
 	"time"
 
@@ -102,4 +103,41 @@ func TestAnAgentWithoutABundleNamesNone(t *testing.T) {
 	eventually(t, "none is told", w.onDisk(trust.Bundle{}))
 	w.change(func() { w.bundle = first })
 	eventually(t, "the first is told", w.onDisk(first))
+}
+
+// A server that has just started refuses leaves until Sync has told it what the agent believes: that refusal must not have to wait for
+// the next try of Sync, which may be 15 s off and outlive the leaves.
+func TestARefusalWakesTheStreamAsAnAnswerDoes(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	w.setRegistrations(reg("web", "/web", time.Hour, uid))
+	n := w.start(t)
+	leafOf(t, n.config.Socket)
+	woken := func() bool {
+		select {
+		case <-n.link.answered:
+			return true
+		default:
+			return false
+		}
+	}
+	woken()
+	w.change(func() { w.trustFirst = true })
+	if _, err := n.link.issue(t.Context(), nil); err == nil {
+		t.Fatal("not refused")
+	}
+	if !woken() {
+		t.Error("the server has refused, and who waits to connect is not told that it is there")
+	}
+	w.close()
+	eventually(t, "the agent notices", func() bool { return !n.connected.Load() })
+	woken()
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := n.link.issue(ctx, nil); err == nil {
+		t.Fatal("answered by nobody")
+	}
+	if woken() {
+		t.Error("nobody has answered")
+	}
 }

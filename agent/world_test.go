@@ -162,6 +162,8 @@ type world struct {
 	failEnrol error
 	// ban makes every call on the agent door fail as the server's does for an agent that it does not want.
 	ban bool
+	// trustFirst makes it give no leaves, as a server's does before it has heard what the agent believes.
+	trustFirst bool
 	// loseEnrol is how many answers at the enrol door are lost; enrolled counts those that were made.
 	loseEnrol, enrolled int
 	// used has the keys that tokens were used with.
@@ -364,6 +366,12 @@ func (w agentDoor) Issue(ctx context.Context, req *signetv1.IssueRequest) (*sign
 	_ = grpc.SetHeader(ctx, w.time())
 	if err := w.standing(); err != nil {
 		return nil, err
+	}
+	w.mu.Lock()
+	first := w.trustFirst
+	w.mu.Unlock()
+	if first {
+		return nil, status.Error(codes.Unavailable, "take the newest trust bundle first")
 	}
 	return &signetv1.IssueResponse{Results: w.issueItems(req.Items)}, nil
 }
