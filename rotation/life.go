@@ -29,6 +29,9 @@ type Authority struct {
 	Wanted bool
 	// Leaving is since when a root is on its way out: no peer is told any more that we trust it. Zero = it stays.
 	Leaving time.Time
+	// Aborted is since when a root leaves, or stays, because a rotation was aborted by its name: the same abort once more, as after
+	// an answer that was lost, changes nothing. Zero = something else has decided about it since.
+	Aborted time.Time
 	// Tainted is since when its key is taken for lost. Zero = it is not.
 	Tainted time.Time
 	// LeavesUntil bounds the life of every leaf that was made here under it; zero = there was none. While it is active
@@ -572,21 +575,29 @@ func (d decision) tooShort(x Authority) bool {
 	return d.now.Add(d.LongestLeaf).After(x.NotAfter) && (!d.first() || d.now.After(x.NotAfter))
 }
 
-// Instead says under which root a request is to be signed since the one above the issuer is tainted: another that stays, the
-// one that ends last, or "" where a new one is needed. tainted is "" where no other one has to.
+// Instead says under which root a request is to be signed since the one above the issuer is tainted, or the only one that was to
+// replace that: another that stays, the one that ends last, or "" where a new one is needed. tainted is "" where no other one has to.
 func (w World) Instead() (tainted, other string) {
 	signing, _ := w.current()
 	above, _ := w.authority(signing.Root)
-	if above.Tainted.IsZero() {
-		return "", ""
-	}
-	var best Authority
+	var best, lost Authority
 	for _, r := range w.Authorities {
-		if _, lost := w.lost(r); r.Kind == ca.KindRoot && r.State != ca.Removed && r.Leaving.IsZero() && lost.IsZero() && r.NotAfter.After(best.NotAfter) {
+		if r.Kind != ca.KindRoot || r.State == ca.Removed || !r.Leaving.IsZero() {
+			continue
+		}
+		if _, since := w.lost(r); !since.IsZero() {
+			lost = r
+		} else if r.NotAfter.After(best.NotAfter) {
 			best = r
 		}
 	}
-	return above.ID, best.ID
+	switch {
+	case !above.Tainted.IsZero():
+		return above.ID, best.ID
+	case !above.Leaving.IsZero() && best.ID == "":
+		return lost.ID, ""
+	}
+	return "", ""
 }
 
 // mayBegin waits until signing under a root may begin. Peers don't remove a root under which they know us to sign, so an
@@ -617,7 +628,7 @@ func (d decision) due(x Authority) (because string, at time.Time) {
 	case worn(x, now):
 		return "", time.Time{}
 	}
-	return d.share(now), d.at(now, d.SwitchAt)
+	return d.turn(x, now)
 }
 
 // Stagger is how much later than the one before it each of several intermediates with this life should begin: it takes over
@@ -632,9 +643,16 @@ func (p Policy) Stagger(life time.Duration) time.Duration {
 	return s.Truncate(time.Second)
 }
 
-// share is why the next one takes over from an intermediate.
-func (d decision) share(x Authority) string {
-	return fmt.Sprintf("%.0f %% of the life of %s", d.SwitchAt*100, x.ID)
+// turn is when an intermediate takes over from the one before it, and why then.
+func (d decision) turn(x, before Authority) (because string, at time.Time) {
+	at = d.at(before, d.SwitchAt)
+	switch {
+	case !x.NotBefore.After(at):
+		return fmt.Sprintf("%.0f %% of the life of %s", d.SwitchAt*100, before.ID), at
+	case before.NotAfter.Before(x.NotBefore): // as where one of a ceremony's was dropped
+		return "it begins then; " + before.ID + " ends before, at " + stamp(before.NotAfter) + ", so one more is needed in between", x.NotBefore
+	}
+	return "it begins then, after " + before.ID, x.NotBefore
 }
 
 // at is when a fraction of an intermediate's life is over, and never so late that it could not sign the longest leaf.
@@ -690,13 +708,13 @@ func (d decision) inTurn(steps []Step) {
 			return
 		}
 		j := slices.IndexFunc(x.s.Waits, func(w Wait) bool { return w.Code == WaitTime })
-		switch at := d.at(last.a, d.SwitchAt); {
+		switch because, at := d.turn(x.a, last.a); {
 		case j >= 0 && worn(x.a, last.a):
 			s := d.spare(x.a, last.a)
 			x.s.To, x.s.Because, x.s.Waits = s.To, s.Because, s.Waits
 			continue
-		case j >= 0 && at.After(x.s.Waits[j].Until):
-			x.s.Because = d.share(last.a)
+		case j >= 0 && (at.After(x.s.Waits[j].Until) || !x.a.Wanted && at.Equal(x.s.Waits[j].Until)):
+			x.s.Because = because
 			x.s.Waits[j].Until, x.s.Waits[j].For = at, "its time is "+stamp(at)
 		}
 		last = x
@@ -831,11 +849,11 @@ func Apply(p Policy, all []Authority, s Step, now time.Time) []Authority {
 		switch {
 		case a.ID == s.Authority:
 			a.State, a.Since = s.To, now
-			if s.To == ca.Active {
+			if s.To == ca.Active || s.To == ca.Removed {
 				a.Wanted = false
 			}
 			if a.Kind == ca.KindRoot && (s.To == ca.Retired || s.To == ca.Removed) && a.Leaving.IsZero() {
-				a.Leaving = now
+				leave(a, now)
 			}
 		case s.Kind == ca.KindIntermediate && s.To == ca.Active && a.Kind == ca.KindIntermediate && a.State == ca.Active:
 			retire(p, all, i, now)

@@ -582,6 +582,42 @@ func TestOfSeveralThatEndTogetherOneTakesOver(t *testing.T) {
 	}
 }
 
+// Where one of a ceremony's was dropped, the one after it begins only when the one before has ended.
+func TestASuccessorThatBeginsLateSaysSo(t *testing.T) {
+	begins := func(x Authority, at time.Time) Authority {
+		x.NotBefore, x.NotAfter = at, at.Add(90*day)
+		return x
+	}
+	for gap, want := range map[time.Duration]string{
+		70 * day:  "it begins then, after x",
+		100 * day: "it begins then; x ends before, at " + stamp(noon.Add(130*day)) + ", so one more is needed in between",
+	} {
+		first, x, y := under("a", "i", ca.Active), under("a", "x", ca.Published), under("a", "y", ca.Published)
+		w := worldOf(rootA(ca.Active), begins(first, noon), begins(x, noon.Add(40*day)), begins(y, noon.Add(40*day+gap)))
+		steps := Next(testPolicy, w, noon)
+		i := slices.IndexFunc(steps, func(s Step) bool { return s.Authority == "y" })
+		if i < 0 || steps[i].To != ca.Active || steps[i].Because != want || len(steps[i].Waits) != 1 || !steps[i].Waits[0].Until.Equal(noon.Add(40*day+gap)) {
+			t.Errorf("%s later: %+v", gap, steps)
+		}
+	}
+}
+
+func TestARequestSaysThatTheRootThatWasToReplaceTheOtherIsTainted(t *testing.T) {
+	a, b := rootA(ca.Active), named("b", rootA(ca.Published))
+	a.Leaving, b.Tainted = noon.Add(-time.Hour), noon
+	lost := under("a", "i", ca.Active)
+	lost.Tainted = noon
+	request := Authority{ID: "x", Kind: ca.KindIntermediate, State: ca.Prepared, Since: noon}
+	steps := Next(testPolicy, worldOf(a, b, lost, request), noon)
+	i := slices.IndexFunc(steps, func(s Step) bool { return s.Authority == "x" })
+	if i < 0 || !strings.HasSuffix(steps[i].Waits[0].For, "its request, under a new root (signet rotation start root), since b is tainted") {
+		t.Errorf("it says %+v", steps)
+	}
+	if tainted, other := worldOf(a, b, lost, request, named("c", rootA(ca.Published))).Instead(); tainted != "" || other != "" {
+		t.Errorf("with a good one: %q, %q", tainted, other)
+	}
+}
+
 // With the stagger that is told each takes over when it begins, or soon after, and the root is not needed before the last.
 func TestSuccessorsWithTheToldStaggerTakeTheirTurns(t *testing.T) {
 	for _, life := range []time.Duration{3 * day, 30 * day, 90 * day, 365 * day} {
@@ -920,6 +956,46 @@ func TestAnAbortedRootRotationGivesBack(t *testing.T) {
 	all, err = Abort(testPolicy, w, "b", false, noon)
 	if got := outcome(w.Authorities, all, err); got != "a not leaving, b leaving" {
 		t.Fatal(got)
+	}
+}
+
+// Whoever got no answer to an abort asks again: what it has decided must not be turned round by that.
+func TestTheSameAbortOnceMoreChangesNothing(t *testing.T) {
+	for _, switched := range []bool{false, true} {
+		a := rootA(ca.Active)
+		a.Leaving = noon.Add(-time.Hour)
+		b := named("b", rootA(ca.Published))
+		before := worldOf(a, b, under("a", "i", ca.Active), under("b", "x", ca.Prepared))
+		if switched {
+			before = settle(t, worldOf(a, named("b", rootA(ca.Active)), under("a", "i", ca.Active), under("b", "x", ca.Published)), noon)
+		}
+		for id, leaves := range map[string]bool{"b": true, "a": false} {
+			w := before
+			var err error
+			if w.Authorities, err = Abort(testPolicy, w, id, false, noon); err != nil {
+				t.Fatal(err)
+			}
+			again, err := Abort(testPolicy, w, id, false, noon.Add(time.Minute))
+			if got := outcome(w.Authorities, again, err); got != "" {
+				t.Errorf("switched %v, %s: the second abort: %q", switched, id, got)
+			}
+			if r, _ := w.authority(id); r.Leaving.IsZero() == leaves {
+				t.Errorf("switched %v, %s: leaving %s", switched, id, r.Leaving)
+			}
+			// Whoever then wants it the other way round says so, and may abort that.
+			w.Authorities = again
+			if leaves {
+				w.Authorities, err = AddRoot(testPolicy, w, b, noon)
+			} else {
+				w.Authorities, err = RemoveRoot(w, id, noon)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r, _ := w.authority(id); r.Leaving.IsZero() != leaves || !r.Aborted.IsZero() {
+				t.Errorf("switched %v, %s: the other way round: %+v", switched, id, r)
+			}
+		}
 	}
 }
 

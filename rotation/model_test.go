@@ -1079,7 +1079,7 @@ var brokenGuards = map[string]mutant{
 	"leaves of peers are waited for":              {drop: saying("leaves of cluster")},
 	"leaves in use are waited for after a taint":  {from: 7, world: nobodyHolds},
 	"a lost key is lost in each certificate":      {from: 12, keyless: true},
-	"a short life is no life":                     {from: 90, policy: func(p *Policy) { p.LongestLeaf = 0 }},
+	"a short life is no life":                     {from: 625, policy: func(p *Policy) { p.LongestLeaf = 0 }},
 	"what is not valid yet does not sign":         {drop: func(s Step, w Wait) bool { return s.To == ca.Active && w.Code == WaitTime }},
 	"the last root stays": {drop: func(_ Step, w Wait) bool {
 		return w.Code == WaitNoOther || w.Code == WaitIssuer || w.Code == WaitPeer || w.Code == WaitLeaves

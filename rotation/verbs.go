@@ -70,9 +70,12 @@ func AddRoot(p Policy, w World, root Authority, now time.Time) ([]Authority, err
 	return all, nil
 }
 
+// leave begins the removal of a root.
+func leave(r *Authority, now time.Time) { r.Leaving, r.Aborted = now, time.Time{} }
+
 // keep ends the removal of a root. Whether anything may be signed under it again is Next's to find out.
 func keep(r *Authority, now time.Time) {
-	r.Leaving = time.Time{}
+	r.Leaving, r.Aborted = time.Time{}, time.Time{}
 	if r.State == ca.Retired {
 		r.State, r.Since = ca.Published, now
 	}
@@ -128,9 +131,10 @@ func StartRoot(w World, id string, now time.Time) ([]Authority, error) {
 	for j := range all {
 		r := &all[j]
 		if r.InBundle() && r.ID != id && r.Leaving.IsZero() && (r.ID == signing.Root || !w.exposed(r.ID, now).IsZero()) {
-			r.Leaving = now
+			leave(r, now)
 		}
 	}
+	all[i].Aborted = time.Time{}
 	return all, nil
 }
 
@@ -197,6 +201,27 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 	return all, nil
 }
 
+// Exposed takes in the certificate of an intermediate that was given up, unsigned as far as was known here, since its key is lost. It
+// never signs; but what is forged under it is accepted as long as the root is believed, so that is tainted like any other.
+func Exposed(w World, id, root string, notBefore, notAfter, now time.Time) ([]Authority, error) {
+	i, err := w.find(id)
+	if err != nil {
+		return nil, err
+	}
+	x := w.Authorities[i]
+	_, known := w.authority(root)
+	switch {
+	case x.Kind != ca.KindIntermediate || x.State != ca.Removed || x.Tainted.IsZero() || x.signed():
+		return nil, fmt.Errorf("%s was not given up for a lost key before its certificate was known", id)
+	case !known:
+		return nil, fmt.Errorf("the chain of %s leads to root %s, which was never trusted here", id, root)
+	}
+	w.Authorities = slices.Clone(w.Authorities)
+	x.Root, x.NotBefore, x.NotAfter = root, notBefore, notAfter
+	w.Authorities[i] = x
+	return Taint(w, id, now)
+}
+
 // bridges: the last request is kept for the root that can be signed under, when another certificate waits already for one
 // that can't, see late.
 func (w World) bridges(p Policy, id, root string, now time.Time) bool {
@@ -245,7 +270,7 @@ func RemoveRoot(w World, id string, now time.Time) ([]Authority, error) {
 	}
 	all := slices.Clone(w.Authorities)
 	if all[i].Leaving.IsZero() && all[i].State != ca.Removed {
-		all[i].Leaving = now
+		leave(&all[i], now)
 	}
 	return all, nil
 }
@@ -276,7 +301,7 @@ func Taint(w World, id string, now time.Time) ([]Authority, error) {
 	}) {
 		for j := range all {
 			if r := &all[j]; above[r.ID] && r.Kind == ca.KindRoot && r.State != ca.Removed && r.Leaving.IsZero() {
-				r.Leaving = now
+				leave(r, now)
 			}
 		}
 	}
@@ -402,12 +427,15 @@ func (d decision) abortRoot(i int, force bool) error {
 	switch {
 	case a.State == ca.Removed:
 		return fmt.Errorf("%s is removed: there is nothing to abort", a.ID)
+	case !a.Aborted.IsZero():
+		return nil
 	case !a.Leaving.IsZero():
 		// Its removal is what is aborted.
 		if !d.exposed(a.ID, d.now).IsZero() {
 			return fmt.Errorf("%s must go: a key at or below it is tainted", a.ID)
 		}
 		keep(a, d.now)
+		a.Aborted = d.now
 		return nil
 	}
 	signing, signs := d.active()
@@ -430,7 +458,7 @@ func (d decision) abortRoot(i int, force bool) error {
 	if err := d.onlyRoot(a.ID); err != nil {
 		return err
 	}
-	a.Leaving = d.now
+	a.Leaving, a.Aborted = d.now, d.now
 	return nil
 }
 

@@ -62,7 +62,7 @@ func (s *Store) Authorities(ctx context.Context) ([]Authority, uint64, error) {
 			at[a.ID] = len(all)
 			all = append(all, a)
 			return nil
-		}, `SELECT id, kind, root, state, since, wanted, leaving, tainted, taint_reason, leaves_until, key, csr, created
+		}, `SELECT id, kind, root, state, since, wanted, leaving, aborted, tainted, taint_reason, leaves_until, key, csr, created
 			FROM authorities ORDER BY created, id`); err != nil {
 			return err
 		}
@@ -89,9 +89,9 @@ func (s *Store) Authorities(ctx context.Context) ([]Authority, uint64, error) {
 func scanAuthority(scan func(...any) error) (a Authority, err error) {
 	var state, key string
 	var kind, root, reason sql.NullString
-	var since, leaving, tainted, leaves, wanted sql.NullInt64
+	var since, leaving, aborted, tainted, leaves, wanted sql.NullInt64
 	var created int64
-	if err := scan(&a.ID, &kind, &root, &state, &since, &wanted, &leaving, &tainted, &reason, &leaves, &key, &a.CSR, &created); err != nil {
+	if err := scan(&a.ID, &kind, &root, &state, &since, &wanted, &leaving, &aborted, &tainted, &reason, &leaves, &key, &a.CSR, &created); err != nil {
 		return a, err
 	}
 	if key != "" {
@@ -100,7 +100,8 @@ func scanAuthority(scan func(...any) error) (a Authority, err error) {
 		}
 	}
 	a.Kind, a.Root, a.State, a.TaintReason = kind.String, root.String, ca.State(state), reason.String
-	a.Since, a.Leaving, a.Tainted, a.LeavesUntil = fromNullNano(since), fromNullNano(leaving), fromNullNano(tainted), fromNullNano(leaves)
+	a.Since, a.Leaving, a.Aborted = fromNullNano(since), fromNullNano(leaving), fromNullNano(aborted)
+	a.Tainted, a.LeavesUntil = fromNullNano(tainted), fromNullNano(leaves)
 	a.Wanted, a.Created = wanted.Int64 != 0, fromNano(created)
 	if err := checkAuthority(a); err != nil {
 		return a, refuse("stored %w", err)
@@ -187,13 +188,13 @@ func putAuthority(ctx context.Context, tx *sql.Tx, a Authority) error {
 		wanted = 1
 	}
 	if _, err := tx.ExecContext(ctx, `INSERT INTO authorities
-			(id, kind, root, state, since, wanted, leaving, tainted, taint_reason, leaves_until, key, csr, created)
-			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+			(id, kind, root, state, since, wanted, leaving, aborted, tainted, taint_reason, leaves_until, key, csr, created)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
 		ON CONFLICT (id) DO UPDATE SET kind = excluded.kind, root = excluded.root, state = excluded.state, since = excluded.since,
-			wanted = excluded.wanted, leaving = excluded.leaving, tainted = excluded.tainted, taint_reason = excluded.taint_reason,
+			wanted = excluded.wanted, leaving = excluded.leaving, aborted = excluded.aborted, tainted = excluded.tainted, taint_reason = excluded.taint_reason,
 			leaves_until = excluded.leaves_until, key = excluded.key, csr = excluded.csr, created = excluded.created`,
-		a.ID, a.Kind, a.Root, string(a.State), toNullNano(a.Since), wanted, toNullNano(a.Leaving), toNullNano(a.Tainted), a.TaintReason,
-		toNullNano(a.LeavesUntil), key, a.CSR, a.Created.UnixNano()); err != nil {
+		a.ID, a.Kind, a.Root, string(a.State), toNullNano(a.Since), wanted, toNullNano(a.Leaving), toNullNano(a.Aborted), toNullNano(a.Tainted),
+		a.TaintReason, toNullNano(a.LeavesUntil), key, a.CSR, a.Created.UnixNano()); err != nil {
 		return err
 	}
 	if _, err := tx.ExecContext(ctx, `DELETE FROM authority_certificates WHERE authority = $1`, a.ID); err != nil {

@@ -105,7 +105,7 @@ func TestWhatWasWrittenIsThereAfterARestart(t *testing.T) {
 		CSR: []byte{9, 9}, Created: now,
 	}
 	control := Authority{
-		Authority: rotation.Authority{ID: "control", Kind: ca.KindControl, State: ca.Active, Tainted: now, Leaving: now.Add(1)}, Key: keystore.Ref{Backend: "file", Name: "control", Version: 1},
+		Authority: rotation.Authority{ID: "control", Kind: ca.KindControl, State: ca.Active, Tainted: now, Leaving: now.Add(1), Aborted: now.Add(2)}, Key: keystore.Ref{Backend: "file", Name: "control", Version: 1},
 		Chain: [][]byte{{1}, {2}, {3}}, Created: now.Add(time.Second),
 	}
 	bundle := newBundle(t, 4, newRoot(t), newRoot(t))
