@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/check"
@@ -33,6 +36,80 @@ func (b *barren) Create(ctx context.Context, name string, alg keystore.Algorithm
 		return nil, *why
 	}
 	return b.Store.Create(ctx, name, alg, after)
+}
+
+// sealedKeys don't tell either which key that would be.
+type sealedKeys struct{ *barren }
+
+func (s sealedKeys) Find(ctx context.Context, name string, alg keystore.Algorithm, after int) (keystore.Ref, bool, error) {
+	if why := s.why.Load(); why != nil && name == IntermediateKey {
+		return keystore.Ref{}, false, *why
+	}
+	return s.Store.Find(ctx, name, alg, after)
+}
+
+// Who is told to come again, once Vault is back, does not take it for a refusal; and a dry run says the same as the command.
+func TestASuccessorWhoseKeyCannotBeMadeIsRefusedInADryRunAsThen(t *testing.T) {
+	t.Parallel()
+	keys := sealedKeys{&barren{}}
+	c := newCluster(t, "east")
+	keys.Store = c.keys
+	c.stored = keys
+	s := c.start(t, nil)
+	start := startsIntermediate(2)
+	for _, try := range []struct {
+		why    error
+		code   codes.Code
+		reason string
+	}{
+		{fmt.Errorf("Vault is sealed: %w", keystore.ErrAway), codes.Unavailable, "issuer_unavailable"},
+		{errors.New("the key is exportable"), codes.FailedPrecondition, "invalid"},
+	} {
+		keys.why.Store(&try.why)
+		for _, dry := range []bool{true, false} {
+			_, err := start(t.Context(), s.rotations(), dry)
+			if got := status.Convert(err); got.Code() != try.code || got.Message() != try.why.Error() {
+				t.Errorf("dry run %v: %v, want %s: %v", dry, err, try.code, try.why)
+			}
+		}
+		_, err := rotationService{adminService: adminService{Server: s.Server}}.answer(s.keeper.startIntermediate(t.Context(), decision{verb: "start", dry: true}, 1))
+		if r := (*refusal)(nil); !errors.As(err, &r) || r.reason != try.reason {
+			t.Errorf("%v: it counts as %+v, want %s", try.why, r, try.reason)
+		}
+		// What makes no key asks for none.
+		if _, err := adds(newRoot(t))(t.Context(), s.rotations(), true); err != nil {
+			t.Errorf("another dry run: %v", err)
+		}
+	}
+	keys.why.Store(nil)
+	for _, dry := range []bool{true, false} {
+		if r, err := start(t.Context(), s.rotations(), dry); err != nil || r.Requested != 2 {
+			t.Errorf("dry run %v: %+v, %v", dry, r, err)
+		}
+	}
+}
+
+func TestADryRunWhoseConsequencesFailDoesNotSayThatItIsDone(t *testing.T) {
+	t.Parallel()
+	keys := sealedKeys{&barren{}}
+	c := newCluster(t, "east")
+	keys.Store = c.keys
+	c.stored = keys
+	s := c.start(t, nil)
+	sealed := fmt.Errorf("Vault is sealed: %w", keystore.ErrAway)
+	keys.why.Store(&sealed)
+	for _, try := range []struct {
+		dry  bool
+		says string
+	}{
+		{true, "it would be done, but what follows from it could not be now: "},
+		{false, "it is done, but what follows from it could not be, and is tried again: "},
+	} {
+		_, err := taints("intermediate-1")(t.Context(), s.rotations(), try.dry)
+		if got := status.Convert(err); got.Code() != codes.Unavailable || !strings.HasPrefix(got.Message(), try.says) || !strings.Contains(got.Message(), "Vault is sealed") {
+			t.Errorf("dry run %v: %v", try.dry, err)
+		}
+	}
 }
 
 // successorDue is when a successor is to be made.

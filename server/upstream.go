@@ -354,6 +354,9 @@ func (s *Server) checkUpstream(context.Context) check.Findings {
 	f.Message = fmt.Sprintf("since %s no request of this cluster has been signed", stamp(since))
 	if issuer, ok := s.issuers.Snapshot().Active(identity.Mesh); ok {
 		f.Message += fmt.Sprintf(", and the intermediate that signs now lasts until %s", stamp(issuer.NotAfter()))
+		if s.duties(s.now()).Volatile {
+			f.Message += ", but not beyond a restart of this server"
+		}
 		if left := issuer.NotAfter().Sub(s.now()); left > issuer.NotAfter().Sub(issuer.Certificate().NotBefore)/10 {
 			f.Level = check.Warning
 		}

@@ -4,11 +4,13 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/signet-ca/signet/check"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/test/bubble"
 )
 
@@ -33,6 +35,29 @@ func (l *lookedAt) Look(_ context.Context, under *x509.Certificate, life time.Du
 type errPassing struct{ error }
 
 func (errPassing) Away() bool { return true }
+
+// A key in memory ends with the process, whether a request has failed or a look says that the next would.
+func TestAnUpstreamThatDoesNotSignIsFeltAtARestartWhereKeysAreInMemory(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "east")
+	s, err := New(t.Context(), c.config())
+	must(t, err)
+	defer func() { must(t, s.closeAll()) }()
+	s.config.Upstream = unasked{}
+	s.keeper.upstreamState.note(errors.New("the issuer is gone"), s.now())
+	for backend, felt := range map[string]bool{keystore.BackendMemory: true, keystore.BackendFile: false} {
+		set := *s.keeper.current.Load()
+		set.rows = slices.Clone(set.rows)
+		for i := range set.rows {
+			set.rows[i].Key.Backend = backend
+		}
+		s.keeper.current.Store(&set)
+		f := s.checkUpstream(t.Context())[0]
+		if strings.Contains(f.Message, "not beyond a restart of this server") != felt || !strings.HasSuffix(f.Message, ": the issuer is gone") {
+			t.Errorf("%s: %s", backend, f.Message)
+		}
+	}
+}
 
 // It signs once in days, so whether it would the next time is looked at meanwhile, at the pace at which keys are.
 func TestAnUpstreamThatWouldNotSignIsSeenWithinAMinute(t *testing.T) {

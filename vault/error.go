@@ -233,7 +233,8 @@ func (c *Client) judge(ctx context.Context, r request, resp *api.Response, err e
 		return nil, e
 	}
 	secret, perr := parse(resp.Body)
-	if perr != nil {
+	// Where there is nothing to be read or listed, Vault says 404; an empty answer is somebody else's.
+	if perr != nil || secret == nil && (r.op == opRead || r.op == opList) {
 		e.away, e.passing = true, true
 		e.why = fmt.Sprintf(notVault, e.Status)
 		return nil, e

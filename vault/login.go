@@ -224,9 +224,6 @@ func (c *Client) adopt(ctx context.Context, with credential) (*session, *Error) 
 		}
 		return nil, verr
 	}
-	if secret == nil {
-		secret = &api.Secret{}
-	}
 	if e := c.endless(lookupPath, secret); e != nil {
 		return nil, e
 	}

@@ -22,6 +22,8 @@ const (
 	pulse = 10 * time.Second
 	// shortLived is what a session must live longer than for the next login to follow at once.
 	shortLived = 5 * time.Second
+	// replacing is how long a file may be unreadable while it is being replaced.
+	replacing = 5 * time.Second
 	// renewGap is the least time between a renewal that failed and the next.
 	renewGap = 10 * time.Second
 )
@@ -185,6 +187,10 @@ func (r renewals) once(q *http.Request) (*http.Response, error) {
 	}
 	ctx := q.Context()
 	began := time.Now()
+	if c.login.Method == loginCert {
+		// Vault holds the certificate of the connection against the role at each renewal, too: an open one may show one that has ended.
+		q = q.WithContext(context.WithValue(ctx, freshKey{}, true))
+	}
 	resp, err := c.wire.RoundTrip(q)
 	e := &Error{Op: opRenew, Path: strings.TrimPrefix(q.URL.Path, "/v1/"), vault: c.address}
 	switch {
@@ -268,15 +274,25 @@ func (c *Client) enterAnew() {
 	}
 }
 
-// another reports whether somebody has put another token into the file.
+// another reports whether somebody has put another token into the file, or another certificate, with which Vault would not renew the
+// token of the one before. What stays unreadable is another, too: the login says why.
 func (c *Client) another() bool {
-	if c.login.Method != loginToken {
+	if c.login.Method != loginToken && c.login.Method != loginCert {
 		return false
 	}
 	with, err := c.credential()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return err == nil && !same(with.digest, c.entered)
+	switch now := c.now(); {
+	case err == nil:
+		c.unread = time.Time{}
+		return !same(with.digest, c.entered)
+	case c.unread.IsZero():
+		c.unread = now
+		return false
+	default:
+		return now.Sub(c.unread) >= replacing
+	}
 }
 
 // jitter is d, a quarter more or less.

@@ -1,10 +1,13 @@
 package vault
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -260,6 +263,54 @@ func TestATokenFileIsReadAnewWhenItsTokenEnds(t *testing.T) {
 			t.Error("it logs in by itself")
 		}
 	})
+}
+
+func TestATokenThatCannotBeReadIsSaidWhileTheOneBeforeLives(t *testing.T) {
+	for what, put := range map[string]func(path string) error{
+		"empty":     func(path string) error { return os.WriteFile(path, nil, 0o600) },
+		"a BOM":     func(path string) error { return os.WriteFile(path, []byte("\ufeffhvs.second"), 0o600) },
+		"two lines": func(path string) error { return os.WriteFile(path, []byte("hvs.second\nhvs.third\n"), 0o600) },
+		"gone":      os.Remove,
+	} {
+		bubble.Test(t, func(t *testing.T) {
+			f := newFakeVault()
+			f.tokens["hvs.first"], f.tokens["hvs.second"] = true, true
+			path := secretFile(t, "token", "hvs.first")
+			var log bytes.Buffer
+			cl := connect(t, Config{Address: "http://127.0.0.1:1", Login: Login{Method: "token", TokenFile: path}, Logger: slog.New(slog.NewTextHandler(&log, nil))}, f)
+			keepFor(t, cl, time.Hour, func() {
+				time.Sleep(time.Second)
+				// While it is replaced, it may be like that for a moment.
+				for range 50 {
+					if err := put(path); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(2 * time.Second)
+					write(t, path, "hvs.first")
+					time.Sleep(2 * pulse)
+					if st := cl.Status(); st.Refused {
+						t.Fatalf("%s, for a moment: %+v", what, st)
+					}
+				}
+				if err := put(path); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(3 * pulse)
+				if st := cl.Status(); !st.Refused || !st.LoggedIn || !strings.Contains(st.Why, "vault.login.token_file") || !strings.Contains(st.Why, path) {
+					t.Errorf("%s: %+v", what, st)
+				}
+				time.Sleep(10 * time.Minute)
+				write(t, path, "hvs.second")
+				time.Sleep(2 * pulse)
+				if st := cl.Status(); st.Refused || !st.LoggedIn {
+					t.Errorf("%s, then a good one: %+v", what, st)
+				}
+			})
+			if n := strings.Count(log.String(), "level=WARN"); n != 1 || !strings.Contains(log.String(), "no login to Vault, trying on") {
+				t.Errorf("%s: said %d times\n%s", what, n, log.String())
+			}
+		})
+	}
 }
 
 func TestRunEndsAtOnceWhateverHangs(t *testing.T) {

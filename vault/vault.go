@@ -96,6 +96,8 @@ type Client struct {
 	// vain says for which calls a new login has not helped, entered with what the last one was made.
 	vain    map[string]vain
 	entered [32]byte
+	// unread is since when Run finds the secret unreadable, zero where it does not.
+	unread time.Time
 	// run is Run's, which ends the renewals that its watcher sends without a context.
 	run context.Context
 	// renewAfter is when a token may be renewed, after a renewal that failed.
@@ -247,11 +249,7 @@ func (c *Client) Read(ctx context.Context, path string) (*api.Secret, error) {
 }
 
 func (c *Client) read(ctx context.Context, by *Engine, path string) (*api.Secret, error) {
-	secret, err := c.call(ctx, request{op: opRead, path: path, engine: by})
-	if err == nil && secret == nil {
-		err = &Error{Op: opRead, Path: path, Status: http.StatusNotFound, vault: c.address}
-	}
-	return secret, err
+	return c.call(ctx, request{op: opRead, path: path, engine: by})
 }
 
 // Write sends the body and returns the answer, nil for an empty one.
@@ -284,9 +282,6 @@ func (c *Client) list(ctx context.Context, by *Engine, path string) ([]string, e
 	}
 	if err != nil {
 		return nil, err
-	}
-	if secret == nil {
-		return nil, nil
 	}
 	names, ok := stringsOf(secret.Data["keys"])
 	if !ok {

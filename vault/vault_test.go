@@ -131,7 +131,6 @@ func TestCallsSayWhatVaultHas(t *testing.T) {
 	f.on("GET deleted", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, 404, map[string]any{"data": map[string]any{"data": nil, "metadata": map[string]any{"version": 3}}})
 	})
-	f.on("GET nothing", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) })
 	cl := connect(t, appRole(t), f)
 	ctx := t.Context()
 	if s, err := cl.Read(ctx, "a/b"); err != nil || fmt.Sprint(s.Data["n"]) != "12345678901234567" {
@@ -152,9 +151,25 @@ func TestCallsSayWhatVaultHas(t *testing.T) {
 	if s, err := cl.Read(ctx, "deleted"); !errors.Is(err, ErrNotFound) || s == nil {
 		t.Errorf("a deleted version: %v %v, want what Vault knows of it beside the error", s, err)
 	}
-	for _, path := range []string{"nothing", "none"} {
-		if s, err := cl.Read(ctx, path); !errors.Is(err, ErrNotFound) || s != nil {
-			t.Errorf("read of %s: %v %v", path, s, err)
+	if s, err := cl.Read(ctx, "none"); !errors.Is(err, ErrNotFound) || s != nil {
+		t.Errorf("read of nothing: %v %v", s, err)
+	}
+}
+
+// Vault says 404 where there is nothing.
+func TestAnEmptyAnswerDoesNotMeanThatNothingIsThere(t *testing.T) {
+	for _, status := range []int{200, 204} {
+		f := newFakeVault()
+		empty := func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) }
+		f.on("GET a", empty)
+		f.on("LIST a", empty)
+		cl := connect(t, appRole(t), f)
+		_, read := cl.Read(t.Context(), "a")
+		_, listed := cl.List(t.Context(), "a")
+		for of, err := range map[string]error{"read": read, "list": listed} {
+			if !errors.Is(err, ErrAway) || errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "is not Vault's JSON") {
+				t.Errorf("%s, %d: %v", of, status, err)
+			}
 		}
 	}
 }

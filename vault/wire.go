@@ -209,7 +209,8 @@ func (r *reloaded[T]) get() T {
 	return value
 }
 
-// stampOf changes whenever one of the files is written or replaced.
+// stampOf changes whenever one of the files is written or replaced, or gets another mode or owner, for which a secret may have been
+// refused.
 func stampOf(paths []string) string {
 	var b strings.Builder
 	for _, p := range paths {
@@ -219,10 +220,11 @@ func stampOf(paths []string) string {
 			continue
 		}
 		var inode uint64
+		var owner, group uint32
 		if s, ok := info.Sys().(*syscall.Stat_t); ok {
-			inode = s.Ino
+			inode, owner, group = s.Ino, s.Uid, s.Gid
 		}
-		fmt.Fprintf(&b, "%d %d %d\n", info.ModTime().UnixNano(), info.Size(), inode)
+		fmt.Fprintf(&b, "%d %d %d %s %d %d\n", info.ModTime().UnixNano(), info.Size(), inode, info.Mode(), owner, group)
 	}
 	return b.String()
 }

@@ -11,15 +11,21 @@ import (
 	"errors"
 	"io"
 	"log"
+	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/signet-ca/signet/test/bubble"
 )
 
 // authority is a throw-away CA.
@@ -236,5 +242,107 @@ func TestTheCertLoginShowsTheNewestCertificate(t *testing.T) {
 	put(ca.issue(t, "fourth"))
 	if _, err := cl.Read(t.Context(), "a"); err != nil || *shown.Load() != "fourth" {
 		t.Fatal(err, *shown.Load())
+	}
+}
+
+// shows carries requests as a connection does on which that certificate was shown.
+type shows struct {
+	direct
+	certificate func() *tls.Certificate
+}
+
+func (s shows) RoundTrip(r *http.Request) (*http.Response, error) {
+	r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{s.certificate().Leaf}}
+	return s.direct.RoundTrip(r)
+}
+
+func TestARenewalShowsTheNewestCertificate(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
+		f := newFakeVault()
+		ca := newAuthority(t)
+		dir := t.TempDir()
+		l := Login{Method: "cert", CertFile: filepath.Join(dir, "c.pem"), KeyFile: filepath.Join(dir, "c.key")}
+		put := func(name string) {
+			p := ca.issue(t, name)
+			write(t, l.CertFile, p.cert)
+			write(t, l.KeyFile, p.key)
+		}
+		put("first")
+		var mu sync.Mutex
+		seen := map[string]int{}
+		note := func(what string) http.HandlerFunc {
+			return func(w http.ResponseWriter, r *http.Request) {
+				mu.Lock()
+				defer mu.Unlock()
+				seen[what+" by "+r.TLS.PeerCertificates[0].Subject.CommonName]++
+				f.mu.Lock()
+				f.tokens["hvs.by-cert"] = true
+				f.mu.Unlock()
+				answer(w, 200, map[string]any{"auth": map[string]any{"client_token": "hvs.by-cert", "lease_duration": 60, "renewable": true}})
+			}
+		}
+		f.on("PUT auth/cert/login", note("login"))
+		f.on("PUT auth/token/renew-self", note("renewal"))
+		c := Config{Address: "https://127.0.0.1:1", Login: l, Logger: slog.New(slog.DiscardHandler)}
+		cl := connect(t, c, f)
+		trust, err := newTrust(c, "127.0.0.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := trust.own.get()
+		cl.wire.pooled = shows{direct{f}, func() *tls.Certificate { return first }}
+		cl.wire.fresh = shows{direct{f}, trust.own.get}
+		during := func() map[string]int {
+			mu.Lock()
+			clear(seen)
+			mu.Unlock()
+			time.Sleep(10 * time.Minute)
+			mu.Lock()
+			defer mu.Unlock()
+			return maps.Clone(seen)
+		}
+		keepFor(t, cl, time.Hour, func() {
+			if n := during(); n["login by first"] != 1 || n["renewal by first"] < 10 || len(n) != 2 {
+				t.Errorf("the first: %v", n)
+			}
+			// Half of the pair is replaced, and stays so.
+			write(t, l.CertFile, ca.issue(t, "half").cert)
+			if n, st := during(), cl.Status(); n["renewal by first"] < 10 || len(n) != 1 || !st.Refused || !st.LoggedIn {
+				t.Errorf("half a pair: %v, %+v", n, st)
+			}
+			put("second")
+			if n, st := during(), cl.Status(); n["login by second"] != 1 || n["renewal by second"] < 10 || len(n) != 2 || st.Refused {
+				t.Errorf("the second: %v, %+v", n, st)
+			}
+		})
+	})
+}
+
+func TestACertificateIsTakenOnceItsKeyIsForUsAlone(t *testing.T) {
+	ca := newAuthority(t)
+	dir := t.TempDir()
+	l := Login{Method: "cert", CertFile: filepath.Join(dir, "c.pem"), KeyFile: filepath.Join(dir, "c.key")}
+	put := func(name string) {
+		p := ca.issue(t, name)
+		write(t, l.CertFile, p.cert)
+		write(t, l.KeyFile, p.key)
+	}
+	put("first")
+	own, err := newReloaded(slog.New(slog.DiscardHandler), func() (*tls.Certificate, error) { return readCertificate(l) }, l.CertFile, l.KeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put("second")
+	if err := os.Chmod(l.KeyFile, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := own.get().Leaf.Subject.CommonName; got != "first" {
+		t.Errorf("mode 0644: %s", got)
+	}
+	if err := os.Chmod(l.KeyFile, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := own.get().Leaf.Subject.CommonName; got != "second" {
+		t.Errorf("mode 0600 again: %s", got)
 	}
 }

@@ -19,6 +19,7 @@ import (
 
 // keyInfo is what Vault tells about a key, in the parts that matter here.
 type keyInfo struct {
+	Name            string                     `json:"name"`
 	Type            string                     `json:"type"`
 	Derived         bool                       `json:"derived"`
 	Exportable      bool                       `json:"exportable"`
@@ -90,13 +91,25 @@ func (s *Store) parse(name string, data map[string]any) (*keyInfo, error) {
 		err = json.Unmarshal(raw, info)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the answer about %s can't be read: %w", info.where, err)
+		return nil, garbled{fmt.Errorf("the answer about %s can't be read: %w", info.where, err)}
 	}
-	if info.Type == "" || info.Latest < 1 || info.MinAvailable < 0 || info.Latest-info.MinAvailable > 2*maxVersions {
-		return nil, fmt.Errorf("the answer about %s is not of a Transit key: type %s, newest version %d, oldest %d", info.where, bounded(info.Type), info.Latest, info.MinAvailable)
+	if info.Name != "" && info.Name != s.prefix+name {
+		return nil, garbled{fmt.Errorf("the answer about %s is of another key, %s: something on the way to Vault mixes answers up", info.where, bounded(info.Name))}
+	}
+	if info.Type == "" || info.Latest < 1 || info.MinAvailable < 0 {
+		return nil, garbled{fmt.Errorf("the answer about %s is not of a Transit key: type %s, newest version %d, oldest %d", info.where, bounded(info.Type), info.Latest, info.MinAvailable)}
+	}
+	if info.Latest-info.MinAvailable > 2*maxVersions {
+		return nil, fmt.Errorf("%s has too many versions, %d to %d: destroy those that are older than any in use (`vault write %[1]s/config min_decryption_version=N min_encryption_version=N`, then `vault write %[1]s/trim min_available_version=N`), and see to it that nobody rotates it by hand or by auto_rotate_period", info.where, info.oldest(), info.Latest)
 	}
 	return info, nil
 }
+
+// garbled is an answer that Vault does not give: it says nothing of the key, and another try may go better.
+type garbled struct{ error }
+
+func (e garbled) Unwrap() error        { return e.error }
+func (e garbled) Is(target error) bool { return target == vault.ErrAway }
 
 // oldest is the oldest version that is not destroyed.
 func (i *keyInfo) oldest() int { return max(i.MinAvailable, 1) }

@@ -280,7 +280,11 @@ func TestABrokenKeyIsAClearError(t *testing.T) {
 		"another key":          {func(_ *fakeTransit, k *fakeKey) { k.versions = nil; k.rotate(); k.rotate() }, false, "not by the key that was opened"},
 		"another kind":         {func(_ *fakeTransit, k *fakeKey) { k.kind, k.versions = "rsa-2048", nil; k.rotate(); k.rotate() }, false, "not by the key that was opened"},
 		"another that refuses": {func(_ *fakeTransit, k *fakeKey) { k.kind, k.versions = "ed25519", nil; k.rotate(); k.rotate() }, false, "not by the key that was opened"},
-		"not mounted":          {func(f *fakeTransit, _ *fakeKey) { f.before = notMounted }, false, "no Transit engine is mounted at transit"},
+		"worn out": {func(_ *fakeTransit, k *fakeKey) {
+			k.versions = slices.Repeat(k.versions, maxVersions+1)
+			k.minDec, k.minEnc = len(k.versions), len(k.versions)
+		}, false, "has too many versions, 1 to 20002"},
+		"not mounted": {func(f *fakeTransit, _ *fakeKey) { f.before = notMounted }, false, "no Transit engine is mounted at transit"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFakeTransit(t)
@@ -300,8 +304,8 @@ func TestABrokenKeyIsAClearError(t *testing.T) {
 			}
 			_, err = s.Open(t.Context(), k.Ref())
 			says(t, err, "open key vault-transit:ca@2: ", c.want)
-			if errors.Is(err, keystore.ErrNotFound) != c.notFound {
-				t.Errorf("%v: not found %t", err, errors.Is(err, keystore.ErrNotFound))
+			if errors.Is(err, keystore.ErrNotFound) != c.notFound || errors.Is(err, keystore.ErrAway) {
+				t.Errorf("%v: not found %t, away %t", err, errors.Is(err, keystore.ErrNotFound), errors.Is(err, keystore.ErrAway))
 			}
 		})
 	}
@@ -1074,4 +1078,45 @@ func FuzzKeyInfo(f *testing.F) {
 		}
 		_ = info.mayGrow(keystore.ECDSAP256, 0)
 	})
+}
+
+// What a proxy that mixes answers up says of a key is of another.
+func TestAnAnswerAboutAnotherKeySaysNothingOfThisOne(t *testing.T) {
+	f := newFakeTransit(t)
+	s := f.store(t)
+	ctx := t.Context()
+	for _, name := range []string{"control-ca", "intermediate"} {
+		if _, err := s.Create(ctx, name, keystore.ECDSAP256, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ref := keystore.Ref{Backend: Backend, Name: "control-ca", Version: 1}
+	key, err := s.Open(ctx, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, answer := range map[string]func(w http.ResponseWriter){
+		"another key": func(w http.ResponseWriter) {
+			reply(w, f.keys["signet-east-intermediate"].describe("signet-east-intermediate"))
+		},
+		"nothing":     func(w http.ResponseWriter) { reply(w, nil) },
+		"empty":       func(w http.ResponseWriter) { w.WriteHeader(http.StatusNoContent) },
+		"wrong types": func(w http.ResponseWriter) { reply(w, map[string]any{"type": 5}) },
+	} {
+		f.set(func() {
+			f.before = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasSuffix(r.URL.Path, "/keys/signet-east-control-ca") {
+					return false
+				}
+				answer(w)
+				return true
+			}
+		})
+		_, opened := s.Open(ctx, ref)
+		for of, err := range map[string]error{"opened": opened, "looked at": key.(*Key).Look(ctx)} {
+			if !errors.Is(err, keystore.ErrAway) {
+				t.Errorf("%s, %s: %v", what, of, err)
+			}
+		}
+	}
 }
