@@ -11,6 +11,7 @@ import (
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -252,6 +253,29 @@ func TestWhyRemembersWhoWasRefused(t *testing.T) {
 	}
 	if i := slices.IndexFunc(callers, func(c *adminv1.WhyCaller) bool { return c.Instance == "the near one" }); i < 0 || i > 1 || callers[i].Refused == nil || !slices.Equal(callers[i].Lacking, []string{"unix:gid:7"}) {
 		t.Fatalf("nearest are %v", callers[:2])
+	}
+}
+
+func TestACallerHearsOfTheBansOfItsOwnIdentitiesAlone(t *testing.T) {
+	w := newWorld(t)
+	w.open()
+	me := identity.Selector(fmt.Sprintf("unix:uid:%d", os.Geteuid()))
+	web, late, other := reg("web", "/web", time.Hour, me), reg("late", "/late", time.Hour, me), reg("other", "/other", time.Hour, me)
+	foreign := reg("foreign", "/foreign", time.Hour, me, "unix:gid:4294967294")
+	apart := reg("apart", "/apart", time.Hour, me, "socket:apart")
+	w.shut = []string{"web", "foreign", "apart"}
+	w.setRegistrations(web, late, other, foreign, apart)
+	n := w.start(t, func(c *Config) { c.Attestor = nil })
+	n.ready(t)
+	n.hub.shutOut(late.ID) // known from a refusal, before the agent is told anew
+	agent := secretv3.NewSecretDiscoveryServiceClient(connect(t, n.config.Socket))
+	for r, want := range map[*identity.Registration]codes.Code{
+		&web: codes.PermissionDenied, &late: codes.PermissionDenied, &foreign: codes.NotFound, &apart: codes.NotFound, &other: codes.OK,
+	} {
+		_, err := agent.FetchSecrets(t.Context(), &discoveryv3.DiscoveryRequest{ResourceNames: []string{r.ID.String()}})
+		if says := strings.Contains(status.Convert(err).Message(), r.ID.String()+" is banned"); status.Code(err) != want || says != (want == codes.PermissionDenied) {
+			t.Errorf("%s: %v, want %s", r.Name, err, want)
+		}
 	}
 }
 

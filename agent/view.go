@@ -185,6 +185,19 @@ func (v *view) alive() bool {
 	return false
 }
 
+// Refusal implements sds.View: a caller is told of the ban of an identity that its own selectors would give it, and of no other.
+func (v *view) Refusal(id spiffeid.ID) error {
+	v.hub.mu.Lock()
+	defer v.hub.mu.Unlock()
+	_, shut := v.hub.split()
+	for _, r := range identity.Match(shut, v.selectors) {
+		if r.ID == id && bySocket(r, v.socket) {
+			return status.Error(codes.PermissionDenied, isBanned(r))
+		}
+	}
+	return nil
+}
+
 // TrustDomain implements sds.View.
 func (v *view) TrustDomain() spiffeid.TrustDomain {
 	v.hub.mu.Lock()

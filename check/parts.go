@@ -215,7 +215,7 @@ func Log(ctx context.Context, dir, verifierKey string, now time.Time) (found Fin
 	if at.Sub(now) > allowedSkew {
 		found.add(CodeClock, Error, dir, fmt.Sprintf("the last entry of the log is of %s, and it is %s here: the clock went back", stamp(at), stamp(now)), mendClock)
 	} else {
-		found.add(CodeClock, OK, "clock", "it is not behind the log's last entry", "")
+		found.add(CodeClock, OK, dir, "the clock is not behind the log's last entry", "")
 	}
 	return found
 }

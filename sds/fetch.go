@@ -14,7 +14,8 @@ const fetchWait = 10 * time.Second
 
 // FetchSecrets implements the service: the secrets of all names at once, for those who don't stay for renewals. It waits
 // a little for what is granted and not there yet, then it is Unavailable. A name that is unknown or not granted is
-// NotFound at once, and which of the two is not said.
+// NotFound at once, and which of the two is not said; where the view has a reason for this caller, that is the answer. A
+// stream has no word for any of it.
 func (s *Server) FetchSecrets(ctx context.Context, r *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
 	if err := s.checkType(r.GetTypeUrl()); err != nil {
 		return nil, err
@@ -69,6 +70,9 @@ func (s *Server) collect(view View, sub *subscription, form Validator) (resp *di
 			missing = w.shown()
 		default:
 			s.metrics.unanswered.WithLabelValues(string(why)).Inc()
+			if err := view.Refusal(w.id); err != nil {
+				return nil, "", err
+			}
 			return nil, "", status.Errorf(codes.NotFound, "%s is unknown here or not granted to this caller", w.shown())
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -78,6 +79,12 @@ func TestFetchGivesNothingOfOthersAndDoesNotSayWhatExists(t *testing.T) {
 		}
 		if told[0] != told[1] {
 			t.Errorf("what exists is told from what doesn't: %q", told[:2])
+		}
+		w.change(func(w *world) {
+			w.refused = map[spiffeid.ID]error{api: status.Error(codes.PermissionDenied, "it is banned")}
+		})
+		if _, err := r.fetch("default", api.String()); status.Code(err) != codes.PermissionDenied || status.Convert(err).Message() != "it is banned" {
+			t.Errorf("where there is a reason for this caller: %v", err)
 		}
 		if w.asked[api] != 0 {
 			t.Error("somebody else's certificate was asked for")

@@ -58,6 +58,9 @@ type View interface {
 	// SVID returns the current SVID of one of the identities, or nil while there is none; asking makes the agent obtain
 	// one and keep it renewed until Close.
 	SVID(id spiffeid.ID) *SVID
+	// Refusal is why an identity that would be the caller's is not granted, as a gRPC status; nil where there is nothing to
+	// say, or nothing that this caller may know.
+	Refusal(id spiffeid.ID) error
 	// TrustDomain is the caller's own.
 	TrustDomain() spiffeid.TrustDomain
 	// TrustDomains are those whose bundles the caller may see, in any order.

@@ -100,6 +100,7 @@ type world struct {
 	attested []net.Conn
 	open     int
 	asked    map[spiffeid.ID]int
+	refused  map[spiffeid.ID]error
 }
 
 // newWorld has one root, and one identity with an SVID.
@@ -164,6 +165,12 @@ func (w *world) SVID(id spiffeid.ID) *SVID {
 	defer w.mu.Unlock()
 	w.asked[id]++
 	return w.svids[id]
+}
+
+func (w *world) Refusal(id spiffeid.ID) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.refused[id]
 }
 
 func (w *world) TrustDomain() spiffeid.TrustDomain { return w.td }

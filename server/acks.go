@@ -20,8 +20,8 @@ type acks struct {
 
 	mu   sync.Mutex
 	said map[string]said
-	// leaves is the end of the last leaf that each agent was given since the start.
-	leaves map[string]time.Time
+	// leaves is the end of the last leaf that each agent was given since the start, gone the end of its last stream.
+	leaves, gone map[string]time.Time
 }
 
 // said is the newest word of an agent.
@@ -42,7 +42,7 @@ func (s said) same(o said) bool {
 }
 
 func newAcks(s *Server) *acks {
-	return &acks{server: s, started: s.now(), woken: make(chan struct{}, 1), said: map[string]said{}, leaves: map[string]time.Time{}}
+	return &acks{server: s, started: s.now(), woken: make(chan struct{}, 1), said: map[string]said{}, leaves: map[string]time.Time{}, gone: map[string]time.Time{}}
 }
 
 // hear takes an agent's word.
@@ -81,6 +81,14 @@ func (a *acks) gave(agent string, notAfter time.Time) {
 	}
 }
 
+// left notes that a stream of an agent has ended: until then it was there.
+func (a *acks) left(agent string) {
+	now := a.server.now()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.gone[agent] = now
+}
+
 // words are what agents have said that are not banned, by name.
 func (a *acks) words() []validator {
 	a.mu.Lock()
@@ -114,11 +122,11 @@ func (a *acks) agents(now time.Time) []validator {
 			continue
 		}
 		a.mu.Lock()
-		s, leaf := a.said[name], a.leaves[name]
+		s, leaf, gone := a.said[name], a.leaves[name], a.gone[name]
 		a.mu.Unlock()
 		v := validator{agent: name, said: s}
 		if a.server.sessions.of(name) == 0 {
-			v.away = latest(s.at, lastSeen(row))
+			v.away, v.unheard = latest(latest(s.at, gone), lastSeen(row)), s.at.IsZero() && gone.IsZero()
 			v.ended = now.After(leaf) && !(before && now.Before(policy.LeavesUntil(row.NotAfter)))
 		}
 		all = append(all, v)

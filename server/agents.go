@@ -239,6 +239,7 @@ func (s agentsService) Sync(stream grpc.BidiStreamingServer[signetv1.SyncRequest
 		return refuse(codes.ResourceExhausted, "too_many", "too many streams", fmt.Errorf("agent %s has %d Sync streams open", who.name, maxSyncs))
 	}
 	defer s.sessions.leave(n)
+	defer s.acks.left(who.name)
 	s.log.Info("agent connected", "agent", who.name)
 	defer s.log.Info("agent disconnected", "agent", who.name)
 

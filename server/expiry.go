@@ -391,7 +391,7 @@ func silent(agents []store.Agent, policy rotation.Policy) func(now time.Time) []
 		var all []validator
 		for _, a := range agents {
 			if !a.Banned {
-				all = append(all, validator{agent: a.Name, away: lastSeen(a), ended: !now.Before(policy.LeavesUntil(a.NotAfter))})
+				all = append(all, validator{agent: a.Name, away: lastSeen(a), unheard: true, ended: !now.Before(policy.LeavesUntil(a.NotAfter))})
 			}
 		}
 		return all

@@ -29,8 +29,8 @@ func (s rotationService) BanIdentity(ctx context.Context, req *adminv1.BanIdenti
 	if err != nil {
 		return nil, err
 	}
-	if req.Reason == "" || len(req.Reason) > maxReason {
-		return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("ban of %s: give a reason of 1 to %d bytes, for the log", id, maxReason))
+	if err := checkReason("ban of "+id.String(), req.Reason); err != nil {
+		return nil, err
 	}
 	now := s.now()
 	r := &adminv1.BanIdentityResponse{ValidUntil: timestampOf(s.keeper.policy.LeavesUntil(now))}

@@ -68,6 +68,30 @@ func TestTheNameOfAPartOfSignetIsNotBannedAsAnIdentity(t *testing.T) {
 	}
 }
 
+// A ban and a taint can be asked for with a reason that says something alone, and a dry run says so too.
+func TestAReasonSaysSomething(t *testing.T) {
+	t.Parallel()
+	s := newCluster(t, "east").start(t, nil)
+	for _, reason := range []string{"", " ", "\t\n\u00a0", strings.Repeat("x", maxReason+1)} {
+		for _, dry := range []bool{true, false} {
+			_, err := s.rotations().BanIdentity(t.Context(), &adminv1.BanIdentityRequest{SpiffeId: identityA, Reason: reason, DryRun: dry})
+			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "ban of "+identityA+": give a reason") {
+				t.Errorf("ban for %.8q (dry run %v): %v", reason, dry, err)
+			}
+			_, err = s.rotations().TaintAuthority(t.Context(), &adminv1.TaintAuthorityRequest{Authority: "intermediate-1", Reason: reason, DryRun: dry})
+			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "taint of intermediate-1: give a reason") {
+				t.Errorf("taint for %.8q (dry run %v): %v", reason, dry, err)
+			}
+		}
+	}
+	if memory, stored := s.bannedNow(); memory != 0 || stored != 0 {
+		t.Errorf("%d are banned, and %d in the database", memory, stored)
+	}
+	if row, _ := s.keeper.current.Load().row("intermediate-1"); !row.Tainted.IsZero() {
+		t.Error("it is tainted")
+	}
+}
+
 func TestADryRunOfABanChangesNothing(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, "east")

@@ -32,8 +32,10 @@ type validator struct {
 	// ended: all its identities have. It gets no other before it has what is in use (unbelieved), so a switch doesn't wait for
 	// it; but its workloads go on validating.
 	ended bool
-	// away is when it was last heard; zero while it is connected.
-	away time.Time
+	// away is when it was last heard; zero while it is connected. unheard: not since the server's start, and away is its last
+	// certificate.
+	away    time.Time
+	unheard bool
 }
 
 // validators are the agents that a switch waits for: those that have, or may have, identities that live.

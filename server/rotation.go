@@ -633,16 +633,20 @@ func noteOf(now time.Time, entries []*auditv1.Entry) (*store.Note, error) {
 	return note, nil
 }
 
-// successor asks for the next intermediate. In a dry run there is no key, and what would be has no name.
+// successor asks for the next intermediate. In a dry run there is no key, only a look whether it could be made, and what would be
+// has no name.
 func (k *keeper) successor(ctx context.Context, d decision, set *authorities, also []store.Authority) (store.Authority, error) {
 	if !d.dry {
 		return k.request(ctx, set, also)
 	}
-	unnamed := 0
-	for _, a := range slices.Concat(set.rows, also) {
+	rows, unnamed := slices.Concat(set.rows, also), 0
+	for _, a := range rows {
 		if a.Kind == ca.KindIntermediate && a.Key.IsZero() {
 			unnamed++
 		}
+	}
+	if _, _, err := k.folder.Keys.Find(ctx, IntermediateKey, k.algorithm, k.folder.newestKey(ctx, k.algorithm, rows)+unnamed); err != nil {
+		return store.Authority{}, err
 	}
 	now := k.folder.Now()
 	return store.Authority{
@@ -841,7 +845,9 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 			}
 			continue
 		}
-		if row.State == ca.Removed {
+		// That one which was given up for a lost key has a certificate has to be known.
+		exposed := row.State == ca.Removed && !row.Tainted.IsZero()
+		if row.State == ca.Removed && !exposed {
 			return nil, nil, fmt.Errorf("%s was given up (see signet ca show %s): start a rotation and have the new request signed", row.ID, row.ID)
 		}
 		plan, err := ca.NewIntermediatePlan(k.folder.TrustDomain, k.folder.Cluster, chain[0].PublicKey, time.Time{}, 0)
@@ -861,13 +867,17 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 		if err := plan.Check(chain[:len(chain)-1], chain[len(chain)-1:]); err != nil {
 			return nil, nil, err
 		}
-		for _, c := range chain[:len(chain)-1] {
+		above := chain[:len(chain)-1]
+		if exposed {
+			above = above[1:]
+		}
+		for _, c := range above {
 			if err := w.LostKey(rotation.Authority{ID: fmt.Sprintf("%q in the chain of %s", c.Subject, row.ID), KeyFingerprint: ca.KeyFingerprint(c.RawSubjectPublicKeyInfo)}); err != nil {
 				return nil, nil, err
 			}
 		}
 		id := rootID(root)
-		if len(set.bundle.Roots()) == 0 {
+		if len(set.bundle.Roots()) == 0 && !exposed {
 			// What a person installs first is what the cluster begins with.
 			if set, err = set.addRoot(k.policy.Policy, w, root, now); err != nil {
 				return nil, nil, err
@@ -875,7 +885,12 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 			w.Authorities = set.lives()
 		}
 		notBefore, notAfter := bounds(chain)
-		lives, err := rotation.Signed(k.policy.Policy, w, row.ID, id, notBefore, notAfter, now)
+		var lives []rotation.Authority
+		if exposed {
+			lives, err = rotation.Exposed(w, row.ID, id, notBefore, notAfter, now)
+		} else {
+			lives, err = rotation.Signed(k.policy.Policy, w, row.ID, id, notBefore, notAfter, now)
+		}
 		if err != nil {
 			return nil, nil, err
 		}

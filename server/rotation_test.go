@@ -241,7 +241,7 @@ func TestARootIsUsedOnlyWhenEveryAgentHasIt(t *testing.T) {
 	b := newRoot(t)
 	start := &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: b.fingerprint()}
 	wrong := &adminv1.StartRotationRequest{Kind: "root", Root: b.cert.Raw, RootFingerprint: newRoot(t).fingerprint()}
-	if _, err := s.rotations().StartRotation(t.Context(), wrong); status.Code(err) != codes.InvalidArgument {
+	if _, err := s.rotations().StartRotation(t.Context(), wrong); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("a root that was swapped on its way: %v", err)
 	}
 	started, err := s.rotations().StartRotation(t.Context(), start)
@@ -954,8 +954,14 @@ func TestWithoutAutomaticStepsTheyAreTakenByAdvanceAlone(t *testing.T) {
 	if s.state("intermediate-2") != ca.Prepared || s.state(b.id()) != ca.Prepared {
 		t.Fatalf("without a word: %s, %s", s.state("intermediate-2"), s.state(b.id()))
 	}
-	if _, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "no-such-ca"}); status.Code(err) != codes.FailedPrecondition {
-		t.Errorf("an unknown CA: %v", err)
+	// The control CA is none that is rotated.
+	for _, id := range []string{"no-such-ca", "control-ca-1"} {
+		for _, force := range []bool{false, true} {
+			_, err := s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: id, Force: force})
+			if status.Code(err) != codes.FailedPrecondition || status.Convert(err).Message() != `no CA "`+id+`": see signet ca list` {
+				t.Errorf("an unknown CA (forced %v): %v", force, err)
+			}
+		}
 	}
 	_, err = s.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "intermediate-2"})
 	must(t, err)

@@ -20,6 +20,7 @@ import (
 	auditv1 "github.com/signet-ca/signet/api/signet/audit/v1"
 	"github.com/signet-ca/signet/ca"
 	"github.com/signet-ca/signet/internal/store"
+	"github.com/signet-ca/signet/keystore"
 	"github.com/signet-ca/signet/rotation"
 )
 
@@ -32,6 +33,14 @@ type rotationService struct {
 // maxReason bounds what a person gives as a reason, in bytes.
 const maxReason = 512
 
+// checkReason refuses a reason that tells those who read the log nothing, or too much.
+func checkReason(what, reason string) error {
+	if strings.TrimSpace(reason) == "" || len(reason) > maxReason {
+		return plainly(codes.InvalidArgument, "invalid", fmt.Errorf("%s: give a reason of 1 to %d bytes, and not of blanks alone, for the log", what, maxReason))
+	}
+	return nil
+}
+
 // undone is why a change that was not refused could not be made: the database or the log takes no write.
 type undone struct{ error }
 
@@ -39,14 +48,18 @@ func (u undone) Unwrap() error { return u.error }
 
 // answer tells what a change has done, or why it was not made.
 func (s rotationService) answer(o outcome, err error) (*adminv1.RotationChangeResponse, error) {
-	if err != nil && o.changed {
+	switch {
+	case err == nil || !o.changed:
+	case o.dry:
+		err = fmt.Errorf("it would be done, but what follows from it could not be now: %w", err)
+	default:
 		err = fmt.Errorf("it is done, but what follows from it could not be, and is tried again: %w", err)
 	}
 	switch {
 	case err == nil:
 	case errors.Is(err, store.ErrConflict):
 		return nil, plainly(codes.Aborted, "store_unavailable", err)
-	case errors.Is(err, errNotLogged), errors.Is(err, errNotTaken), errors.Is(err, context.DeadlineExceeded), errors.As(err, new(undone)), errors.As(err, new(syscall.Errno)):
+	case errors.Is(err, errNotLogged), errors.Is(err, errNotTaken), errors.Is(err, context.DeadlineExceeded), errors.Is(err, keystore.ErrAway), errors.As(err, new(undone)), errors.As(err, new(syscall.Errno)):
 		return nil, plainly(codes.Unavailable, s.whyNot(err), err)
 	default:
 		return nil, plainly(codes.FailedPrecondition, "invalid", err)
@@ -112,6 +125,8 @@ func (s *authorities) said(before *authorities) (done []string) {
 			done = append(done, "a new intermediate requested (its key would be made)")
 		case b.ID == "":
 			done = append(done, a.ID+" requested"+keyOf(a))
+		case len(b.Chain) == 0 && len(a.Chain) > 0 && a.State == ca.Removed:
+			done = append(done, a.ID+", whose key is lost, was signed under "+a.Root+": what is forged is accepted as long as that is believed")
 		case len(b.Chain) == 0 && len(a.Chain) > 0:
 			done = append(done, a.ID+" signed under "+a.Root)
 			if above, _ := s.row(a.Root); !above.Leaving.IsZero() {
@@ -309,7 +324,7 @@ func (k *keeper) acceptingAgents(root string, now time.Time) (named []*adminv1.A
 		return x.away.Compare(y.away)
 	})
 	for _, v := range agents[:min(len(agents), maxMissing)] {
-		named = append(named, &adminv1.AcceptingAgent{Agent: v.agent, LastHeard: timestampOf(v.away)})
+		named = append(named, &adminv1.AcceptingAgent{Agent: v.agent, LastHeard: timestampOf(v.away), Unheard: v.unheard})
 	}
 	return named, uint32(len(agents))
 }
@@ -468,7 +483,7 @@ func (s rotationService) StartRotation(ctx context.Context, req *adminv1.StartRo
 		}
 		root, err := parseRoot(req.Root, req.RootFingerprint)
 		if err != nil {
-			return nil, plainly(codes.InvalidArgument, "invalid", err)
+			return nil, plainly(codes.FailedPrecondition, "invalid", err)
 		}
 		return s.answer(s.keeper.startRoot(ctx, d, root))
 	}
@@ -498,7 +513,8 @@ func (s rotationService) AdvanceRotation(ctx context.Context, req *adminv1.Advan
 		return nil, err
 	}
 	d := decision{verb: "advance", reason: "an admin said so", by: by, dry: req.DryRun, only: req.Authority, force: req.Force, notes: req.Reports, names: req.ReportNames}
-	if _, ok := s.keeper.current.Load().row(req.Authority); !ok && (req.Force || req.Authority != "") {
+	is := func(a rotation.Authority) bool { return a.ID == req.Authority }
+	if (req.Force || req.Authority != "") && !slices.ContainsFunc(s.keeper.current.Load().lives(), is) {
 		return nil, plainly(codes.FailedPrecondition, "invalid", fmt.Errorf("no CA %q: see signet ca list", clip(req.Authority)))
 	}
 	return s.answer(s.keeper.do(ctx, d, nil))
@@ -529,8 +545,8 @@ func (s rotationService) TaintAuthority(ctx context.Context, req *adminv1.TaintA
 	if err != nil {
 		return nil, err
 	}
-	if req.Reason == "" || len(req.Reason) > maxReason {
-		return nil, plainly(codes.InvalidArgument, "invalid", fmt.Errorf("taint of %s: give a reason of 1 to %d bytes, for the log", clip(req.Authority), maxReason))
+	if err := checkReason("taint of "+clip(req.Authority), req.Reason); err != nil {
+		return nil, err
 	}
 	d := decision{verb: "taint", reason: req.Reason, by: by, dry: req.DryRun}
 	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {
@@ -567,7 +583,7 @@ func (s rotationService) AddTrust(ctx context.Context, req *adminv1.AddTrustRequ
 	}
 	root, err := parseRoot(req.Root, req.RootFingerprint)
 	if err != nil {
-		return nil, plainly(codes.InvalidArgument, "invalid", err)
+		return nil, plainly(codes.FailedPrecondition, "invalid", err)
 	}
 	d := decision{verb: "add", reason: "an admin trusts it", by: by, dry: req.DryRun}
 	return s.answer(s.keeper.do(ctx, d, func(set *authorities, w rotation.World, now time.Time) (*authorities, []*auditv1.Entry, error) {

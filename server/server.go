@@ -558,6 +558,8 @@ func (s *Server) whyNot(err error) string {
 		return string(e.Reason)
 	case errors.Is(err, errNotLogged):
 		return "log_unavailable"
+	case errors.Is(err, keystore.ErrAway):
+		return "issuer_unavailable"
 	}
 	return "store_unavailable"
 }

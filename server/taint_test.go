@@ -87,6 +87,7 @@ func TestATaintIsNotOverForASilentAgentWhoseLeavesHaveEnded(t *testing.T) {
 			c.ahead.Store(int64(10 * time.Minute))
 			silent.say()
 			soon(t, "its last word", func() bool { return s.acks.of("node-2").at.After(c.now().Add(-time.Minute)) })
+			c.ahead.Store(int64(15 * time.Minute))
 			must(t, silent.leaves())
 			soon(t, "node-2 is gone", func() bool { return s.sessions.of("node-2") == 0 })
 			s.taint("intermediate-1")
@@ -108,7 +109,7 @@ func TestATaintIsNotOverForASilentAgentWhoseLeavesHaveEnded(t *testing.T) {
 			st, err := s.rotations().RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})
 			must(t, err)
 			heard := st.Tainted[0].AcceptedBy[0].Named[0].LastHeard
-			if ago := c.now().Sub(heard.AsTime()); heard == nil || ago < 110*time.Minute || ago >= 120*time.Minute { // its first word is older
+			if ago := c.now().Sub(heard.AsTime()); heard == nil || ago < 105*time.Minute || ago >= 110*time.Minute { // its last word is older
 				t.Errorf("it was last heard %s ago", ago)
 			}
 			// The root that they signed under is told of, to the other clusters too.
@@ -254,5 +255,59 @@ func TestARootThatWasAddedIsNotGone(t *testing.T) {
 	all, gone := (&keeper{}).accepting(set, nil, taints, now)
 	if len(all) > 0 || !slices.Equal(gone, []string{"root-removed"}) {
 		t.Errorf("accepted %v, gone %v", all, gone)
+	}
+}
+
+// The root may have signed a request before its key was found to be lost, and only then does the chain come here.
+func TestAChainThatComesAfterTheKeyWasLostCountsAsAccepted(t *testing.T) {
+	t.Parallel()
+	r := rehearse(t, newCluster(t, "east"))
+	r.both("two are requested", startsIntermediate(2))
+	comes := r.signs(r.cluster.root)
+	r.both("the first one's key is lost", taints("intermediate-2"))
+	if got := r.accepted(); len(got) > 0 {
+		t.Errorf("accepted are %v before a certificate is known", got)
+	}
+	r.both("its chain comes", comes)
+	if got, want := r.accepted(), []string{"intermediate-2 east"}; !slices.Equal(got, want) {
+		t.Errorf("accepted are %v, not %v", got, want)
+	}
+	if row, _ := r.keeper.current.Load().row("intermediate-2"); row.State != ca.Removed || row.Root != r.cluster.root.id() {
+		t.Errorf("it is %+v", row)
+	}
+	r.both("its chain comes again", comes)
+	must(t, r.stop())
+	s := r.cluster.start(t, nil)
+	if got, want := s.accepted(), []string{"intermediate-2 east"}; !slices.Equal(got, want) {
+		t.Errorf("after a restart accepted are %v, not %v", got, want)
+	}
+}
+
+// A server that has just started has heard nobody; whom it had heard a moment before is not known to it.
+func TestAnAgentThatWasNotHeardSinceTheStartIsSaidToBe(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "east")
+	s := c.start(t, nil)
+	one := s.enrol("node-1")
+	enrolled := c.now()
+	s.listen(one, false)
+	soon(t, "it has the root", func() bool { return gauged(t, s, "signet_bundle_validators_acked") == 1 })
+	s.taint("intermediate-1")
+	must(t, s.stop())
+	s = c.start(t, nil)
+	named := func() *adminv1.AcceptingAgent {
+		st, err := s.rotations().RotationStatus(t.Context(), &adminv1.RotationStatusRequest{})
+		must(t, err)
+		return st.Tainted[0].AcceptedBy[0].Named[0]
+	}
+	if n := named(); !n.Unheard || n.LastHeard.AsTime().After(enrolled) {
+		t.Errorf("just after the start: %v", n)
+	}
+	a := s.listen(one, false)
+	soon(t, "it is there", func() bool { return named().LastHeard == nil })
+	must(t, a.leaves())
+	soon(t, "it is gone", func() bool { return named().LastHeard != nil })
+	if n := named(); n.Unheard || !n.LastHeard.AsTime().After(enrolled) {
+		t.Errorf("after it has gone: %v", n)
 	}
 }

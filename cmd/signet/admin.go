@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -56,15 +58,20 @@ func dialAdmin(ctx context.Context, socket, what, start string) (*grpc.ClientCon
 	var dialer net.Dialer
 	dial := func(ctx context.Context, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", socket) }
 	// Tried once by hand, because the reason for which gRPC could not connect is hard to read.
-	probe, err := dial(ctx, "")
-	if err != nil {
+	probe := func(ctx context.Context) error {
+		c, err := dial(ctx, "")
+		if err == nil {
+			return c.Close()
+		}
 		var op *net.OpError
 		if errors.As(err, &op) {
 			err = op.Err
 		}
-		return nil, fmt.Errorf("no %s answers on %s (%w): start it with: %s", what, socket, err, start)
+		return fmt.Errorf("no %s answers on %s (%w): start it with: %s", what, socket, err, start)
 	}
-	probe.Close()
+	if err := probe(ctx); err != nil {
+		return nil, err
+	}
 	silent := fmt.Errorf("the %s on %s %w: it is stopped or overloaded; if it stays so, end its process and start it with: %s", what, socket, errSilent, start)
 	answers := func(ctx context.Context, method string, request, answer any, conn *grpc.ClientConn, call grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		ctx, cancel := context.WithTimeout(ctx, callWait)
@@ -90,6 +97,10 @@ func dialAdmin(ctx context.Context, socket, what, start string) (*grpc.ClientCon
 			conn.Close()
 			if errors.Is(ctx.Err(), context.Canceled) {
 				return nil, ctx.Err()
+			}
+			// It may have ended meanwhile.
+			if err := probe(context.WithoutCancel(ctx)); errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+				return nil, err
 			}
 			return nil, silent
 		}

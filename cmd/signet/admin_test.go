@@ -39,3 +39,29 @@ func TestAServerThatHangsIsSaidInOneSentence(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A server that is killed just after the connection was tried has not hung: there is none.
+func TestAServerThatEndsMeanwhileIsSaidToBeAway(t *testing.T) {
+	h, _ := door(t, &doorman{})
+	config := h.write("ends.yaml", "trust_domain: example.org\ncluster: east\nadmin_socket: ./ends.sock\n")
+	l, err := net.Listen("unix", filepath.Join(h.dir, "ends.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // as after SIGKILL
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			l.Close()
+			c.Close()
+		}
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	err = (&cli{}).rotation(ctx, config, func(ctx context.Context, r adminv1.RotationClient) error {
+		_, err := r.RotationStatus(ctx, &adminv1.RotationStatusRequest{})
+		return err
+	})
+	if err == nil || !strings.Contains(err.Error(), "no server answers on") {
+		t.Error(err)
+	}
+}

@@ -357,8 +357,8 @@ It can't be taken back. On a terminal it is asked for once more; elsewhere --yes
 					for _, text := range follows {
 						folded(c.err, "- ", "  ", text)
 					}
-					for _, s := range describeSteps(answer.Taken) {
-						fmt.Fprintf(c.err, "  %s: %s\n", s.what(), s.Because)
+					for _, line := range did(answer.Done, describeSteps(answer.Taken), answer.Requests) {
+						fmt.Fprintln(c.err, would(true)+line)
 					}
 					c.talkOfChange(answer, false)
 					if err := c.confirm("Type "+args[0]+" to taint it: ", args[0]); err != nil {
@@ -439,10 +439,12 @@ func tainting(all []*adminv1.AuthorityInfo, id string, answer *adminv1.RotationC
 		return append(texts, root+" above it was removed here "+moment(all[above].Since.AsTime(), now)+
 			", so nothing more is to be done here; signet rotation status says who accepts what is forged under it, if anybody does")
 	}
-	texts = append(texts, "agents replace what was signed by it, spread over time")
 	if root == "" {
-		return texts
+		// What was signed and never installed is not known here.
+		return append(texts, "if its request was signed already, forged certificates are accepted: whoever holds the root knows (signet root show); "+
+			"install that chain too then (signet cluster install), so that signet rotation status says who accepts them, and until when")
 	}
+	texts = append(texts, "agents replace what was signed by it, spread over time")
 	every := same
 	if !gone {
 		every = append([]string{root}, same...)

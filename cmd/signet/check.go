@@ -129,6 +129,8 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	// What agents have acknowledged, and how it goes with Vault, only the server knows; where it can't be asked, the folder alone
 	// is looked at, and Vault is asked from here.
 	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes, keyCodes, sharedCodes))
+	// The server looks at its log too, see check.Log.
+	own = slices.DeleteFunc(own, func(f check.Finding) bool { return tells(found, f.Code, f.About) })
 	b, unopened := openBacking(ctx, cfg, slog.New(slog.DiscardHandler))
 	conf := serverConfig(cfg, folderOf(cfg, nil, nil))
 	if unopened == nil {
@@ -153,9 +155,14 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	found = append(found, own...)
 	authorities := slices.DeleteFunc(checkAuthorities(ctx, conf, shown, helps(own), running, now), func(f check.Finding) bool {
 		// What is left to the server it may have said.
-		return f.Code == check.CodeKey && slices.ContainsFunc(own, func(o check.Finding) bool { return o.Code == f.Code && o.About == f.About })
+		return f.Code == check.CodeKey && tells(own, f.Code, f.About)
 	})
 	return named(append(found, authorities...), file)
+}
+
+// tells reports whether something is found of that code about the same.
+func tells(found check.Findings, code, about string) bool {
+	return slices.ContainsFunc(found, func(f check.Finding) bool { return f.Code == code && f.About == about })
 }
 
 // helps is what helps against the end of the intermediate that signs: what does against the end of issuing.

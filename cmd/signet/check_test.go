@@ -56,9 +56,14 @@ func TestCheckAndBansOnARunningCluster(t *testing.T) {
 	}
 	all := []string{"SGN1001 ok", "SGN1005 ok", "SGN1006 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok", "SGN1018 ok"}
 	want(h.levels("--config", server), all...)
+	// The server looks at its log too, and what it finds is not shown beside the same.
+	out, _, _ := h.type_("", "check", "--config", server)
+	if n := strings.Count(out, "the log's last entry"); n != 1 {
+		t.Errorf("the clock is held against the log's last entry %d times:\n%s", n, out)
+	}
 	want(h.levels("--agent", node), "SGN1001 ok", "SGN1007 ok", "SGN1009 ok", "SGN1010 ok", "SGN1016 ok")
 
-	out, _ := h.must(exitYes, "agent", "list", "--config", server, "-o", "name")
+	out, _ = h.must(exitYes, "agent", "list", "--config", server, "-o", "name")
 	name := strings.TrimPrefix(strings.TrimSpace(out), "agent/")
 	for _, step := range []struct {
 		verb, says, state string

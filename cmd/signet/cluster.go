@@ -86,7 +86,7 @@ It is safe to run again: what is missing is completed, and the same request and 
 			if err != nil {
 				return err
 			}
-			logger := c.logger(cfg.Logging)
+			logger := c.warnings(cfg.Logging)
 			b, err := openBacking(cmd.Context(), cfg, logger)
 			if err != nil {
 				return err
@@ -230,13 +230,14 @@ Installing the same chain again changes nothing. Exit status 1 when the chain is
 			if err != nil {
 				return err
 			}
-			b, err := openBacking(cmd.Context(), cfg, c.logger(cfg.Logging))
+			logger := c.warnings(cfg.Logging)
+			b, err := openBacking(cmd.Context(), cfg, logger)
 			if err != nil {
 				return err
 			}
 			defer b.Close()
 			r, err := server.Install(cmd.Context(), server.InstallConfig{
-				Folder: folderOf(cfg, b.keys, c.logger(cfg.Logging)), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint,
+				Folder: folderOf(cfg, b.keys, logger), Rotation: rotationOf(cfg), Chain: chain, RootFingerprint: fingerprint,
 				Trust: given, First: first, Exchange: b.exchange, DryRun: dryRun,
 			})
 			if errors.Is(err, durable.ErrInUse) {

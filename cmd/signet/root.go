@@ -286,6 +286,10 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 			if err := holder.signsLater(sign); err != nil {
 				return err
 			}
+			history, err := root.History(cmd.Context())
+			if err != nil {
+				return err
+			}
 			var prepared []*ceremony.Prepared
 			var page strings.Builder
 			for i, one := range sign {
@@ -308,6 +312,9 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 				_, err := io.WriteString(to, page.String())
 				if none := useless(prepared); none != "" {
 					folded(c.err, "of no use: ", "  ", none)
+				}
+				if text := signedBefore(history, prepared, root); text != "" {
+					folded(c.err, "signed before: ", "  ", text)
 				}
 				return err
 			}
@@ -538,6 +545,24 @@ func useless(prepared []*ceremony.Prepared) string {
 	default:
 		return fmt.Sprintf("requests %s and %s of %d, since each"+mend, strings.Join(which[:n-1], ", "), which[n-1], len(prepared))
 	}
+}
+
+// signedBefore says which keys have a certificate of this root that has not ended yet; "" = none.
+func signedBefore(h ceremony.History, prepared []*ceremony.Prepared, root *ceremony.Root) string {
+	now := time.Now()
+	var which []string
+	for i, p := range prepared {
+		for _, m := range h.Made {
+			if bytes.Equal(m.Certificate.RawSubjectPublicKeyInfo, p.Plan().SPKI) && now.Before(m.Certificate.NotAfter) {
+				which = append(which, fmt.Sprintf("request %d of %d, until %s by entry %d", i+1, len(prepared), clock(m.Certificate.NotAfter), m.Index))
+			}
+		}
+	}
+	if len(which) == 0 {
+		return ""
+	}
+	return strings.Join(which, "; ") + " of the root's log. A cluster takes one certificate for a key; if the key is lost, what is forged under any is accepted. " +
+		"Where only the chain went astray, take it from " + root.RecordsDir()
 }
 
 // rootShown is what `root show` shows.

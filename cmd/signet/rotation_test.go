@@ -173,7 +173,7 @@ func inTheMiddle() *adminv1.RotationStatusResponse {
 			{
 				Id: "intermediate-1", Root: oldRoot, Cluster: "east", Since: ago(5 * time.Minute), AcceptedUntil: in(60 * day), Accepting: 19,
 				AcceptedBy: []*adminv1.Acceptance{
-					{Cluster: "east", Bundle: true, Agents: 10, Reported: ago(0), Named: []*adminv1.AcceptingAgent{{Agent: "node-4", LastHeard: ago(70 * time.Second)}, {Agent: "node-1"}}},
+					{Cluster: "east", Bundle: true, Agents: 10, Reported: ago(0), Named: []*adminv1.AcceptingAgent{{Agent: "node-4", LastHeard: ago(70 * time.Second)}, {Agent: "node-5", LastHeard: ago(day), Unheard: true}, {Agent: "node-1"}}},
 					{Cluster: "west", Bundle: true, Agents: 4, Reported: ago(3 * time.Hour)},
 					{Cluster: "north", Unknown: true},
 					{Cluster: "south", Agents: 1, Reported: ago(3 * day), Unknown: true},
@@ -213,8 +213,9 @@ TAINTED
   intermediate-1 of cluster east, under root-0123456789abcdef, tainted 5m ago: FORGED CERTIFICATES
     ARE ACCEPTED; that ends in 60d at the latest
     - cluster east: its trust bundle, which new agents and exports get; 10 agents: node-4 (last
-      heard 70s ago), node-1 and 8 more. One that is not heard may accept it until it is banned:
-      signet agent ban, if it is gone for good
+      heard 70s ago), node-5 (not heard since the server's start; its last certificate was made 24h
+      ago), node-1 and 7 more. After a server's start agents are back within seconds. One that is
+      not heard may accept it until it is banned: signet agent ban, if it is gone for good
     - cluster west: its trust bundle, which new agents and exports get; 4 agents (reported 3h ago)
     - cluster north: unknown, as it has never reported
     - cluster south: 1 agent; that was reported 3d ago, and is not known now
@@ -409,6 +410,14 @@ func TestATaintIsAskedForOrSaidTwice(t *testing.T) {
 	d.change.Taken = []*adminv1.RotationStep{{Kind: "intermediate", To: "prepared"}}
 	follows("a request for a new intermediate is made", oldRoot+", or the root that replaces it, has to sign it", "intermediate-1 goes on signing until then",
 		"accepted as long as "+oldRoot+" is believed", "it must be replaced (signet root init", "nothing is changed")
+	// Who is asked is told the same as by the dry run.
+	d.change.Done = []string{"intermediate-1 tainted"}
+	dry, _ := h.must(exitYes, append(taint, "--dry-run")...)
+	if want := "would be: intermediate-1 tainted\nwould be: a new intermediate requested (its key would be made)\n"; dry != want {
+		t.Errorf("the dry run says\n%s", dry)
+	}
+	_, errs = h.must(exitCouldNotSay, taint...)
+	contains(t, errs, dry)
 	d.change.Taken, d.change.Requests = nil, []*adminv1.PendingRequest{{Authority: "intermediate-2"}}
 	follows("the request of intermediate-2 waits for its signature")
 	d.change.Taken, d.change.Requests = []*adminv1.RotationStep{{Authority: "intermediate-2", Kind: "intermediate", From: "published", To: "active"}}, nil

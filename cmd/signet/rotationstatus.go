@@ -77,6 +77,8 @@ type acceptingShown struct {
 	Agent string `json:"agent"`
 	// LastHeard is missing for one that is connected.
 	LastHeard *time.Time `json:"last_heard,omitempty"`
+	// Unheard since the server's start: LastHeard is its last certificate.
+	Unheard bool `json:"unheard,omitempty"`
 }
 
 type reissueShown struct {
@@ -115,7 +117,7 @@ func describeRotation(r *adminv1.RotationStatusResponse) (rotationShown, error) 
 		for _, a := range m.AcceptedBy {
 			by := acceptanceShown{Cluster: a.Cluster, Bundle: a.Bundle, Agents: a.Agents, Named: []acceptingShown{}, Reported: timeOf(a.Reported), Unknown: a.Unknown}
 			for _, x := range a.Named {
-				by.Named = append(by.Named, acceptingShown{printableText(x.Agent), timeOf(x.LastHeard)})
+				by.Named = append(by.Named, acceptingShown{printableText(x.Agent), timeOf(x.LastHeard), x.Unheard})
 			}
 			t.AcceptedBy = append(t.AcceptedBy, by)
 		}
@@ -285,7 +287,7 @@ func (a acceptanceShown) text(own bool, now time.Time) string {
 	if a.Bundle {
 		who = append(who, "its trust bundle, which new agents and exports get")
 	}
-	away := 0
+	away, unheard := 0, 0
 	if a.Agents > 0 {
 		var names []string
 		for _, x := range a.Named {
@@ -294,7 +296,12 @@ func (a acceptanceShown) text(own bool, now time.Time) string {
 				continue
 			}
 			away++
-			names = append(names, x.Agent+" (last heard "+moment(*x.LastHeard, now)+")")
+			heard := "last heard "
+			if x.Unheard {
+				unheard++
+				heard = "not heard since the server's start; its last certificate was made "
+			}
+			names = append(names, x.Agent+" ("+heard+moment(*x.LastHeard, now)+")")
 		}
 		agents := count(a.Agents, "agent")
 		if len(names) > 0 {
@@ -313,6 +320,9 @@ func (a acceptanceShown) text(own bool, now time.Time) string {
 	case !own:
 		text += " (reported " + moment(*a.Reported, now) + ")"
 	case away > 0:
+		if unheard > 0 {
+			text += ". After a server's start agents are back within seconds"
+		}
 		text += ". One that is not heard may accept it until it is banned: signet agent ban, if it is gone for good"
 	}
 	return text

@@ -126,6 +126,14 @@ func (c *cli) announce(l config.Logging, text string) {
 	c.logger(l).Info(text)
 }
 
+// warnings is the logger of a command that works on a folder: what it has done it says by itself.
+func (c *cli) warnings(l config.Logging) *slog.Logger {
+	if l.Level != "error" {
+		l.Level = "warn"
+	}
+	return c.logger(l)
+}
+
 // logger is the operational log, on stderr.
 func (c *cli) logger(l config.Logging) *slog.Logger {
 	var level slog.Level

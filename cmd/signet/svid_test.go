@@ -51,7 +51,10 @@ type svidWorld struct {
 	changed chan struct{}
 }
 
-var svidID = spiffeid.RequireFromString("spiffe://example.org/ns/shop/sa/frontend")
+var (
+	svidID   = spiffeid.RequireFromString("spiffe://example.org/ns/shop/sa/frontend")
+	bannedID = spiffeid.RequireFromString("spiffe://example.org/ns/shop/sa/banned")
+)
 
 func newSVIDWorld(t *testing.T) *svidWorld {
 	t.Helper()
@@ -146,6 +149,13 @@ func (w *svidWorld) TrustDomains() []spiffeid.TrustDomain {
 }
 func (w *svidWorld) Close() {}
 
+func (w *svidWorld) Refusal(id spiffeid.ID) error {
+	if id == bannedID {
+		return status.Error(codes.PermissionDenied, id.String()+" is banned")
+	}
+	return nil
+}
+
 func (w *svidWorld) SVID(spiffeid.ID) *sds.SVID {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -225,6 +235,27 @@ func TestSVIDFetchTellsARefusalFromAnAbsence(t *testing.T) {
 	}
 	if code, _, talk = signet(t.Context(), "", "svid", "fetch", "--socket", socket+".not"); code != exitCouldNotSay || !strings.Contains(talk, "--socket") {
 		t.Errorf("no agent: exit %d, %q", code, talk)
+	}
+}
+
+// To wait would not help: an agent never gives what is banned.
+func TestABannedIdentityIsRefusedAtOnceThoughTheProcessHasAnother(t *testing.T) {
+	socket := newSVIDWorld(t).serve()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // for one that waits
+	defer cancel()
+	for what, more := range map[string][]string{"fetch": {"--timeout", "1h"}, "watch": nil} {
+		code, out, talk := signet(ctx, "", append([]string{"svid", what, "--socket", socket, "--spiffe-id", bannedID.String()}, more...)...)
+		if code != exitNo || out != "" || !strings.Contains(talk, "refuses: "+bannedID.String()+" is banned") {
+			t.Errorf("%s: exit %d, %q, %q", what, code, out, talk)
+		}
+	}
+	if code, _, talk := signet(t.Context(), "", "svid", "fetch", "--socket", socket, "--spiffe-id", svidID.String()); code != exitYes {
+		t.Errorf("the other one: exit %d, %q", code, talk)
+	}
+	// What is not given yet may come.
+	code, _, talk := signet(t.Context(), "", "svid", "fetch", "--socket", socket, "--spiffe-id", "spiffe://example.org/x", "--timeout", "100ms")
+	if code != exitCouldNotSay || !strings.Contains(talk, "gave no spiffe://example.org/x in time") {
+		t.Errorf("nobody's: exit %d, %q", code, talk)
 	}
 }
 

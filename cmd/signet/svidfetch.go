@@ -142,7 +142,24 @@ func dialAgent(ctx context.Context, s agentSocket, id string) (*sdsClient, error
 		}
 		return nil, agentError(socket, err)
 	}
+	if id == defaultSecret {
+		return cl, nil
+	}
+	if err := cl.refusal(ctx); err != nil {
+		cl.close()
+		return nil, agentError(socket, err)
+	}
 	return cl, nil
+}
+
+// refusal is why the SVID is never given, as long as that stands: a stream has no word for it, and passes the name over in
+// silence. What else the answer may be, the stream tells.
+func (cl *sdsClient) refusal(ctx context.Context) error {
+	_, err := secretv3.NewSecretDiscoveryServiceClient(cl.conn).FetchSecrets(ctx, &discoveryv3.DiscoveryRequest{ResourceNames: cl.names[:1], TypeUrl: secretType})
+	if status.Code(err) != codes.PermissionDenied {
+		return nil
+	}
+	return err
 }
 
 const secretType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
@@ -319,7 +336,7 @@ Exit status: 0 fetched, 1 refused (the agent says why), 2 the agent could not be
 			defer cl.close()
 			for !cl.state.gotSVID || !cl.state.gotBundle {
 				if _, err := cl.next(); err != nil {
-					// SDS has no word for "not yours": such a name is passed over in silence.
+					// It may still become this process's.
 					if id != "" && status.Code(err) == codes.DeadlineExceeded {
 						return fmt.Errorf("the agent at %s gave no %s in time: see without --spiffe-id what this process is given, or wait longer with --timeout", socket.path, id)
 					}

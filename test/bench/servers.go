@@ -293,6 +293,9 @@ func (w *stage) Identities() []spiffeid.ID { return []spiffeid.ID{w.id} }
 // SVID of the one identity.
 func (w *stage) SVID(spiffeid.ID) *sds.SVID { return w.svid }
 
+// Refusal of none.
+func (w *stage) Refusal(spiffeid.ID) error { return nil }
+
 // TrustDomain of it.
 func (w *stage) TrustDomain() spiffeid.TrustDomain { return w.id.TrustDomain() }
 

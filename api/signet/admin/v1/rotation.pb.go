@@ -1029,7 +1029,9 @@ type AcceptingAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Agent string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
 	// When it was last heard; unset = it is connected.
-	LastHeard     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=last_heard,json=lastHeard,proto3" json:"last_heard,omitempty"`
+	LastHeard *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=last_heard,json=lastHeard,proto3" json:"last_heard,omitempty"`
+	// It was not heard since the server's start; last_heard is then its last certificate of the control CA.
+	Unheard       bool `protobuf:"varint,3,opt,name=unheard,proto3" json:"unheard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1076,6 +1078,13 @@ func (x *AcceptingAgent) GetLastHeard() *timestamppb.Timestamp {
 		return x.LastHeard
 	}
 	return nil
+}
+
+func (x *AcceptingAgent) GetUnheard() bool {
+	if x != nil {
+		return x.Unheard
+	}
+	return false
 }
 
 type ReissueStatus struct {
@@ -2754,11 +2763,12 @@ const file_api_signet_admin_v1_rotation_proto_rawDesc = "" +
 	"\x06agents\x18\x03 \x01(\rR\x06agents\x125\n" +
 	"\x05named\x18\x04 \x03(\v2\x1f.signet.admin.v1.AcceptingAgentR\x05named\x126\n" +
 	"\breported\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\breported\x12\x18\n" +
-	"\aunknown\x18\x06 \x01(\bR\aunknown\"a\n" +
+	"\aunknown\x18\x06 \x01(\bR\aunknown\"{\n" +
 	"\x0eAcceptingAgent\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x129\n" +
 	"\n" +
-	"last_heard\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tlastHeard\"\xce\x01\n" +
+	"last_heard\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tlastHeard\x12\x18\n" +
+	"\aunheard\x18\x03 \x01(\bR\aunheard\"\xce\x01\n" +
 	"\rReissueStatus\x12\x18\n" +
 	"\aholding\x18\x01 \x01(\rR\aholding\x12\x16\n" +
 	"\x06agents\x18\x02 \x01(\rR\x06agents\x12%\n" +
