@@ -226,7 +226,7 @@ func call[Q, R any](ctx context.Context, l *link, method func(signetv1.AgentsCli
 	r, err := method(signetv1.NewAgentsClient(c.grpc), ctx, request, grpc.WaitForReady(true), grpc.Header(&header))
 	l.hearTime(header)
 	// A refusal is an answer too: what Sync has to say first, as after the server's start, doesn't wait for its next try.
-	if err == nil || c.grpc.GetState() == connectivity.Ready {
+	if err == nil || ctx.Err() == nil && c.grpc.GetState() == connectivity.Ready {
 		l.heard()
 	}
 	if err != nil {

@@ -487,6 +487,8 @@ func (r Rotation) apart(now time.Time) (found Findings) {
 	switch {
 	case r.Shared, known && !own.Leaving.IsZero():
 		mend = MendStatus // it is under way, or comes with what is shared
+	case x.Back && len(x.Refusing) == 0:
+		mend = fmt.Sprintf("there too, signet rotation abort %s; or go on with it here: signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…", x.Next)
 	case x.Next != "":
 		mend = fmt.Sprintf("signet rotation start --config FILE root --root ROOT --fingerprint SHA256:…, where ROOT is the certificate of %s, which its holder has, and signet trust export in another cluster", x.Next)
 	}

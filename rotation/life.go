@@ -30,7 +30,7 @@ type Authority struct {
 	// Leaving is since when a root is on its way out: no peer is told any more that we trust it. Zero = it stays.
 	Leaving time.Time
 	// Aborted is since when a root leaves, or stays, because a rotation was aborted by its name: the same abort once more, as after
-	// an answer that was lost, changes nothing. Zero = something else has decided about it since.
+	// an answer that was lost, changes nothing. Zero = it was not, or something else has made it leave or stay since.
 	Aborted time.Time
 	// Tainted is since when its key is taken for lost. Zero = it is not.
 	Tainted time.Time
@@ -316,7 +316,11 @@ func (d decision) root(r Authority) (Step, bool) {
 		return Step{To: ca.Active, Because: "it was published", Waits: d.trust(r.ID)}, true
 	}
 	if x, apart := Parting(d.Policy, d.World, d.now); apart && x.Root == r.ID {
-		return Step{To: ca.Retired, Because: x.why(), Waits: []Wait{{Code: WaitRoot, For: "an admin has to begin with " + cmp.Or(x.Next, "the root that follows") + " here: signet rotation start root"}}}, true
+		begin := "an admin has to begin with " + cmp.Or(x.Next, "the root that follows") + " here: signet rotation start root"
+		if x.Back {
+			begin = x.Next + " was turned back here: turn it back there too (signet rotation abort " + x.Next + "), or begin with it here again (signet rotation start root)"
+		}
+		return Step{To: ca.Retired, Because: x.why(), Waits: []Wait{{Code: WaitRoot, For: begin}}}, true
 	}
 	return Step{}, false
 }
@@ -554,7 +558,11 @@ func (d decision) intermediate(x Authority) (Step, bool) {
 func (d decision) kept(above Authority) Step {
 	s := Step{To: ca.Removed, Because: "the root above it is being removed"}
 	if end, _ := d.root(above); !end.Ready(false) && d.exposed(above.ID, d.now).IsZero() {
-		s.Waits = []Wait{{Code: WaitRoot, For: "it is kept until " + above.ID + " is removed: signet rotation abort " + above.ID + " brings both back", Until: At(end, d.now)}}
+		back := "signet rotation abort " + above.ID
+		if !above.Aborted.IsZero() { // once more changes nothing
+			back = "signet rotation start root, with " + above.ID + ","
+		}
+		s.Waits = []Wait{{Code: WaitRoot, For: "it is kept until " + above.ID + " is removed: " + back + " brings both back", Until: At(end, d.now)}}
 	}
 	return s
 }

@@ -982,6 +982,14 @@ func TestTheSameAbortOnceMoreChangesNothing(t *testing.T) {
 			if r, _ := w.authority(id); r.Leaving.IsZero() == leaves {
 				t.Errorf("switched %v, %s: leaving %s", switched, id, r.Leaving)
 			}
+			if k, ok := w.authority("x"); !switched && leaves {
+				held := w
+				held.Peers = []Report{west(noon, "b")}
+				held = settle(t, held, noon)
+				if s := stepOf(t, Next(testPolicy, held, noon), k.ID); !ok || len(s.Waits) != 1 || !strings.Contains(s.Waits[0].For, "signet rotation start root") || strings.Contains(s.Waits[0].For, "abort") {
+					t.Errorf("what was to sign under an aborted root: %+v", s)
+				}
+			}
 			// Whoever then wants it the other way round says so, and may abort that.
 			w.Authorities = again
 			if leaves {
@@ -995,6 +1003,34 @@ func TestTheSameAbortOnceMoreChangesNothing(t *testing.T) {
 			if r, _ := w.authority(id); r.Leaving.IsZero() != leaves || !r.Aborted.IsZero() {
 				t.Errorf("switched %v, %s: the other way round: %+v", switched, id, r)
 			}
+		}
+	}
+}
+
+// A root that an abort has kept may come to replace another one: that can be turned back too, as MayBring tells.
+func TestAnAbortLongAgoIsNotTheSameAbort(t *testing.T) {
+	for what, w := range map[string]World{
+		"it was to be removed": worldOf(rootA(ca.Active), named("b", rootA(ca.Published)), under("a", "i", ca.Active)),
+		"it has signed before": worldOf(named("b", rootA(ca.Published)), rootA(ca.Active), under("a", "i", ca.Active), under("b", "x", ca.Retired)),
+	} {
+		at := noon
+		do := func(all []Authority, err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(what, err)
+			}
+			w.Authorities, at = all, at.Add(time.Hour)
+		}
+		do(RemoveRoot(w, "b", at))
+		do(Abort(testPolicy, w, "b", false, at))
+		do(RemoveRoot(w, "a", at))
+		if err := MayBring(w, "c", at); err == nil || !strings.Contains(err.Error(), "signet rotation abort b") {
+			t.Errorf("%s: %v", what, err)
+		}
+		do(Abort(testPolicy, w, "b", false, at))
+		a, _ := w.authority("a")
+		if b, _ := w.authority("b"); !a.Leaving.IsZero() || b.Leaving.IsZero() {
+			t.Errorf("%s: a leaves %s, b %s", what, a.Leaving, b.Leaving)
 		}
 	}
 }
@@ -1190,5 +1226,22 @@ func TestAReportListsWhatIsTrusted(t *testing.T) {
 	}
 	if taints := ReportTaints(testPolicy, []Authority{i}, nil, i.NotAfter.Add(day)); len(taints) != 0 {
 		t.Fatalf("%+v", taints)
+	}
+}
+
+// Who has turned a root back is not told to begin with it, while another cluster goes on.
+func TestWhatWasTurnedBackIsNotToBeBegunWith(t *testing.T) {
+	a := rootA(ca.Active)
+	a.Leaving = noon.Add(-time.Hour)
+	w := worldOf(a, named("b", rootA(ca.Published)), under("a", "i", ca.Active))
+	w.Peers = []Report{west(noon, "a", "b")}
+	w.Peers[0].Roots[0].Leaving = true
+	var err error
+	if w.Authorities, err = Abort(testPolicy, w, "b", false, noon); err != nil {
+		t.Fatal(err)
+	}
+	s := stepOf(t, Next(testPolicy, w, noon), "a")
+	if len(s.Waits) != 1 || !strings.Contains(s.Waits[0].For, "signet rotation abort b") || strings.Contains(s.Waits[0].For, "has to begin") {
+		t.Errorf("%+v", s)
 	}
 }

@@ -20,7 +20,8 @@ func ReissueWindow(identities int, perSecond float64) time.Duration {
 const reissueBeat = 250 * time.Millisecond
 
 // ReissueAt says when a leaf is replaced whose issuer is tainted: evenly within the window that begins at from, on a beat, a
-// pure function of its serial, so that a restart neither bunches the fleet nor puts anything off.
+// pure function of its serial, so that agents which are given the same window don't bunch. One that is started again, or comes back
+// later, is given a window that begins then.
 func ReissueAt(serial []byte, from time.Time, window time.Duration) time.Time {
 	return from.Add(time.Duration(fraction(serial, reissueDraw) * float64(max(window, 0))).Truncate(reissueBeat))
 }

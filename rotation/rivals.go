@@ -69,6 +69,8 @@ type Parted struct {
 	Unknown []Rival
 	// Next is the root to go on with; "" = none is known.
 	Next string
+	// Back: an abort here has turned Next back.
+	Back bool
 }
 
 // Parting says how this cluster stands apart from others, by their reports that hold: a server that was away while its root was
@@ -110,6 +112,8 @@ func Parting(p Policy, w World, now time.Time) (x Parted, apart bool) {
 			x.Next = id
 		}
 	}
+	next, _ := w.authority(x.Next)
+	x.Back = !next.Leaving.IsZero() && !next.Aborted.IsZero()
 	return x, len(x.Refusing)+len(x.Leaving)+len(x.Unknown) > 0
 }
 

@@ -201,8 +201,8 @@ func Signed(p Policy, w World, id, root string, notBefore, notAfter, now time.Ti
 	return all, nil
 }
 
-// Exposed takes in the certificate of an intermediate that was given up, unsigned as far as was known here, since its key is lost. It
-// never signs; but what is forged under it is accepted as long as the root is believed, so that is tainted like any other.
+// Exposed takes in the certificate of an intermediate whose key is lost, which was unsigned as far as was known here, and is given up
+// or about to be. It never signs; but what is forged under it is accepted as long as the root is believed, so that is tainted like any other.
 func Exposed(w World, id, root string, notBefore, notAfter, now time.Time) ([]Authority, error) {
 	i, err := w.find(id)
 	if err != nil {
@@ -211,15 +211,14 @@ func Exposed(w World, id, root string, notBefore, notAfter, now time.Time) ([]Au
 	x := w.Authorities[i]
 	_, known := w.authority(root)
 	switch {
-	case x.Kind != ca.KindIntermediate || x.State != ca.Removed || x.Tainted.IsZero() || x.signed():
-		return nil, fmt.Errorf("%s was not given up for a lost key before its certificate was known", id)
+	case x.Kind != ca.KindIntermediate || x.Tainted.IsZero() || x.signed():
+		return nil, fmt.Errorf("the key of %s was not lost before its certificate was known", id)
 	case !known:
-		return nil, fmt.Errorf("the chain of %s leads to root %s, which was never trusted here", id, root)
+		return nil, fmt.Errorf("the chain of %s leads to root %s, which was never trusted here: leave that chain out", id, root)
 	}
-	w.Authorities = slices.Clone(w.Authorities)
-	x.Root, x.NotBefore, x.NotAfter = root, notBefore, notAfter
-	w.Authorities[i] = x
-	return Taint(w, id, now)
+	all := slices.Clone(w.Authorities)
+	all[i].Root, all[i].NotBefore, all[i].NotAfter = root, notBefore, notAfter
+	return Taint(World{Authorities: all, Own: w.Own, Peers: w.Peers}, id, now)
 }
 
 // bridges: the last request is kept for the root that can be signed under, when another certificate waits already for one
@@ -427,7 +426,7 @@ func (d decision) abortRoot(i int, force bool) error {
 	switch {
 	case a.State == ca.Removed:
 		return fmt.Errorf("%s is removed: there is nothing to abort", a.ID)
-	case !a.Aborted.IsZero():
+	case !a.Aborted.IsZero() && !d.replaces(*a):
 		return nil
 	case !a.Leaving.IsZero():
 		// Its removal is what is aborted.
@@ -453,13 +452,21 @@ func (d decision) abortRoot(i int, force bool) error {
 			b.State = ca.Active
 		}
 	} else if signs && signing.Root == a.ID {
-		return fmt.Errorf("%s is what everything stands under, and no root before it is trusted any more: start a rotation to a new root", a.ID)
+		return fmt.Errorf("%s is what everything stands under, and no root is leaving for it: to go back to one that is believed, or on to a new one, start a rotation to that", a.ID)
 	}
 	if err := d.onlyRoot(a.ID); err != nil {
 		return err
 	}
 	a.Leaving, a.Aborted = d.now, d.now
 	return nil
+}
+
+// replaces reports whether another root has begun to leave since an abort has kept this one, which replaces it now: to turn that
+// back is another decision.
+func (d decision) replaces(a Authority) bool {
+	return a.Leaving.IsZero() && slices.ContainsFunc(d.Authorities, func(r Authority) bool {
+		return r.Kind == ca.KindRoot && r.ID != a.ID && r.State != ca.Removed && r.Leaving.After(a.Aborted)
+	})
 }
 
 // leavingFor finds the root that was to be replaced: the one that is still signed under, else the last one that began to

@@ -845,8 +845,8 @@ func (k *keeper) install(set *authorities, w rotation.World, now time.Time, x in
 			}
 			continue
 		}
-		// That one which was given up for a lost key has a certificate has to be known.
-		exposed := row.State == ca.Removed && !row.Tainted.IsZero()
+		// One whose key is lost never signs. But that it has a certificate has to be known, since what is forged under it is accepted.
+		exposed := !row.Tainted.IsZero()
 		if row.State == ca.Removed && !exposed {
 			return nil, nil, fmt.Errorf("%s was given up (see signet ca show %s): start a rotation and have the new request signed", row.ID, row.ID)
 		}

@@ -125,7 +125,7 @@ func (s *authorities) said(before *authorities) (done []string) {
 			done = append(done, "a new intermediate requested (its key would be made)")
 		case b.ID == "":
 			done = append(done, a.ID+" requested"+keyOf(a))
-		case len(b.Chain) == 0 && len(a.Chain) > 0 && a.State == ca.Removed:
+		case len(b.Chain) == 0 && len(a.Chain) > 0 && !b.Tainted.IsZero():
 			done = append(done, a.ID+", whose key is lost, was signed under "+a.Root+": what is forged is accepted as long as that is believed")
 		case len(b.Chain) == 0 && len(a.Chain) > 0:
 			done = append(done, a.ID+" signed under "+a.Root)

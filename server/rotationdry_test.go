@@ -75,7 +75,7 @@ func (r *rehearsal) touched() touched {
 	must(r.t, err)
 	x := touched{Keys: r.keys.made.Load(), Changes: r.changes.Load(), Revision: revision, Reports: map[string]time.Time{}}
 	for _, a := range rows {
-		x.Rows = append(x.Rows, fmt.Sprintf("%s %s since %v wanted %v leaving %v tainted %v under %q", a.ID, a.State, a.Since, a.Wanted, a.Leaving, a.Tainted, a.Root))
+		x.Rows = append(x.Rows, fmt.Sprintf("%s %s since %v wanted %v leaving %v aborted %v tainted %v under %q", a.ID, a.State, a.Since, a.Wanted, a.Leaving, a.Aborted, a.Tainted, a.Root))
 	}
 	x.Bundle = r.keeper.current.Load().bundle.Version()
 	r.keeper.mu.Lock()

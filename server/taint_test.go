@@ -311,3 +311,23 @@ func TestAnAgentThatWasNotHeardSinceTheStartIsSaidToBe(t *testing.T) {
 		t.Errorf("after it has gone: %v", n)
 	}
 }
+
+// Where steps wait for a word, a request whose key is lost is not given up yet.
+func TestAChainOfALostKeyCountsBeforeItsRequestIsGivenUp(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "east")
+	c.manual = true
+	r := rehearse(t, c)
+	r.both("two are requested", startsIntermediate(2))
+	comes := r.signs(r.cluster.root)
+	r.both("the first one's key is lost", taints("intermediate-2"))
+	r.both("its chain comes", comes)
+	if got, want := r.accepted(), []string{"intermediate-2 east"}; !slices.Equal(got, want) || r.state("intermediate-2") != ca.Prepared {
+		t.Errorf("accepted are %v, not %v; it is %s", got, want, r.state("intermediate-2"))
+	}
+	_, err := r.rotations().AdvanceRotation(t.Context(), &adminv1.AdvanceRotationRequest{Authority: "intermediate-2"})
+	must(t, err)
+	if got, want := r.accepted(), []string{"intermediate-2 east"}; !slices.Equal(got, want) || r.state("intermediate-2") != ca.Removed {
+		t.Errorf("given up: accepted are %v, not %v; it is %s", got, want, r.state("intermediate-2"))
+	}
+}

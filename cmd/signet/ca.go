@@ -16,6 +16,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/signet-ca/signet/api/signet/admin/v1"
 	"github.com/signet-ca/signet/ca"
@@ -336,31 +338,33 @@ It can't be taken back. On a terminal it is asked for once more; elsewhere --yes
 				request := &adminv1.TaintAuthorityRequest{Authority: args[0], Reason: reason, DryRun: true}
 				if dryRun || !yes {
 					answer, err := r.TaintAuthority(ctx, request)
-					if err != nil {
-						return err
-					}
-					if !answer.Changed {
+					switch {
+					case err == nil && !answer.Changed:
 						return c.printChange(answer, dryRun)
-					}
-					all, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
-					if err != nil {
-						return err
-					}
-					follows := tainting(all.Authorities, args[0], answer, time.Now())
-					if dryRun {
-						for _, text := range follows {
+					case err == nil:
+						all, err := r.ListAuthorities(ctx, &adminv1.ListAuthoritiesRequest{})
+						if err != nil {
+							return err
+						}
+						if !dryRun {
+							fmt.Fprintf(c.err, "Tainting %s can't be taken back. This would happen:\n", args[0])
+						}
+						for _, text := range tainting(all.Authorities, args[0], answer, time.Now()) {
 							folded(c.err, "- ", "  ", text)
 						}
-						return c.printChange(answer, dryRun)
+						if dryRun {
+							return c.printChange(answer, dryRun)
+						}
+						for _, line := range did(answer.Done, describeSteps(answer.Taken), answer.Requests) {
+							fmt.Fprintln(c.err, would(true)+line)
+						}
+						c.talkOfChange(answer, false)
+					case dryRun || status.Code(err) != codes.Unavailable:
+						return err
+					default:
+						// A lost key is not to wait for Vault, nor for a disk: what follows from the taint is tried again.
+						folded(c.err, "", "  ", "Tainting "+args[0]+" can't be taken back. What would happen can't be said: "+printableText(status.Convert(err).Message()))
 					}
-					fmt.Fprintf(c.err, "Tainting %s can't be taken back. This would happen:\n", args[0])
-					for _, text := range follows {
-						folded(c.err, "- ", "  ", text)
-					}
-					for _, line := range did(answer.Done, describeSteps(answer.Taken), answer.Requests) {
-						fmt.Fprintln(c.err, would(true)+line)
-					}
-					c.talkOfChange(answer, false)
 					if err := c.confirm("Type "+args[0]+" to taint it: ", args[0]); err != nil {
 						return err
 					}

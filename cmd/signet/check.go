@@ -128,7 +128,7 @@ func checkServer(ctx context.Context, cfg *config.Server, file string, now time.
 	found = append(found, check.Log(ctx, logDir, shown.LogVerifierKey, now)...)
 	// What agents have acknowledged, and how it goes with Vault, only the server knows; where it can't be asked, the folder alone
 	// is looked at, and Vault is asked from here.
-	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, clockCodes, keyCodes, sharedCodes))
+	own, running := ownFindings(ctx, cfg.Listen.HTTP, slices.Concat(rotationCodes, storeCodes, clockCodes, keyCodes, sharedCodes))
 	// The server looks at its log too, see check.Log.
 	own = slices.DeleteFunc(own, func(f check.Finding) bool { return tells(found, f.Code, f.About) })
 	b, unopened := openBacking(ctx, cfg, slog.New(slog.DiscardHandler))
@@ -201,6 +201,7 @@ var (
 		check.CodeIssuing, check.CodeSuccessor, check.CodeSignature, check.CodeRootEnd, check.CodePeer, check.CodeTaint, check.CodeStep, check.CodeRestored,
 		check.CodeRivals, check.CodeApart,
 	}
+	storeCodes  = []string{check.CodeState}
 	clockCodes  = []string{check.CodeClock}
 	keyCodes    = []string{check.CodeKey}
 	sharedCodes = []string{check.CodeShared, check.CodeUpstream, check.CodeVault, check.CodePolicy, check.CodeToken}

@@ -245,7 +245,8 @@ before the signature is made. The chain (intermediate, then root) goes to --out.
 
 Several requests of a cluster are signed in one ceremony: in one file, or --csr repeated, with a --fingerprint for each in
 their order. With --stagger each begins that much later than the one before, so that the root can be put away until the
-last of them ends. Which of them would never take over, since they end no later than the one before, is said. The chains follow one another in --out, which "signet cluster install" takes whole.
+last of them ends. Which of them would never take over, since they end no later than the one before, is said, and which keys
+were signed before. The chains follow one another in --out, which "signet cluster install" takes whole.
 
 An intermediate that would outlive its root ends with it; one that would then live less than a day is refused.
 
@@ -286,10 +287,7 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 			if err := holder.signsLater(sign); err != nil {
 				return err
 			}
-			history, err := root.History(cmd.Context())
-			if err != nil {
-				return err
-			}
+			history, unread := root.History(cmd.Context())
 			var prepared []*ceremony.Prepared
 			var page strings.Builder
 			for i, one := range sign {
@@ -304,7 +302,11 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 				if len(sign) > 1 {
 					fmt.Fprintf(&page, "%sRequest %d of %d\n", strings.Repeat("\n", min(i, 1)), i+1, len(sign))
 				}
-				if err := planFacts(p.Plan(), root, holder).print(&page); err != nil {
+				before := signedBefore(history, p.Plan().SPKI, root)
+				if unread != nil { // signing refuses that, with what to do
+					before = facts{{"signed before", "not known: " + unread.Error()}}
+				}
+				if err := append(planFacts(p.Plan(), root, holder), before...).print(&page); err != nil {
 					return err
 				}
 			}
@@ -312,9 +314,6 @@ With -f everything is taken from a file that can be reviewed first, for one requ
 				_, err := io.WriteString(to, page.String())
 				if none := useless(prepared); none != "" {
 					folded(c.err, "of no use: ", "  ", none)
-				}
-				if text := signedBefore(history, prepared, root); text != "" {
-					folded(c.err, "signed before: ", "  ", text)
 				}
 				return err
 			}
@@ -547,22 +546,17 @@ func useless(prepared []*ceremony.Prepared) string {
 	}
 }
 
-// signedBefore says which keys have a certificate of this root that has not ended yet; "" = none.
-func signedBefore(h ceremony.History, prepared []*ceremony.Prepared, root *ceremony.Root) string {
+// signedBefore says of a key which certificates it has from this root that have not ended yet: a cluster takes one for a key, and
+// if the key is lost, what is forged under any is accepted.
+func signedBefore(h ceremony.History, spki []byte, root *ceremony.Root) (said facts) {
 	now := time.Now()
-	var which []string
-	for i, p := range prepared {
-		for _, m := range h.Made {
-			if bytes.Equal(m.Certificate.RawSubjectPublicKeyInfo, p.Plan().SPKI) && now.Before(m.Certificate.NotAfter) {
-				which = append(which, fmt.Sprintf("request %d of %d, until %s by entry %d", i+1, len(prepared), clock(m.Certificate.NotAfter), m.Index))
-			}
+	for _, m := range h.Made {
+		if bytes.Equal(m.Certificate.RawSubjectPublicKeyInfo, spki) && now.Before(m.Certificate.NotAfter) {
+			said = append(said, facts{{"signed before", fmt.Sprintf("until %s, entry %d of the root's log, kept in %s; a cluster takes one certificate for a key",
+				clock(m.Certificate.NotAfter), m.Index, root.RecordsDir())}}...)
 		}
 	}
-	if len(which) == 0 {
-		return ""
-	}
-	return strings.Join(which, "; ") + " of the root's log. A cluster takes one certificate for a key; if the key is lost, what is forged under any is accepted. " +
-		"Where only the chain went astray, take it from " + root.RecordsDir()
+	return said
 }
 
 // rootShown is what `root show` shows.

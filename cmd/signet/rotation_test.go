@@ -439,6 +439,13 @@ func TestATaintIsAskedForOrSaidTwice(t *testing.T) {
 			t.Fatal("it was tainted without a word")
 		}
 	}
+	// A lost key doesn't wait for what only follows from the taint: it is asked all the same.
+	d.refuse = status.Error(codes.Unavailable, "it would be done, but what follows from it could not be now: Vault is sealed")
+	_, errs = h.must(exitCouldNotSay, append(taint, "--dry-run")...)
+	contains(t, errs, "Vault is sealed")
+	_, errs = h.must(exitCouldNotSay, taint...)
+	contains(t, strings.Join(strings.Fields(errs), " "), "Vault is sealed", "say --yes")
+	d.refuse = nil
 	h.must(exitYes, append(taint, "--yes")...)
 	if r := d.asked[len(d.asked)-1].(*adminv1.TaintAuthorityRequest); r.DryRun || r.Reason != "stolen" || r.Authority != "intermediate-1" {
 		t.Errorf("asked %v", r)

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -182,6 +183,11 @@ func (w *svidWorld) Err() error {
 // serve opens the agent's socket.
 func (w *svidWorld) serve() string {
 	w.t.Helper()
+	return w.serveAs(func(door secretv3.SecretDiscoveryServiceServer) secretv3.SecretDiscoveryServiceServer { return door })
+}
+
+func (w *svidWorld) serveAs(as func(secretv3.SecretDiscoveryServiceServer) secretv3.SecretDiscoveryServiceServer) string {
+	w.t.Helper()
 	path := filepath.Join(w.t.TempDir(), "agent.sock")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -192,7 +198,7 @@ func (w *svidWorld) serve() string {
 		w.t.Fatal(err)
 	}
 	server := grpc.NewServer(append(sds.ServerOptions(), grpc.Creds(sds.ConnCredentials()))...)
-	secretv3.RegisterSecretDiscoveryServiceServer(server, door)
+	secretv3.RegisterSecretDiscoveryServiceServer(server, as(door))
 	go server.Serve(l)
 	w.t.Cleanup(server.Stop)
 	return path
@@ -256,6 +262,25 @@ func TestABannedIdentityIsRefusedAtOnceThoughTheProcessHasAnother(t *testing.T) 
 	code, _, talk := signet(t.Context(), "", "svid", "fetch", "--socket", socket, "--spiffe-id", "spiffe://example.org/x", "--timeout", "100ms")
 	if code != exitCouldNotSay || !strings.Contains(talk, "gave no spiffe://example.org/x in time") {
 		t.Errorf("nobody's: exit %d, %q", code, talk)
+	}
+}
+
+// streamsOnly never answers a fetch.
+type streamsOnly struct {
+	secretv3.SecretDiscoveryServiceServer
+}
+
+func (streamsOnly) FetchSecrets(ctx context.Context, _ *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	<-ctx.Done()
+	return nil, status.FromContextError(ctx.Err()).Err()
+}
+
+func TestAnIdentityIsFetchedFromAServerThatOnlyStreams(t *testing.T) {
+	socket := newSVIDWorld(t).serveAs(func(door secretv3.SecretDiscoveryServiceServer) secretv3.SecretDiscoveryServiceServer {
+		return streamsOnly{door}
+	})
+	if code, _, talk := signet(t.Context(), "", "svid", "fetch", "--socket", socket, "--spiffe-id", svidID.String(), "--timeout", "5s"); code != exitYes {
+		t.Errorf("exit %d, %q", code, talk)
 	}
 }
 

@@ -152,9 +152,14 @@ func dialAgent(ctx context.Context, s agentSocket, id string) (*sdsClient, error
 	return cl, nil
 }
 
+// refusalWait bounds how long a refusal is waited for, which comes at once: a server may not serve that call at all.
+const refusalWait = time.Second
+
 // refusal is why the SVID is never given, as long as that stands: a stream has no word for it, and passes the name over in
 // silence. What else the answer may be, the stream tells.
 func (cl *sdsClient) refusal(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, refusalWait)
+	defer cancel()
 	_, err := secretv3.NewSecretDiscoveryServiceClient(cl.conn).FetchSecrets(ctx, &discoveryv3.DiscoveryRequest{ResourceNames: cl.names[:1], TypeUrl: secretType})
 	if status.Code(err) != codes.PermissionDenied {
 		return nil

@@ -437,7 +437,7 @@ func (v *vaulted) replaceRoot(ctx context.Context) (string, error) {
 		return "", err
 	}
 	start := []string{"rotation", "start", "--config", v.east.Config(), "root", "--root", "root-b.pem", "--fingerprint"}
-	if _, err := v.Fails(ctx, 2, append(start, v.a.fingerprint)...); err != nil {
+	if _, err := v.Fails(ctx, 1, append(start, v.a.fingerprint)...); err != nil {
 		return "", fmt.Errorf("the fingerprint of another root: %w", err)
 	}
 	v.refused++

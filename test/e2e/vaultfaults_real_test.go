@@ -116,9 +116,23 @@ func (e *estate) cluster(t *testing.T, name string, h how) *holding {
 	x := e.hold(t, c, h)
 	until(t, "cluster "+name+" is made", time.Minute, func() error { // its calls to Vault have the usual timeout
 		_, err := e.Run(t.Context(), "cluster", "init", "--config", x.Config(), "--root-fingerprint", e.RootFingerprint)
+		if err != nil && strings.Contains(err.Error(), "the login is refused") {
+			x.secret(t)
+		}
 		return err
 	})
 	return x
+}
+
+// secret gives a cluster another secret-id. Vault tidies them up each minute, and takes one that is being made for a leftover
+// (vault 1.21, builtin/credential/approle/path_tidy_user_id.go: accessors are listed before the roles).
+func (x *holding) secret(t *testing.T) {
+	t.Helper()
+	secret, err := x.of.vault.SecretID(t.Context(), x.how.role, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.of.write(t, x.Name+"/secret-id", secret+"\n")
 }
 
 // hold configures a cluster, and lets it in.
@@ -136,12 +150,8 @@ func (e *estate) hold(t *testing.T, c *lab.Cluster, h how) *holding {
 		if err != nil {
 			t.Fatal(err)
 		}
-		secret, err := e.vault.SecretID(t.Context(), role, 0, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		e.write(t, c.Name+"/secret-id", secret+"\n")
 		x.how.login, x.how.role = fmt.Sprintf("{ method: approle, role_id: %s, secret_id_file: ./secret-id }", id), role
+		x.secret(t)
 	}
 	x.configure(t)
 	return x
