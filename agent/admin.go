@@ -69,6 +69,9 @@ func (s adminService) Status(context.Context, *adminv1.AgentStatusRequest) (*adm
 	if m := a.member.Load(); m != nil {
 		r.Agent, r.Cluster, r.TrustDomain = m.Agent, m.Cluster, m.TrustDomain
 		r.Server = &adminv1.AgentServerStatus{AgentDoor: m.AgentDoor, Connected: a.connected.Load(), ControlNotAfter: timestamp(m.leaf.NotAfter)}
+		if t := a.hub.turnedSince(); !t.IsZero() {
+			r.Server.TurnedAwaySince = timestamp(t)
+		}
 		if last := a.metrics.lastContact.Load(); r.Server.Connected {
 			r.Server.LastContact = timestamp(a.now())
 		} else if last != 0 {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -17,6 +18,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	signetv1 "github.com/signet-ca/signet/api/signet/v1"
 	"github.com/signet-ca/signet/identity"
@@ -454,8 +456,28 @@ func TestABanPurgesTheCacheAtOnce(t *testing.T) {
 	if files() != 0 {
 		t.Fatal("it was written again")
 	}
+	// Who looks at this agent is told that it is refused, not to look at the network.
+	said := func() string {
+		for _, f := range n.findings(t) {
+			if f.About == "server" {
+				return f.Message
+			}
+		}
+		return ""
+	}
+	turned := func() *timestamppb.Timestamp {
+		st, err := adminService{a: n.Agent}.Status(t.Context(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Server.TurnedAwaySince
+	}
+	if text := said(); !strings.Contains(text, "the server turns this agent away") || turned() == nil {
+		t.Errorf("it says %q, turned away since %v", text, turned())
+	}
 	w.change(func() { w.ban = false })
 	eventually(t, "it is let in again, and the cache is back", func() bool { return files() == 2 })
+	eventually(t, "that is said", func() bool { return said() == "the server is there" && turned() == nil })
 	c := n.config
 	if err := n.stop(); err != nil {
 		t.Fatal(err)

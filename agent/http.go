@@ -24,10 +24,14 @@ func (a *Agent) checks() []check.Part {
 		look(a.checkIdentities),
 		look(func() check.Findings {
 			var err error
-			if !a.connected.Load() {
+			mend := ""
+			if t := a.hub.turnedSince(); !t.IsZero() {
+				err = fmt.Errorf("since %s the server turns this agent away: it is banned, or none of its own; what is held is served on until it ends", utc(t))
+				mend = "on the server: signet agent list; if it is not banned, remove the agent's state folder and enrol it again with a new join token"
+			} else if !a.connected.Load() {
 				err = errors.New("the server is away; what is held is served on")
 			}
-			return check.State(check.CodeServer, "server", "the server is there", err, "")
+			return check.State(check.CodeServer, "server", "the server is there", err, mend)
 		}),
 		look(a.checkClock),
 		look(func() check.Findings {

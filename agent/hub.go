@@ -89,6 +89,8 @@ type hub struct {
 	views      map[*view]struct{}
 	// cache is nil until the agent is enrolled.
 	cache *cache
+	// turned is since when the server turns this agent away, zero while it doesn't.
+	turned time.Time
 	// refusals are the newest, oldest first, for whoever asks why.
 	refusals []refusal
 	// orders are the issuers, by key identifier, whose leaves the server wants replaced.
@@ -741,16 +743,27 @@ func (h *hub) turnedAway(err error) {
 	}
 	h.mu.Lock()
 	c := h.cache
+	if h.turned.IsZero() {
+		h.turned = h.now()
+	}
 	h.mu.Unlock()
 	if c != nil && c.purge() {
 		h.log.Error("the server turns this agent away: its cache of certificates is deleted, and what is in use ends with its certificates or this process; if the agent is not banned, remove its state folder and enrol it again with a new join token", "err", clip(err.Error(), 512))
 	}
 }
 
+// turnedSince is since when the server turns this agent away; zero = it doesn't, as far as is known.
+func (h *hub) turnedSince() time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.turned
+}
+
 // letIn is the opposite of turnedAway.
 func (h *hub) letIn() {
 	h.mu.Lock()
 	c, names := h.cache, slices.Collect(maps.Keys(h.entries))
+	h.turned = time.Time{}
 	h.mu.Unlock()
 	if c != nil {
 		c.resume(names)

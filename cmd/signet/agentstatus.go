@@ -167,6 +167,7 @@ type serverShown struct {
 	Connected bool   `json:"connected"`
 	// LastContact is set while the server is away.
 	LastContact     *time.Time `json:"last_contact,omitempty"`
+	TurnedAwaySince *time.Time `json:"turned_away_since,omitempty"`
 	ControlNotAfter *time.Time `json:"control_not_after,omitempty"`
 }
 
@@ -241,7 +242,7 @@ func describeAgent(r *adminv1.AgentStatusResponse) agentStatusShown {
 		Identities: []identityShown{}, Streams: []streamShown{},
 	}
 	if m := r.Server; m != nil {
-		s.Server = &serverShown{AgentDoor: m.AgentDoor, Connected: m.Connected, ControlNotAfter: timeOf(m.ControlNotAfter)}
+		s.Server = &serverShown{AgentDoor: m.AgentDoor, Connected: m.Connected, TurnedAwaySince: timeOf(m.TurnedAwaySince), ControlNotAfter: timeOf(m.ControlNotAfter)}
 		if !m.Connected {
 			s.Server.LastContact = timeOf(m.LastContact)
 		}
@@ -313,7 +314,9 @@ func (s agentStatusShown) facts(now time.Time) facts {
 		return facts{{"agent", "not enrolled yet"}}
 	}
 	server := "connected to " + s.Server.AgentDoor
-	if !s.Server.Connected {
+	if t := s.Server.TurnedAwaySince; t != nil {
+		server = fmt.Sprintf("REFUSES this agent (%s) since %s: it is banned, or none of its own", s.Server.AgentDoor, clock(*t))
+	} else if !s.Server.Connected {
 		server = fmt.Sprintf("AWAY (%s), not heard since this agent's start", s.Server.AgentDoor)
 		if t := s.Server.LastContact; t != nil {
 			server = fmt.Sprintf("AWAY (%s) since %s", s.Server.AgentDoor, clock(*t))

@@ -82,6 +82,20 @@ func fakeAgentAsked(t *testing.T, asked func()) (stateDir string) {
 	return dir
 }
 
+func TestAnAgentThatIsTurnedAwayIsNotSaidToMissItsServer(t *testing.T) {
+	since := time.Date(2126, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, connected := range []bool{false, true} {
+		s := agentStatusShown{Enrolled: true, Server: &serverShown{AgentDoor: "127.0.0.1:7442", Connected: connected, TurnedAwaySince: &since}, Witness: &witnessShown{}}
+		var out strings.Builder
+		if err := s.facts(since).print(&out); err != nil {
+			t.Fatal(err)
+		}
+		if text := out.String(); !strings.Contains(text, "REFUSES this agent (127.0.0.1:7442) since 2126-01-02T03:04:05Z") || strings.Contains(text, "AWAY") {
+			t.Errorf("connected %v: %s", connected, text)
+		}
+	}
+}
+
 func TestAgentStatusShowsWhoHasWhatAndWhatWasRejected(t *testing.T) {
 	dir := fakeAgent(t)
 	code, out, talk := signet(t.Context(), "", "agent", "status", "--state-dir", dir, "-o", "wide")

@@ -353,7 +353,7 @@ func checkAgent(ctx context.Context, cfg *config.Agent, file string, now time.Ti
 	for _, s := range sockets {
 		found = append(found, check.Socket(s, "agent", "signet agent --config "+file)...)
 	}
-	if own, ok := ownFindings(ctx, cfg.HTTP, clockCodes); ok {
+	if own, ok := ownFindings(ctx, cfg.HTTP, slices.Concat(clockCodes, []string{check.CodeServer})); ok {
 		found = append(found, own...)
 	}
 	_, local := cfg.Passphrase()

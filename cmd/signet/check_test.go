@@ -214,6 +214,7 @@ func TestCheckAsksTheProcessForWhatOnlyItKnows(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		fmt.Fprint(w, `{"ready":false,"findings":[{"code":"SGN1005","level":"error","about":"clock","message":"both times\u001b[31m"},
 			{"code":"SGN1018","level":"warning","about":"i-1","message":"late","mend":"signet rotation status --config FILE"},
+			{"code":"SGN1015","level":"error","about":"server","message":"away"},
 			{"code":"SGN1001","level":"ok","about":"files","message":"well"}]}`)
 	}))
 	defer door.Close()
@@ -225,10 +226,10 @@ func TestCheckAsksTheProcessForWhatOnlyItKnows(t *testing.T) {
 	if named(found, "east.yaml"); found[1].Mend != "signet rotation status --config east.yaml" {
 		t.Errorf("%q", found[1].Mend)
 	}
-	// An agent is asked for its clock.
+	// An agent is asked for its clock, and how it gets on with its server.
 	h := shortFolder(t)
 	node := h.write("node.yaml", "state_dir: "+h.path("state")+"\nsocket: "+h.path("agent.sock")+"\nhttp: "+address+"\n")
-	if got := h.levels("--agent", node); got["SGN1005"] != "error" || asked != 2 {
+	if got := h.levels("--agent", node); got["SGN1005"] != "error" || got["SGN1015"] != "error" || asked != 2 {
 		t.Errorf("of the agent: %v, asked %d times", got, asked)
 	}
 	for _, wrong := range []string{"", "127.0.0.1:1"} {

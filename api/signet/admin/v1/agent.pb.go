@@ -167,6 +167,8 @@ type AgentServerStatus struct {
 	LastContact *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=last_contact,json=lastContact,proto3" json:"last_contact,omitempty"`
 	// Of the agent's own control certificate.
 	ControlNotAfter *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=control_not_after,json=controlNotAfter,proto3" json:"control_not_after,omitempty"`
+	// Since when the server turns this agent away, as one that is banned or none of its own; unset = it doesn't.
+	TurnedAwaySince *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=turned_away_since,json=turnedAwaySince,proto3" json:"turned_away_since,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -225,6 +227,13 @@ func (x *AgentServerStatus) GetLastContact() *timestamppb.Timestamp {
 func (x *AgentServerStatus) GetControlNotAfter() *timestamppb.Timestamp {
 	if x != nil {
 		return x.ControlNotAfter
+	}
+	return nil
+}
+
+func (x *AgentServerStatus) GetTurnedAwaySince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TurnedAwaySince
 	}
 	return nil
 }
@@ -1070,13 +1079,14 @@ const file_api_signet_admin_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"identities\x18\a \x03(\v2$.signet.admin.v1.AgentIdentityStatusR\n" +
 	"identities\x12<\n" +
-	"\astreams\x18\b \x03(\v2\".signet.admin.v1.AgentStreamStatusR\astreams\"\xd7\x01\n" +
+	"\astreams\x18\b \x03(\v2\".signet.admin.v1.AgentStreamStatusR\astreams\"\x9f\x02\n" +
 	"\x11AgentServerStatus\x12\x1d\n" +
 	"\n" +
 	"agent_door\x18\x01 \x01(\tR\tagentDoor\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12=\n" +
 	"\flast_contact\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vlastContact\x12F\n" +
-	"\x11control_not_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0fcontrolNotAfter\"\x93\x02\n" +
+	"\x11control_not_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0fcontrolNotAfter\x12F\n" +
+	"\x11turned_away_since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x0fturnedAwaySince\"\x93\x02\n" +
 	"\x11AgentBundleStatus\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x14\n" +
@@ -1189,26 +1199,27 @@ var file_api_signet_admin_v1_agent_proto_depIdxs = []int32{
 	6,  // 4: signet.admin.v1.AgentStatusResponse.streams:type_name -> signet.admin.v1.AgentStreamStatus
 	12, // 5: signet.admin.v1.AgentServerStatus.last_contact:type_name -> google.protobuf.Timestamp
 	12, // 6: signet.admin.v1.AgentServerStatus.control_not_after:type_name -> google.protobuf.Timestamp
-	12, // 7: signet.admin.v1.AgentBundleStatus.not_after:type_name -> google.protobuf.Timestamp
-	12, // 8: signet.admin.v1.AgentBundleStatus.returned_by:type_name -> google.protobuf.Timestamp
-	12, // 9: signet.admin.v1.AgentIdentityStatus.not_before:type_name -> google.protobuf.Timestamp
-	12, // 10: signet.admin.v1.AgentIdentityStatus.not_after:type_name -> google.protobuf.Timestamp
-	12, // 11: signet.admin.v1.AgentIdentityStatus.renew_at:type_name -> google.protobuf.Timestamp
-	12, // 12: signet.admin.v1.AgentIdentityStatus.reissue_at:type_name -> google.protobuf.Timestamp
-	12, // 13: signet.admin.v1.AgentStreamStatus.since:type_name -> google.protobuf.Timestamp
-	7,  // 14: signet.admin.v1.AgentStreamStatus.names:type_name -> signet.admin.v1.AgentNameStatus
-	10, // 15: signet.admin.v1.WhyResponse.registrations:type_name -> signet.admin.v1.WhyRegistration
-	11, // 16: signet.admin.v1.WhyRegistration.callers:type_name -> signet.admin.v1.WhyCaller
-	12, // 17: signet.admin.v1.WhyCaller.refused:type_name -> google.protobuf.Timestamp
-	0,  // 18: signet.admin.v1.AgentAdmin.Status:input_type -> signet.admin.v1.AgentStatusRequest
-	8,  // 19: signet.admin.v1.AgentAdmin.Why:input_type -> signet.admin.v1.WhyRequest
-	1,  // 20: signet.admin.v1.AgentAdmin.Status:output_type -> signet.admin.v1.AgentStatusResponse
-	9,  // 21: signet.admin.v1.AgentAdmin.Why:output_type -> signet.admin.v1.WhyResponse
-	20, // [20:22] is the sub-list for method output_type
-	18, // [18:20] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	12, // 7: signet.admin.v1.AgentServerStatus.turned_away_since:type_name -> google.protobuf.Timestamp
+	12, // 8: signet.admin.v1.AgentBundleStatus.not_after:type_name -> google.protobuf.Timestamp
+	12, // 9: signet.admin.v1.AgentBundleStatus.returned_by:type_name -> google.protobuf.Timestamp
+	12, // 10: signet.admin.v1.AgentIdentityStatus.not_before:type_name -> google.protobuf.Timestamp
+	12, // 11: signet.admin.v1.AgentIdentityStatus.not_after:type_name -> google.protobuf.Timestamp
+	12, // 12: signet.admin.v1.AgentIdentityStatus.renew_at:type_name -> google.protobuf.Timestamp
+	12, // 13: signet.admin.v1.AgentIdentityStatus.reissue_at:type_name -> google.protobuf.Timestamp
+	12, // 14: signet.admin.v1.AgentStreamStatus.since:type_name -> google.protobuf.Timestamp
+	7,  // 15: signet.admin.v1.AgentStreamStatus.names:type_name -> signet.admin.v1.AgentNameStatus
+	10, // 16: signet.admin.v1.WhyResponse.registrations:type_name -> signet.admin.v1.WhyRegistration
+	11, // 17: signet.admin.v1.WhyRegistration.callers:type_name -> signet.admin.v1.WhyCaller
+	12, // 18: signet.admin.v1.WhyCaller.refused:type_name -> google.protobuf.Timestamp
+	0,  // 19: signet.admin.v1.AgentAdmin.Status:input_type -> signet.admin.v1.AgentStatusRequest
+	8,  // 20: signet.admin.v1.AgentAdmin.Why:input_type -> signet.admin.v1.WhyRequest
+	1,  // 21: signet.admin.v1.AgentAdmin.Status:output_type -> signet.admin.v1.AgentStatusResponse
+	9,  // 22: signet.admin.v1.AgentAdmin.Why:output_type -> signet.admin.v1.WhyResponse
+	21, // [21:23] is the sub-list for method output_type
+	19, // [19:21] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_api_signet_admin_v1_agent_proto_init() }
