@@ -68,9 +68,8 @@ func (s adminService) Status(context.Context, *adminv1.AgentStatusRequest) (*adm
 	r := &adminv1.AgentStatusResponse{}
 	if m := a.member.Load(); m != nil {
 		r.Agent, r.Cluster, r.TrustDomain = m.Agent, m.Cluster, m.TrustDomain
-		r.Server = &adminv1.AgentServerStatus{AgentDoor: m.AgentDoor, Connected: a.connected.Load(), ControlNotAfter: timestamp(m.leaf.NotAfter)}
-		if t := a.hub.turnedSince(); !t.IsZero() {
-			r.Server.TurnedAwaySince = timestamp(t)
+		r.Server = &adminv1.AgentServerStatus{
+			AgentDoor: m.AgentDoor, Connected: a.connected.Load(), ControlNotAfter: timestamp(m.leaf.NotAfter), TurnedAwaySince: timestamp(a.hub.turnedSince()),
 		}
 		if last := a.metrics.lastContact.Load(); r.Server.Connected {
 			r.Server.LastContact = timestamp(a.now())

@@ -716,6 +716,7 @@ func (d decision) inTurn(steps []Step) {
 			return
 		}
 		j := slices.IndexFunc(x.s.Waits, func(w Wait) bool { return w.Code == WaitTime })
+		// What was asked for, and begins later, keeps that for its reason.
 		switch because, at := d.turn(x.a, last.a); {
 		case j >= 0 && worn(x.a, last.a):
 			s := d.spare(x.a, last.a)

@@ -48,14 +48,19 @@ func (s sealedKeys) Find(ctx context.Context, name string, alg keystore.Algorith
 	return s.Store.Find(ctx, name, alg, after)
 }
 
+// withSealedKeys is a server on keys that are there as long as why says nothing.
+func withSealedKeys(t *testing.T) (sealedKeys, *live) {
+	t.Helper()
+	c := newCluster(t, "east")
+	keys := sealedKeys{&barren{Store: c.keys}}
+	c.stored = keys
+	return keys, c.start(t, nil)
+}
+
 // Who is told to come again, once Vault is back, does not take it for a refusal; and a dry run says the same as the command.
 func TestASuccessorWhoseKeyCannotBeMadeIsRefusedInADryRunAsThen(t *testing.T) {
 	t.Parallel()
-	keys := sealedKeys{&barren{}}
-	c := newCluster(t, "east")
-	keys.Store = c.keys
-	c.stored = keys
-	s := c.start(t, nil)
+	keys, s := withSealedKeys(t)
 	start := startsIntermediate(2)
 	for _, try := range []struct {
 		why    error
@@ -91,11 +96,7 @@ func TestASuccessorWhoseKeyCannotBeMadeIsRefusedInADryRunAsThen(t *testing.T) {
 
 func TestADryRunWhoseConsequencesFailDoesNotSayThatItIsDone(t *testing.T) {
 	t.Parallel()
-	keys := sealedKeys{&barren{}}
-	c := newCluster(t, "east")
-	keys.Store = c.keys
-	c.stored = keys
-	s := c.start(t, nil)
+	keys, s := withSealedKeys(t)
 	sealed := fmt.Errorf("Vault is sealed: %w", keystore.ErrAway)
 	keys.why.Store(&sealed)
 	for _, try := range []struct {

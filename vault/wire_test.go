@@ -192,6 +192,18 @@ func TestANewCAFileIsUsedForTheNextConnection(t *testing.T) {
 	}
 }
 
+// certLogin is a login by the certificate that put puts into its files.
+func certLogin(t testing.TB) (l Login, put func(keyPair)) {
+	t.Helper()
+	dir := t.TempDir()
+	l = Login{Method: "cert", CertFile: filepath.Join(dir, "c.pem"), KeyFile: filepath.Join(dir, "c.key")}
+	return l, func(p keyPair) {
+		t.Helper()
+		write(t, l.CertFile, p.cert)
+		write(t, l.KeyFile, p.key)
+	}
+}
+
 func TestTheCertLoginShowsTheNewestCertificate(t *testing.T) {
 	f := newFakeVault()
 	f.on("GET a", data(map[string]any{"a": "b"}))
@@ -211,17 +223,12 @@ func TestTheCertLoginShowsTheNewestCertificate(t *testing.T) {
 	var current atomic.Pointer[tls.Certificate]
 	current.Store(ca.issue(t, "server").parsed(t))
 	address := secure(t, f, &current, tls.RequestClientCert, 0)
-	dir := t.TempDir()
-	certFile, keyFile := filepath.Join(dir, "c.pem"), filepath.Join(dir, "c.key")
-	put := func(p keyPair) {
-		write(t, certFile, p.cert)
-		write(t, keyFile, p.key)
-	}
+	l, put := certLogin(t)
+	l.Mount, l.Role = "mesh", "east"
 	put(ca.issue(t, "first"))
 	now := &clock{at: time.Now()}
 	cl := dial(t, Config{
-		Now: now.now, Address: address, CAFile: secretFile(t, "ca.pem", ca.pem()),
-		Login: Login{Method: "cert", Mount: "mesh", Role: "east", CertFile: certFile, KeyFile: keyFile},
+		Now: now.now, Address: address, CAFile: secretFile(t, "ca.pem", ca.pem()), Login: l,
 	})
 	if _, err := cl.Read(t.Context(), "a"); err != nil || *shown.Load() != "first" || f.logins[0]["name"] != "east" {
 		t.Fatal(err, *shown.Load(), f.logins)
@@ -233,7 +240,7 @@ func TestTheCertLoginShowsTheNewestCertificate(t *testing.T) {
 		t.Fatal(err, *shown.Load())
 	}
 	// Half of the pair is replaced: a moment in which it can't be used.
-	write(t, certFile, ca.issue(t, "third").cert)
+	write(t, l.CertFile, ca.issue(t, "third").cert)
 	f.revokeAll()
 	now.add(young)
 	if _, err := cl.Read(t.Context(), "a"); err == nil || !strings.Contains(err.Error(), "cert_file") {
@@ -260,14 +267,8 @@ func TestARenewalShowsTheNewestCertificate(t *testing.T) {
 	bubble.Test(t, func(t *testing.T) {
 		f := newFakeVault()
 		ca := newAuthority(t)
-		dir := t.TempDir()
-		l := Login{Method: "cert", CertFile: filepath.Join(dir, "c.pem"), KeyFile: filepath.Join(dir, "c.key")}
-		put := func(name string) {
-			p := ca.issue(t, name)
-			write(t, l.CertFile, p.cert)
-			write(t, l.KeyFile, p.key)
-		}
-		put("first")
+		l, put := certLogin(t)
+		put(ca.issue(t, "first"))
 		var mu sync.Mutex
 		seen := map[string]int{}
 		note := func(what string) http.HandlerFunc {
@@ -310,7 +311,7 @@ func TestARenewalShowsTheNewestCertificate(t *testing.T) {
 			if n, st := during(), cl.Status(); n["renewal by first"] < 10 || len(n) != 1 || !st.Refused || !st.LoggedIn {
 				t.Errorf("half a pair: %v, %+v", n, st)
 			}
-			put("second")
+			put(ca.issue(t, "second"))
 			if n, st := during(), cl.Status(); n["login by second"] != 1 || n["renewal by second"] < 10 || len(n) != 2 || st.Refused {
 				t.Errorf("the second: %v, %+v", n, st)
 			}
@@ -320,19 +321,13 @@ func TestARenewalShowsTheNewestCertificate(t *testing.T) {
 
 func TestACertificateIsTakenOnceItsKeyIsForUsAlone(t *testing.T) {
 	ca := newAuthority(t)
-	dir := t.TempDir()
-	l := Login{Method: "cert", CertFile: filepath.Join(dir, "c.pem"), KeyFile: filepath.Join(dir, "c.key")}
-	put := func(name string) {
-		p := ca.issue(t, name)
-		write(t, l.CertFile, p.cert)
-		write(t, l.KeyFile, p.key)
-	}
-	put("first")
+	l, put := certLogin(t)
+	put(ca.issue(t, "first"))
 	own, err := newReloaded(slog.New(slog.DiscardHandler), func() (*tls.Certificate, error) { return readCertificate(l) }, l.CertFile, l.KeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	put("second")
+	put(ca.issue(t, "second"))
 	if err := os.Chmod(l.KeyFile, 0o644); err != nil {
 		t.Fatal(err)
 	}

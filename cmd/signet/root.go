@@ -552,8 +552,8 @@ func signedBefore(h ceremony.History, spki []byte, root *ceremony.Root) (said fa
 	now := time.Now()
 	for _, m := range h.Made {
 		if bytes.Equal(m.Certificate.RawSubjectPublicKeyInfo, spki) && now.Before(m.Certificate.NotAfter) {
-			said = append(said, facts{{"signed before", fmt.Sprintf("until %s, entry %d of the root's log, kept in %s; a cluster takes one certificate for a key",
-				clock(m.Certificate.NotAfter), m.Index, root.RecordsDir())}}...)
+			said = append(said, [2]string{"signed before", fmt.Sprintf("until %s, entry %d of the root's log, kept in %s; a cluster takes one certificate for a key",
+				clock(m.Certificate.NotAfter), m.Index, root.RecordsDir())})
 		}
 	}
 	return said
